@@ -1,0 +1,36 @@
+"""The method itself: pure tensor functions that depend on torch alone.
+
+    budget.py     how many tokens `keep` means for an image
+    layout.py     where the visual tokens of an image come from
+    scores.py     the two scores of the paper: text-to-image attention and visual saliency
+    selection.py  the geometric-mean selection: `split_search`, `joint_search`, `published_search`
+
+Every engine (transformers today, vLLM next) calls these functions; none has an implementation of its own.
+"""
+
+from adafv.core.budget import tokens_to_keep
+from adafv.core.layout import ImageLayout
+from adafv.core.scores import class_attention, text_to_image_attention
+from adafv.core.selection import (
+    Selection,
+    geometric_mean,
+    joint_search,
+    published_search,
+    published_tokens,
+    split_search,
+    top_tokens,
+)
+
+__all__ = [
+    "ImageLayout",
+    "Selection",
+    "class_attention",
+    "geometric_mean",
+    "joint_search",
+    "published_search",
+    "published_tokens",
+    "split_search",
+    "text_to_image_attention",
+    "tokens_to_keep",
+    "top_tokens",
+]

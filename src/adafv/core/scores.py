@@ -1,0 +1,58 @@
+"""The two scores of AdaFV (arXiv 2501.09532, section 3): what the text asks for, and what the tower finds striking.
+
+Both are distributions over the N visual tokens of an image, in float32 whatever the model's dtype: they are compared
+with each other, and half precision would decide ties between tokens by rounding.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+TEMPERATURE = 100.0
+"""Factor on the cosine before the softmax, as in the paper: it makes t about as peaked as the saliency s."""
+
+
+def text_to_image_attention(
+    text: Tensor,
+    visual: Tensor,
+    text_mask: Tensor | None = None,
+    visual_mask: Tensor | None = None,
+    temperature: float = TEMPERATURE,
+) -> Tensor:
+    """t[j] = max_i softmax_j(temperature * cos(text_i, visual_j)).
+
+    The maximum over the text keeps a visual token that any single word asks for.
+
+    Args:
+        text: [..., T, D], input embeddings of the text, as the language model embeds them.
+        visual: [..., N, D], visual tokens, as the projector hands them to the language model.
+        text_mask: [..., T] bool, True where the text token counts. None: all count.
+        visual_mask: [..., N] bool, True where the token shows a part of the image. None: all do.
+        temperature: see `TEMPERATURE`.
+
+    Returns:
+        [..., N] float32, zero where `visual_mask` is False.
+    """
+    cosine = normalize(text.float(), dim=-1) @ normalize(visual.float(), dim=-1).transpose(-1, -2)
+    logits = temperature * cosine
+    if visual_mask is not None:
+        logits = logits.masked_fill(~visual_mask.unsqueeze(-2), float("-inf"))
+    attention = logits.softmax(dim=-1)
+    if text_mask is not None:
+        attention = attention.masked_fill(~text_mask.unsqueeze(-1), 0.0)
+    return attention.amax(dim=-2)
+
+
+def class_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Visual saliency s[j]: the attention that [CLS] pays to patch j in one layer of the tower, mean over the heads.
+
+    Args:
+        query: [..., H, 1 + N, d] or [..., H, 1, d], queries of the layer; only that of [CLS], the first, is read.
+        key: [..., H, 1 + N, d], keys of the layer, [CLS] first.
+        scaling: factor on the dot product, d ** -0.5 in most towers.
+
+    Returns:
+        [..., N] float32. It sums to one minus the attention that [CLS] pays to itself.
+    """
+    logits = (query[..., :1, :].float() @ key.float().transpose(-1, -2)) * scaling
+    return logits.softmax(dim=-1).mean(dim=-3)[..., 0, 1:]

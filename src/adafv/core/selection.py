@@ -1,0 +1,232 @@
+"""SACMAM, the selection of AdaFV (arXiv 2501.09532, section 3.3): keep the K tokens whose text attention t and
+saliency s have the largest geometric mean
+
+    g(kept) = sqrt( sum of t over kept  *  sum of s over kept ).
+
+Neither score needs a weight: a set that is rich in only one of them has a small product.
+
+`split_search`      the paper's search over k1 + k2 = K, with duplicates refilled
+`joint_search`      the optimum of the relaxation by Frank-Wolfe, with an upper bound on what any set could reach
+`published_search`  what the published code does, to the letter
+
+All functions are batched over leading dimensions, keep K on the host and everything else on the device, and never
+wait for the device. Equal scores are resolved in favour of the lower index, so that every engine keeps the same tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafv.errors import BudgetError
+
+FRANK_WOLFE_ROUNDS = 12
+_TINY = 1e-30
+
+
+class Selection(NamedTuple):
+    """Outcome of a search; all tensors share the leading dimensions of the scores."""
+
+    indices: Tensor
+    """[..., K] long, ascending: spatial order is what the language model was trained on."""
+    objective: Tensor
+    """[...] float32, the geometric mean g of the kept set."""
+    certificate: Tensor
+    """[...] float32 in [0, 1): c: no set of K tokens has a g above objective / (1 - c)."""
+
+
+def geometric_mean(text_attention: Tensor, saliency: Tensor, indices: Tensor) -> Tensor:
+    """g of the tokens at `indices` [..., K], for scores of shape [..., N]. Returns [...] float32."""
+    text_mass = text_attention.gather(-1, indices).sum(-1)
+    saliency_mass = saliency.gather(-1, indices).sum(-1)
+    return (text_mass * saliency_mass).sqrt()
+
+
+def top_tokens(scores: Tensor, keep: int, candidates: Tensor | None = None) -> Tensor:
+    """Indices of the `keep` largest scores, ascending. [..., N] -> [..., K].
+
+    Tokens outside `candidates` ([..., N] bool) are taken only once the candidates are used up.
+    """
+    return _descending(scores, candidates)[..., :keep].sort(dim=-1).values
+
+
+def split_search(text_attention: Tensor, saliency: Tensor, keep: int, candidates: Tensor | None = None) -> Selection:
+    """The paper's search: the top k1 by t and the top k2 by s, for the best split k1 + k2 = K.
+
+    The two lists overlap (in the published code 5-30 % of the budget is spent twice). Here a token counts once and the
+    s list is read on until exactly K distinct tokens are kept; every split is judged by the g of the set it really keeps.
+
+    Args:
+        text_attention, saliency: [..., N] non-negative scores.
+        keep: K, 1 <= K <= N.
+        candidates: [..., N] bool, see `top_tokens`.
+    """
+    _check(text_attention, keep)
+    text_attention, saliency = _masked(text_attention, candidates), _masked(saliency, candidates)
+    bound = _frank_wolfe(text_attention, saliency, keep, candidates).bound
+    return _selection(text_attention, saliency, _best_split(text_attention, saliency, keep, candidates), bound)
+
+
+def joint_search(
+    text_attention: Tensor,
+    saliency: Tensor,
+    keep: int,
+    candidates: Tensor | None = None,
+    rounds: int = FRANK_WOLFE_ROUNDS,
+) -> Selection:
+    """The best K tokens under g, found by Frank-Wolfe, never worse than `split_search`.
+
+    log(sum t) + log(sum s) is concave in the selection, so on fractional selections Frank-Wolfe climbs to the optimum:
+    linearise (score_j = t_j / T + s_j / S at the masses T and S reached so far), take the top K of that score, move
+    towards them by an exact line search, repeat. Only T and S of the fractional point are carried. Every top K met on
+    the way is a real selection; the best is returned.
+
+    The duality gap of each round bounds the fractional optimum from above, hence every real selection too. So with
+    `certificate` c no set of K tokens has a geometric mean above objective / (1 - c).
+
+    Args and returns as `split_search`; `rounds` is the number of Frank-Wolfe rounds.
+    """
+    _check(text_attention, keep)
+    text_attention, saliency = _masked(text_attention, candidates), _masked(saliency, candidates)
+    split = _best_split(text_attention, saliency, keep, candidates)
+    found = _frank_wolfe(text_attention, saliency, keep, candidates, rounds)
+    better = geometric_mean(text_attention, saliency, found.indices) > geometric_mean(text_attention, saliency, split)
+    indices = torch.where(better.unsqueeze(-1), found.indices, split)
+    return _selection(text_attention, saliency, indices, found.bound)
+
+
+def published_tokens(keep: int, crops: int) -> int:
+    """V, the number of tokens the published code really keeps: `keep` rounded down to a multiple of 2 * crops."""
+    return 2 * (keep // 2 // crops) * crops
+
+
+def published_search(text_attention: Tensor, saliency: Tensor, keep: int) -> Tensor:
+    """The selection of the published code, with its three peculiarities, to reproduce its tables:
+
+    1. V = `published_tokens(keep, crops)` tokens are kept instead of K.
+    2. A quarter of V is taken from the head of each list before the split is searched, and left out of its objective.
+       The saliency list runs crop by crop, so its head is the head of the first crop(s).
+    3. A token in both lists is kept twice, and saliency picks of crop c are offset by c instead of c * n: on anyres
+       images they all land on the thumbnail.
+
+    Args:
+        text_attention: [..., C * n], t over the tokens of all C crops, in the order in which they are fed.
+        saliency: [..., C, n], s of each crop.
+        keep: K; V must be at least 1.
+
+    Returns:
+        [..., V] long, indices into the tokens as they are fed, ascending, possibly repeated.
+    """
+    crops, patches = saliency.shape[-2:]
+    total = published_tokens(keep, crops)
+    if total < 1 or total // crops > patches:
+        raise BudgetError(
+            f"the published variant keeps {total} of {crops} x {patches} visual tokens at keep={keep}: "
+            f"give keep between {2 * crops} and {crops * patches}"
+        )
+    text_list = _descending(text_attention)[..., :total]
+    crop_list = _descending(saliency)[..., : total // crops]
+    saliency_values = saliency.gather(-1, crop_list).flatten(-2)
+    crop_offset = torch.arange(crops, device=saliency.device).unsqueeze(-1)
+    saliency_list = (crop_list + crop_offset).flatten(-2)
+
+    floor = int(total * 0.25)
+    searched = total - 2 * floor
+    text_tail = text_attention.gather(-1, text_list)[..., floor:]
+    saliency_tail, tail_order = saliency_values[..., floor:].sort(dim=-1, descending=True, stable=True)
+    saliency_list = torch.cat((saliency_list[..., :floor], saliency_list[..., floor:].gather(-1, tail_order)), dim=-1)
+
+    first = torch.arange(searched + 1, device=saliency.device)
+    split_value = _prefix_sums(text_tail)[..., first] * _prefix_sums(saliency_tail)[..., searched - first]
+    best = split_value.argmax(dim=-1, keepdim=True)
+
+    place = torch.arange(total, device=saliency.device)
+    from_text = place < floor + best
+    indices = torch.where(from_text, text_list, saliency_list.gather(-1, (place - floor - best).clamp_min(0)))
+    return indices.sort(dim=-1).values
+
+
+def _best_split(text_attention: Tensor, saliency: Tensor, keep: int, candidates: Tensor | None) -> Tensor:
+    """Indices [..., K] of the best split, ascending, see `split_search`."""
+    if keep == saliency.shape[-1]:
+        return torch.arange(keep, device=saliency.device).expand(saliency.shape)
+    by_saliency = _descending(saliency, candidates)
+    text_rank = _descending(text_attention, candidates).argsort(dim=-1).gather(-1, by_saliency)
+
+    # Everything below is in the order of falling saliency; the new dimension -2 runs over the splits k1 = 0..K.
+    first = torch.arange(keep + 1, device=saliency.device).unsqueeze(-1)
+    from_text = text_rank.unsqueeze(-2) < first
+    rank_among_rest = (~from_text).cumsum(dim=-1, dtype=torch.int32)
+    kept = from_text | (rank_among_rest <= keep - first)
+    masses = torch.stack((text_attention.gather(-1, by_saliency), saliency.gather(-1, by_saliency)), dim=-1)
+    best = (kept.to(masses.dtype) @ masses).prod(dim=-1).argmax(dim=-1)
+
+    kept = kept.gather(-2, best[..., None, None].expand(*best.shape, 1, kept.shape[-1])).squeeze(-2)
+    places = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :keep]
+    return by_saliency.gather(-1, places).sort(dim=-1).values
+
+
+class _FrankWolfe(NamedTuple):
+    indices: Tensor
+    bound: Tensor
+
+
+def _frank_wolfe(
+    text_attention: Tensor, saliency: Tensor, keep: int, candidates: Tensor | None, rounds: int = FRANK_WOLFE_ROUNDS
+) -> _FrankWolfe:
+    """Best vertex met and the smallest upper bound on g, see `joint_search`."""
+    text_mass = text_attention.sum(-1).clamp_min(_TINY)
+    saliency_mass = saliency.sum(-1).clamp_min(_TINY)
+    best_indices = best_value = bound = None
+    for step in range(rounds):
+        score = text_attention / text_mass.unsqueeze(-1) + saliency / saliency_mass.unsqueeze(-1)
+        indices = _descending(score, candidates)[..., :keep]
+        vertex_text = text_attention.gather(-1, indices).sum(-1)
+        vertex_saliency = saliency.gather(-1, indices).sum(-1)
+        # AM-GM: with weights 1/T and 1/S every selection has g <= sqrt(T S) * (its score) / 2, and no selection's
+        # score is above that of the top K. This is the Frank-Wolfe gap, in the units of g and free of logarithms.
+        reach = (vertex_text / text_mass + vertex_saliency / saliency_mass) / 2 * (text_mass * saliency_mass).sqrt()
+        value = vertex_text * vertex_saliency
+        if step == 0:
+            best_indices, best_value, bound = indices, value, reach
+            text_mass, saliency_mass = vertex_text.clamp_min(_TINY), vertex_saliency.clamp_min(_TINY)
+            continue
+        better = value > best_value
+        best_indices = torch.where(better.unsqueeze(-1), indices, best_indices)
+        best_value = torch.where(better, value, best_value)
+        bound = torch.minimum(bound, reach)
+        along_text, along_saliency = vertex_text - text_mass, vertex_saliency - saliency_mass
+        curvature = 2 * along_text * along_saliency
+        slope = along_text * saliency_mass + along_saliency * text_mass
+        stride = torch.where(curvature < 0, -slope / curvature.clamp_max(-_TINY), torch.ones_like(slope)).clamp(0, 1)
+        text_mass = (text_mass + stride * along_text).clamp_min(_TINY)
+        saliency_mass = (saliency_mass + stride * along_saliency).clamp_min(_TINY)
+    return _FrankWolfe(best_indices.sort(dim=-1).values, bound)
+
+
+def _selection(text_attention: Tensor, saliency: Tensor, indices: Tensor, bound: Tensor) -> Selection:
+    objective = geometric_mean(text_attention, saliency, indices)
+    certificate = (1 - objective / bound.clamp_min(_TINY)).clamp_min(0.0)
+    return Selection(indices, objective, certificate)
+
+
+def _descending(scores: Tensor, candidates: Tensor | None = None) -> Tensor:
+    """All indices by falling score, the lower index first among equals, non-candidates last."""
+    if candidates is not None:
+        scores = scores.masked_fill(~candidates, float("-inf"))
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def _masked(scores: Tensor, candidates: Tensor | None) -> Tensor:
+    scores = scores.float()
+    return scores if candidates is None else scores.masked_fill(~candidates, 0.0)
+
+
+def _prefix_sums(values: Tensor) -> Tensor:
+    """[..., M] -> [..., M + 1]: sum of the first 0, 1, ..., M values."""
+    return torch.nn.functional.pad(values.cumsum(dim=-1), (1, 0))
+
+
+def _check(scores: Tensor, keep: int) -> None:
+    if not 1 <= keep <= scores.shape[-1]:
+        raise BudgetError(f"keep={keep}, but there are {scores.shape[-1]} visual tokens; give 1 to {scores.shape[-1]}")

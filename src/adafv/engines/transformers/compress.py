@@ -1,0 +1,564 @@
+"""`compress`: inputs of a model -> the same inputs with fewer image placeholders and already pruned image features.
+
+The tokens to keep are counted before the tower runs, chosen after it, and taken out of everything that runs along the
+prompt. Nothing inside the model changes: the result goes through the public arguments of its `generate` and `forward`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from adafv.core import ImageLayout, tokens_to_keep
+from adafv.core.budget import check_keep
+from adafv.engines.transformers.cache import CacheContents, cached_length, cached_prefix, check_same_conversation
+from adafv.engines.transformers.prompt import (
+    Compaction,
+    PlacedImage,
+    Prompt,
+    compact,
+    nothing_removed,
+    place_images,
+    read_prompt,
+)
+from adafv.engines.transformers.record import Record, kv_bytes_per_token, timed
+from adafv.engines.transformers.text import ChatTemplate, resolve_scope, text_columns
+from adafv.errors import CacheError, OptionError, PromptError, UnsupportedCallError
+from adafv.families import Encoded, Family, family_of
+from adafv.methods import Kept, Method, VisualTokens, method_named
+
+POSITIONS = ("compact", "original")
+_IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to prune, whatever the model."""
+
+    method: Method
+    keep: int | float
+    positions: str
+    scope: str
+    template: ChatTemplate | None
+
+    @classmethod
+    def of(
+        cls,
+        method: str | Method,
+        keep: int | float,
+        positions: str = "compact",
+        text: str | None = None,
+        processor: Any = None,
+        **parameters: Any,
+    ) -> "Settings":
+        """Check the options, see `Pruner`."""
+        if isinstance(method, str):
+            method = method_named(method, **parameters)
+        if positions not in POSITIONS:
+            raise OptionError(f"positions={positions!r}; known are: {', '.join(POSITIONS)}")
+        if method.published_layout:
+            if positions != "compact":
+                raise OptionError("the published variant repeats tokens, so they have no original positions")
+            text = "after" if text is None else text
+        scope, template = resolve_scope(text, processor)
+        return cls(method, check_keep(keep), positions, scope, template)
+
+
+class CompressedInputs(dict[str, Any]):
+    """Inputs for `model.generate(**...)` or `model(**...)`, with what was done to them."""
+
+    record: Record | None = None
+    """None where there was no image to prune."""
+    compaction: Compaction
+    """How the prompt became shorter, over the whole conversation where a cache is continued."""
+    contents: CacheContents | None = None
+    """What the cache will hold; None where that is what any cache would hold."""
+
+
+def compress(
+    model: Any,
+    inputs: Mapping[str, Any],
+    keep: int | float,
+    *,
+    method: str | Method = "adafv",
+    positions: str = "compact",
+    text: str | None = None,
+    processor: Any = None,
+    **parameters: Any,
+) -> CompressedInputs:
+    """Prune the visual tokens of `inputs`, as a processor made them, for one call of the stock model.
+
+        inputs = processor(images=photo, text=prompt, return_tensors="pt")
+        output = model.generate(**compress(model, inputs, keep=64), max_new_tokens=30)
+
+    `generate` then returns the shorter prompt before the answer; `AdaFV` gives the caller's own prompt back, and sees to
+    lengths, streamers and the next turn too. Runs without gradients; to train through pruned tokens use `AdaFV`.
+
+    Args:
+        model: a supported model, wrapped or not. It is not changed.
+        inputs: what the processor returned; not changed.
+        keep, method, positions, text, processor, **parameters: see `Pruner`.
+
+    Returns:
+        The new inputs; what was kept is in their `record`.
+    """
+    settings = Settings.of(method, keep, positions, text, processor, **parameters)
+    with torch.no_grad():
+        return compress_call(model, family_of(model), settings, inputs, whole_conversation=True)
+
+
+def compress_call(
+    model: Any, family: Family, settings: Settings, inputs: Mapping[str, Any], *, whole_conversation: bool
+) -> CompressedInputs:
+    """`compress` for one call of `generate` or `forward`, with or without a cache.
+
+    Args:
+        whole_conversation: with a cache, whether the prompt repeats what is cached (`generate`) or not (`forward`).
+    """
+    seconds: dict[str, float] = {}
+    result = CompressedInputs({name: value for name, value in inputs.items() if value is not None})
+    images = {name: result.pop(name) for name in family.image_inputs if name in result}
+    cache = result.get("past_key_values")
+    encoded_already = bool(result.get("mm_encoder_outputs"))
+    has_images = images.get("pixel_values") is not None and not encoded_already
+    if not has_images and (encoded_already or cached_length(cache) == 0):
+        result.update(images)
+        return result
+
+    with timed(seconds, "compaction"):
+        call = _Call.read(model, result, cache, whole_conversation)
+        placed, images = _new_images(model, family, settings.method, images if has_images else {}, call)
+    if not placed and not call.prefix.changed:
+        return result
+    if "cache_position" in result:
+        raise UnsupportedCallError("cache_position cannot be combined with pruned tokens; leave it out")
+
+    keeps = [tokens_to_keep(settings.keep, image.layout.tokens) for image in placed]
+    grids = [settings.method.grid(keep, image.layout) for keep, image in zip(keeps, placed, strict=True)]
+    keeps = [settings.method.budget(keep, image.layout) for keep, image in zip(keeps, placed, strict=True)]
+    pruned = [keep < image.layout.tokens for keep, image in zip(keeps, placed, strict=True)]
+    texts: list[Tensor | None] = [None] * len(placed)
+    if settings.method.needs_text:
+        texts = [
+            text_columns(call.prompt, image, settings.scope, settings.template) if lose else None
+            for image, lose in zip(placed, pruned, strict=True)
+        ]
+
+    encoded = Encoded([], None)
+    if placed:
+        with timed(seconds, "tower"):
+            encoded = _encode(model, family, settings.method, images, pruned, grids)
+    with timed(seconds, "selection"):
+        choices = _choose(model, family, settings.method, placed, keeps, grids, encoded, texts, call)
+    with timed(seconds, "compaction"):
+        dropped = [0] * call.prompt.tokens.shape[0]
+        stays = torch.ones(call.prompt.tokens.shape, dtype=torch.bool, device=call.device)
+        for image, choice in zip(placed, choices, strict=True):
+            columns = image.columns.to(call.device)
+            dropped[image.row] += image.layout.tokens - choice.places.numel()
+            stays[image.row, columns] = False
+            stays[image.row, columns[choice.places.to(call.device)]] = True
+        compaction = compact(call.prompt.attended, dropped, stays)
+        _take_out(model, result, call, compaction, settings.positions, whole_conversation)
+        if placed:
+            result["mm_encoder_outputs"] = {
+                "image": BaseModelOutputWithPooling(pooler_output=[choice.features for choice in choices])  # type: ignore[arg-type]
+            }
+    result.compaction = call.prefix.then(compaction)
+    result.contents = CacheContents(result.compaction, call.tokens)
+    if placed:
+        result.record = _record(model, call, placed, choices, result.compaction, seconds)
+    return result
+
+
+@dataclass
+class _Call:
+    """One call, read on the host: the prompt that is new, and the prefix that is cached."""
+
+    prompt: Prompt
+    """The new columns alone."""
+    prefix: Compaction
+    """How the cached columns became what the cache holds."""
+    tokens: Tensor | None
+    """[B, S] the whole conversation, where the call gives it."""
+    embeds: Tensor | None
+    """[B, new, D], where the call gives embeddings."""
+    is_image: Tensor
+    """[B, S] placeholders in whatever the call gives."""
+    device: torch.device
+
+    @classmethod
+    def read(cls, model: Any, inputs: dict[str, Any], cache: Any, whole_conversation: bool) -> "_Call":
+        given = inputs.get("input_ids")
+        given = inputs.get("inputs_embeds") if given is None or given.shape[1] == 0 else given
+        if given is None:
+            raise PromptError("there is no prompt: give input_ids or inputs_embeds beside the images")
+        prefix = cached_prefix(cache, given.shape[0])
+        mask = inputs.get("attention_mask")
+        if prefix.length and whole_conversation and isinstance(mask, Tensor) and mask.shape[1] != given.shape[1]:
+            whole_conversation = False  # only the new tokens, under a mask over all: `generate` takes that too
+        if prefix.length and not whole_conversation:
+            mask = _new_part_of_mask(mask, given.shape[1], prefix)
+        read = read_prompt(model, {**inputs, "attention_mask": mask})
+        tokens: Tensor | None = read.tokens
+        is_image, embeds = read.is_image, inputs.get("inputs_embeds")
+        if prefix.length:
+            if whole_conversation:
+                check_same_conversation(cache, read.tokens, prefix)
+                embeds = None if embeds is None else embeds[:, prefix.length :]
+                read = Prompt(
+                    *(
+                        part[:, prefix.length :]
+                        for part in (read.tokens, read.attended, read.is_image, read.turn_ends, read.special)
+                    )
+                )
+            else:
+                tokens = None
+        return cls(read, prefix, tokens, embeds, is_image, given.device)
+
+
+def _new_part_of_mask(mask: Any, new: int, prefix: Compaction) -> Any:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise UnsupportedCallError("attention_mask must be a tensor [batch, length]; custom 4-D masks cannot be pruned")
+    if mask.shape[1] not in (new, prefix.length + new, prefix.columns.shape[1] + new):
+        raise CacheError(
+            f"attention_mask covers {mask.shape[1]} tokens, but {prefix.length} are cached and {new} are new; the mask must "
+            "cover both, or the new ones alone"
+        )
+    return mask[:, -new:]
+
+
+def _new_images(
+    model: Any, family: Family, method: Method, images: dict[str, Any], call: _Call
+) -> tuple[list[PlacedImage], dict[str, Any]]:
+    """The images whose placeholders are not cached yet.
+
+    A processor that sees the whole conversation returns the cached images too; the stock model wants them left out, here
+    both are right.
+    """
+    if not images:
+        if call.prompt.is_image.any():
+            raise PromptError(
+                f"the prompt has {int(call.prompt.is_image.sum())} image placeholders that are not cached, but no images; "
+                "pass pixel_values as the processor returned them"
+            )
+        return [], {}
+    layouts = family.layouts(model, images)
+    total = sum(layout.tokens for layout in layouts)
+    if call.is_image.shape[1] > call.prompt.length and total == int(call.is_image.sum()):
+        all_placed = place_images(call.is_image, layouts)
+        wanted = [i for i, image in enumerate(all_placed) if int(image.columns[0]) >= call.prefix.length]
+        if not wanted:
+            return [], {}
+        images = family.take(model, images, wanted)
+        layouts = [layouts[i] for i in wanted]
+    placed = place_images(call.prompt.is_image, layouts)
+    if method.published_layout:
+        published = family.published_layouts(model, images)
+        placed = [_Published(image.row, image.columns, image.layout, layout) for image, layout in zip(placed, published, strict=True)]
+    return placed, images
+
+
+@dataclass(frozen=True)
+class _Published(PlacedImage):
+    """An image whose tokens are fed in the layout of the published code."""
+
+    published: ImageLayout
+
+
+@dataclass
+class _Choice:
+    """What was decided for one image."""
+
+    kept: Tensor
+    """[K] indices into the tokens as fed."""
+    places: Tensor
+    """[K] distinct indices into the image's placeholders: which of them stay."""
+    layout: ImageLayout
+    features: Tensor
+    saliency: Tensor | None = None
+    text_attention: Tensor | None = None
+    objective: float | None = None
+    certificate: float | None = None
+
+
+def _encode(
+    model: Any,
+    family: Family,
+    method: Method,
+    images: dict[str, Any],
+    pruned: list[bool],
+    grids: list[tuple[int, int] | None],
+) -> Encoded:
+    sizes = {grid if lose else None for grid, lose in zip(grids, pruned, strict=True)}
+    wants_saliency = method.needs_saliency and any(pruned)
+    if len(sizes) == 1:
+        return family.encode(model, images, saliency=wants_saliency, grid=sizes.pop())
+    # Down-sampling images of different sizes: one run of the tower per grid.
+    features: list[Any] = [None] * len(pruned)
+    for size in sizes:
+        wanted = [i for i, grid in enumerate(grids) if (grid if pruned[i] else None) == size]
+        part = family.encode(model, family.take(model, images, wanted), saliency=False, grid=size)
+        for i, feature in zip(wanted, part.features, strict=True):
+            features[i] = feature
+    return Encoded(features, None)
+
+
+def _choose(
+    model: Any,
+    family: Family,
+    method: Method,
+    placed: list[PlacedImage],
+    keeps: list[int],
+    grids: list[tuple[int, int] | None],
+    encoded: Encoded,
+    texts: list[Tensor | None],
+    call: _Call,
+) -> list[_Choice]:
+    """Run the method on all images; those of one size and budget together."""
+    groups: dict[Any, list[int]] = {}
+    choices: list[Any] = [None] * len(placed)
+    filler = family.filler(model)
+    for i, (image, keep) in enumerate(zip(placed, keeps, strict=True)):
+        layout = image.layout
+        if keep == layout.tokens:
+            everything = torch.arange(keep)
+            features = _tokens(encoded.features[i], layout.source, filler)
+            choices[i] = _Choice(everything, everything, layout, features)
+            continue
+        layout = image.published if isinstance(image, _Published) else layout
+        groups.setdefault((layout.tokens, layout.crops, layout.rows, layout.columns, keep, grids[i]), []).append(i)
+
+    for (_, crops, rows, columns, keep, grid), members in groups.items():
+        layouts = [_fed_layout(placed[i]) for i in members]
+        device = encoded.features[members[0]].device
+        source = torch.stack([layout.source for layout in layouts]).to(device)
+        features = torch.stack([encoded.features[i] for i in members])
+        if grid is None:
+            features = torch.stack([_tokens(encoded.features[i], s, filler) for i, s in zip(members, source, strict=True)])
+        saliency = None
+        if encoded.saliency is not None:
+            saliency = torch.stack([encoded.saliency[i] for i in members]).gather(1, source.clamp_min(0))
+            saliency = saliency.masked_fill(source < 0, 0.0)
+        text, text_mask = _embedded_text(model, [(placed[i].row, texts[i]) for i in members], call, device)
+        tokens = VisualTokens(
+            features.detach(), saliency, text, text_mask, source >= 0, source, crops, rows, columns, grid
+        )
+        with torch.no_grad():
+            kept = method.select(tokens, keep)
+        for place, i in enumerate(members):
+            choices[i] = _choice(kept, place, features, saliency, placed[i])
+    return choices
+
+
+def _fed_layout(image: PlacedImage) -> ImageLayout:
+    return image.published if isinstance(image, _Published) else image.layout
+
+
+def _choice(kept: Kept, place: int, features: Tensor, saliency: Tensor | None, image: PlacedImage) -> _Choice:
+    layout = _fed_layout(image)
+    indices = kept.indices[place]
+    chosen = features[place][indices] if kept.features is None else kept.features[place]
+    places = torch.arange(indices.numel()) if isinstance(image, _Published) else indices
+
+    def scores(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        shown = layout.shows_patch.to(values.device)
+        return values[place].masked_fill(~shown, float("nan"))
+
+    return _Choice(
+        indices,
+        places,
+        layout,
+        chosen,
+        scores(saliency),
+        scores(kept.text_attention),
+        None if kept.objective is None else float(kept.objective[place]),
+        None if kept.certificate is None else float(kept.certificate[place]),
+    )
+
+
+def _tokens(features: Tensor, source: Tensor, filler: Tensor | None) -> Tensor:
+    """Put the features of the patches into the order of the tokens, `filler` where a token shows none. [P, D] -> [N, D]"""
+    source = source.to(features.device)
+    ordered = features[source.clamp_min(0)]
+    if filler is None:
+        return ordered
+    return torch.where((source < 0).unsqueeze(-1), filler.to(ordered), ordered)
+
+
+def _embedded_text(
+    model: Any, texts: list[tuple[int, Tensor | None]], call: _Call, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Input embeddings [G, T, D] and mask [G, T] of the text that counts for each image of a group."""
+    if any(columns is None for _, columns in texts):
+        return None, None
+    parts = []
+    for row, columns in texts:
+        assert columns is not None
+        if call.embeds is not None:
+            parts.append(call.embeds[row, columns.to(call.embeds.device)].detach().to(device))
+        else:
+            ids = call.prompt.tokens[row, columns].to(call.device)
+            parts.append(model.get_input_embeddings()(ids).detach().to(device))
+    mask = pad_sequence([torch.ones(len(part), dtype=torch.bool, device=device) for part in parts], batch_first=True)
+    return pad_sequence(parts, batch_first=True), mask
+
+
+def _take_out(
+    model: Any,
+    result: dict[str, Any],
+    call: _Call,
+    compaction: Compaction,
+    positions: str,
+    whole_conversation: bool,
+) -> None:
+    """Take the dropped columns out of everything that runs along the prompt."""
+    batch, new = call.prompt.tokens.shape
+    whole = call.prefix.then(compaction)
+    fills = {
+        "input_ids": _padding_id(model),
+        "inputs_embeds": 0.0,
+        "attention_mask": 0,
+        "labels": _IGNORED_LABEL,
+        "token_type_ids": 0,
+        "mm_token_type_ids": 0,
+    }
+    _move_positions(result, call, whole, compaction, positions, whole_conversation)
+    for name, fill in fills.items():
+        values = result.get(name)
+        if not isinstance(values, Tensor) or values.dim() < 2 or values.shape[1] == 0:
+            continue
+        if values.shape[1] == whole.length:
+            result[name] = whole.take(values, fill)
+        elif values.shape[1] == new:
+            result[name] = compaction.take(values, fill)
+        elif name == "attention_mask" and values.shape[1] == call.prefix.columns.shape[1] + new:
+            cached = nothing_removed(batch, call.prefix.columns.shape[1], compaction.columns.device)
+            result[name] = cached.then(compaction).take(values, fill)
+        else:
+            raise PromptError(f"{name} is {list(values.shape)}, but the prompt is [{batch}, {new}]")
+    if result.get("attention_mask") is None and (whole.columns < 0).any():
+        result["attention_mask"] = (whole.columns >= 0).long()
+    logits_to_keep = result.get("logits_to_keep")
+    if isinstance(logits_to_keep, Tensor):
+        raise UnsupportedCallError("logits_to_keep must be a number with pruned tokens: the columns of the prompt move")
+
+
+def _move_positions(
+    result: dict[str, Any],
+    call: _Call,
+    whole: Compaction,
+    compaction: Compaction,
+    positions: str,
+    whole_conversation: bool,
+) -> None:
+    """Set `position_ids` where the stock model would not come to them by itself.
+
+    "compact": tokens move up, as if the dropped ones had never been there; that is what the stock model does with a
+    shorter prompt. "original": each token keeps the position that it has in the full prompt.
+    """
+    given = result.get("position_ids")
+    if given is None and positions == "compact":
+        return
+    batch, new = call.prompt.tokens.shape
+    length = call.prefix.length + new
+    if given is None:
+        mask = result.get("attention_mask")
+        given = torch.arange(length, device=call.device).expand(batch, length)
+        if whole_conversation and isinstance(mask, Tensor) and mask.shape[1] == length:
+            given = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        elif not whole_conversation:
+            given = given[:, -new:]
+    given = given.expand(batch, -1)
+    if given.shape[1] not in (length, new):
+        raise PromptError(f"position_ids is {list(given.shape)}, but the prompt is [{batch}, {length}]")
+    part = whole if given.shape[1] == length else compaction
+    moved = part.take(given, 0)
+    if positions == "compact":
+        columns = part.columns.to(moved.device)
+        before = torch.zeros(batch, 1, dtype=torch.long, device=moved.device)
+        if part is compaction and call.prefix.length:
+            before = call.prefix.lost.to(moved.device).unsqueeze(1)
+        # A token's position falls by the number of tokens that its row lost in front of it.
+        first = columns.where(columns >= 0, part.length).amin(1, keepdim=True)
+        lost = columns - first - ((columns >= 0).cumsum(1) - 1)
+        moved = (moved - before - lost).where(columns >= 0, 0)
+    result["position_ids"] = moved
+
+
+def _record(
+    model: Any,
+    call: _Call,
+    placed: list[PlacedImage],
+    choices: list[_Choice],
+    compaction: Compaction,
+    seconds: dict[str, float],
+) -> Record:
+    batch, given = call.prompt.tokens.shape[0], call.is_image.shape[1]
+    columns = compaction.columns
+    keep_mask = torch.zeros(batch, compaction.length + 1, dtype=torch.bool, device=columns.device)
+    keep_mask = keep_mask.scatter(1, columns.where(columns >= 0, compaction.length), True)[:, :-1]
+    first_new = compaction.length - call.prompt.length
+    kept = []
+    for image, choice in zip(placed, choices, strict=True):
+        if choice.layout is image.layout:
+            kept.append(choice.kept)
+            continue
+        # The published layout: say it in the stock model's own, which cuts padding off and adds newlines.
+        kept.append(_restate(torch.arange(image.layout.tokens), image.layout, choice.layout, -1)[choice.kept.cpu()])
+        stays = torch.zeros(image.layout.tokens, dtype=torch.bool)
+        stays[kept[-1][kept[-1] >= 0]] = True
+        keep_mask[image.row, (image.columns + first_new).to(columns.device)] = stays.to(columns.device)
+        choice.saliency, choice.text_attention = (
+            None if scores is None else _restate(scores, choice.layout, image.layout, float("nan"))
+            for scores in (choice.saliency, choice.text_attention)
+        )
+    places = [choice.layout.place(choice.kept) for choice in choices]
+    bytes_per_token = kv_bytes_per_token(model)
+    return Record(
+        kept=kept,
+        keep_mask=keep_mask[:, compaction.length - given :],
+        rows=[image.row for image in placed],
+        layouts=[image.layout for image in placed],
+        crop=[place[0] for place in places],
+        row=[place[1] for place in places],
+        column=[place[2] for place in places],
+        saliency=[choice.saliency for choice in choices],
+        text_attention=[choice.text_attention for choice in choices],
+        objective=[choice.objective for choice in choices],
+        certificate=[choice.certificate for choice in choices],
+        tokens_before=[image.layout.tokens for image in placed],
+        tokens_after=[choice.kept.numel() for choice in choices],
+        prompt_length_before=compaction.length,
+        prompt_length_after=columns.shape[1],
+        kv_bytes_before=batch * compaction.length * bytes_per_token,
+        kv_bytes_after=batch * columns.shape[1] * bytes_per_token,
+        seconds=seconds,
+    )
+
+
+def _restate(values: Tensor, own: ImageLayout, other: ImageLayout, missing: Any) -> Tensor:
+    """Values per token of `own` ([N]), in the order of the tokens of `other`; `missing` where `own` lacks the patch."""
+    by_patch = torch.full((own.crops * own.rows * own.columns,), missing, dtype=values.dtype, device=values.device)
+    shows = own.shows_patch.to(values.device)
+    by_patch = by_patch.scatter(0, own.source.to(values.device)[shows], values[shows])
+    source = other.source.to(values.device)
+    return by_patch[source.clamp_min(0)].masked_fill(source < 0, missing)
+
+
+def _padding_id(model: Any) -> int:
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config(), model.config):
+        for name in ("pad_token_id", "eos_token_id"):
+            value = getattr(config, name, None)
+            value = value[0] if isinstance(value, (list, tuple)) and value else value
+            if isinstance(value, int) and value >= 0 and value != model.config.image_token_id:
+                return value
+    return 0

@@ -1,0 +1,196 @@
+"""What is image and what is text in a prompt, and taking columns out of it.
+
+A prompt is [batch, length]: rows of tokens, one column per token. Its layout is read once, on the host (the one
+synchronisation of a call); which tokens stay is known on the device alone, so columns are taken out there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafv.core import ImageLayout
+from adafv.errors import PromptError, UnsupportedCallError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Host copy of a prompt."""
+
+    tokens: Tensor
+    """[B, S] long; -1 where only an embedding is known."""
+    attended: Tensor
+    """[B, S] bool."""
+    is_image: Tensor
+    """[B, S] bool, placeholders of visual tokens."""
+    turn_ends: Tensor
+    """[B, S] bool, tokens that end a turn (end-of-sequence tokens of the model)."""
+    special: Tensor
+    """[B, S] bool, begin, end and padding tokens."""
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+
+@dataclass(frozen=True)
+class PlacedImage:
+    """An image in a prompt."""
+
+    row: int
+    columns: Tensor
+    """[N] long, the columns of its placeholders, ascending."""
+    layout: ImageLayout
+
+
+def read_prompt(model: Any, inputs: Mapping[str, Any]) -> Prompt:
+    """Read `input_ids` (or `inputs_embeds`) and `attention_mask`.
+
+    In `inputs_embeds` the special tokens are found as the stock models find placeholders: by their embedding.
+
+    Raises:
+        UnsupportedCallError: the attention mask is not [batch, length].
+        PromptError: ids and mask differ in shape.
+    """
+    image, ends, specials = special_tokens(model)
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if ids is not None and ids.shape[1] > 0:
+        tokens = ids.cpu()
+    elif embeds is not None:
+        tokens = torch.full(embeds.shape[:2], -1)
+        table = model.get_input_embeddings()
+        for token in {image, *specials}:
+            embedding = table(torch.tensor(token, device=embeds.device)).to(embeds.dtype)
+            tokens[(embeds == embedding).all(-1).cpu()] = token
+    else:
+        raise PromptError("there is no prompt: give input_ids or inputs_embeds beside the images")
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        attended = torch.ones_like(tokens, dtype=torch.bool)
+    elif not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise UnsupportedCallError("attention_mask must be a tensor [batch, length]; custom 4-D masks cannot be pruned")
+    elif mask.shape != tokens.shape:
+        raise PromptError(f"attention_mask is {list(mask.shape)}, but the prompt is {list(tokens.shape)}")
+    else:
+        attended = mask.cpu() != 0
+    is_special, is_end = (torch.isin(tokens, torch.tensor(sorted(group or {-2}))) for group in (specials, ends))
+    return Prompt(tokens, attended, tokens == image, is_end, is_special)
+
+
+def special_tokens(model: Any) -> tuple[int, set[int], set[int]]:
+    """(image placeholder, tokens that end a turn, all begin / end / padding tokens) by the model's configs."""
+    configs = (getattr(model, "generation_config", None), model.config, model.config.get_text_config())
+    ends, others = set(), set()
+    for config in configs:
+        ends |= _ids(getattr(config, "eos_token_id", None))
+        others |= _ids(getattr(config, "bos_token_id", None)) | _ids(getattr(config, "pad_token_id", None))
+    image = model.config.image_token_id
+    return image, ends - {image}, (ends | others) - {image}
+
+
+def _ids(value: Any) -> set[int]:
+    if value is None:
+        return set()
+    return {int(token) for token in (value if isinstance(value, (list, tuple)) else [value]) if token >= 0}
+
+
+def place_images(is_image: Tensor, layouts: list[ImageLayout]) -> list[PlacedImage]:
+    """Assign the placeholders ([B, S] bool) to the images, in reading order.
+
+    Raises:
+        PromptError: the placeholders are not exactly those of the images.
+    """
+    mend = "build the prompt with the processor of this checkpoint, and do not truncate it"
+    places = is_image.nonzero()
+    counts = [layout.tokens for layout in layouts]
+    if len(places) != sum(counts):
+        raise PromptError(
+            f"the prompt has {len(places)} image placeholders, but its {len(layouts)} image(s) make {sum(counts)} visual "
+            f"tokens; {mend}"
+        )
+    placed = []
+    for number, (layout, place) in enumerate(zip(layouts, places.split(counts), strict=True)):
+        if (place[:, 0] != place[0, 0]).any():
+            raise PromptError(f"the placeholders of image {number} are spread over two prompts of the batch; {mend}")
+        placed.append(PlacedImage(int(place[0, 0]), place[:, 1], layout))
+    return placed
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """Which columns of a prompt stay, row by row."""
+
+    columns: Tensor
+    """[B, S'] long on the device: the column that each new column was; -1 for padding put in."""
+    length: int
+    """S, columns before."""
+    changed: bool
+    """Whether any row lost a column."""
+
+    @property
+    def removed(self) -> int:
+        """Columns fewer than before, the same for every row."""
+        return self.length - self.columns.shape[1]
+
+    def take(self, values: Tensor, fill: Any) -> Tensor:
+        """[B, S, ...] -> [B, S', ...]; padding put in gets `fill`."""
+        columns = self.columns.to(values.device)
+        index, padding = columns.clamp_min(0), columns < 0
+        if values.dim() == 3:
+            index = index.unsqueeze(-1).expand(*index.shape, values.shape[-1])
+            padding = padding.unsqueeze(-1)
+        return values.gather(1, index).masked_fill(padding, fill)
+
+    @property
+    def lost(self) -> Tensor:
+        """[B] long, tokens that each row lost; padding does not count."""
+        real = self.columns >= 0
+        if self.columns.shape[1] == 0:
+            return real.sum(1)
+        first = self.columns.where(real, self.length).amin(1)
+        last = self.columns.amax(1)
+        return (last - first + 1 - real.sum(1)).clamp_min(0)
+
+    def then(self, after: "Compaction") -> "Compaction":
+        """Both, side by side: `after` is about the columns that follow these."""
+        shifted = after.columns.where(after.columns < 0, after.columns + self.length)
+        columns = torch.cat((self.columns.to(shifted.device), shifted), dim=1)
+        return Compaction(columns, self.length + after.length, self.changed or after.changed)
+
+
+def nothing_removed(batch: int, length: int, device: torch.device | None = None) -> Compaction:
+    """The compaction that leaves [batch, length] as it is."""
+    return Compaction(torch.arange(length, device=device).expand(batch, length), length, changed=False)
+
+
+def compact(attended: Tensor, dropped: list[int], stays: Tensor) -> Compaction:
+    """Take out the columns where `stays` is False.
+
+    Rows that lose different numbers of columns are aligned again by their padding: padding is taken away where a row
+    has more than it needs, and put in where it has too little, on the side where the batch has it (left if it has
+    none: generation continues on the right). The new length is as small as the longest row allows, but never smaller
+    than the row that loses most would be, so that prompts padded to a fixed length keep a fixed length.
+
+    Args:
+        attended: [B, S] bool on the host.
+        dropped: per row, the number of columns that `stays` takes out; known on the host before `stays` is.
+        stays: [B, S] bool on the device.
+    """
+    batch, length = attended.shape
+    if not any(dropped):
+        return nothing_removed(batch, length, stays.device)
+    # From the first attended column to the last: what is masked inside that span stays, and stays masked.
+    inside = attended.cumsum(1).bool() & attended.flip(1).cumsum(1).flip(1).bool()
+    new_length = max(int((inside.sum(1) - torch.tensor(dropped)).max()), length - max(dropped))
+    padded_left, padded_right = not inside[:, 0].all(), not inside[:, -1].all()
+
+    wanted = stays & inside.to(stays.device)
+    place = wanted.cumsum(1) - 1
+    if padded_left or not padded_right:
+        place = place + new_length - wanted.sum(1, keepdim=True)
+    place = place.masked_fill(~wanted, new_length)  # one column beyond the end takes what is not wanted
+    columns = torch.full((batch, new_length + 1), -1, device=stays.device)
+    columns = columns.scatter(1, place, torch.arange(length, device=stays.device).expand(batch, length))
+    return Compaction(columns[:, :new_length], length, changed=True)

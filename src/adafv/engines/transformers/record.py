@@ -1,0 +1,78 @@
+"""What one run did, for whoever wants to look."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafv.core import ImageLayout
+
+
+@dataclass
+class Record:
+    """One run: one entry per image in all lists, in the order of the images in the prompts."""
+
+    kept: list[Tensor]
+    """[K] long, ascending: indices into the image's own tokens as the stock model would place them. Merged tokens: the
+    token that stands for them. In the published variant, tokens may repeat, and -1 is a patch that the stock model cuts
+    off as padding."""
+    keep_mask: Tensor
+    """[batch, length] bool over the prompt as given: True where the token stayed."""
+    rows: list[int]
+    """The prompt of the batch that the image stands in."""
+    layouts: list[ImageLayout]
+    """Where each token of the image comes from."""
+    crop: list[Tensor]
+    """[K] long: crop that the kept token shows, -1 where it shows none (newlines)."""
+    row: list[Tensor]
+    """[K] long: row inside the crop."""
+    column: list[Tensor]
+    """[K] long: column inside the crop."""
+    saliency: list[Tensor | None]
+    """[N] float32, attention of [CLS] to each token; None where the method did not ask. NaN where no patch is shown."""
+    text_attention: list[Tensor | None]
+    """[N] float32, text-to-image attention of each token; None where the method did not ask."""
+    objective: list[float | None]
+    """Geometric mean of the kept set; None for methods that do not maximise it, and where everything was kept."""
+    certificate: list[float | None]
+    """c: no set of K tokens has an objective above objective / (1 - c); None where that is unknown."""
+    tokens_before: list[int]
+    """N, visual tokens."""
+    tokens_after: list[int]
+    """K, visual tokens."""
+    prompt_length_before: int
+    prompt_length_after: int
+    kv_bytes_before: int
+    """Bytes of keys and values for the prompts of the batch, as given."""
+    kv_bytes_after: int
+    """... and as the language model saw them."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time per stage: "tower" (with the projector), "selection", "compaction", "model" (the call of the stock
+    model). On an accelerator work is queued, so without synchronising it is the time to queue it."""
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        with timed(self.seconds, stage):
+            yield
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def kv_bytes_per_token(model: Any) -> int:
+    """Bytes of keys and values that one token leaves in the cache, all layers together."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dtype = model.get_input_embeddings().weight.dtype
+    return 2 * config.num_hidden_layers * heads * head_size * torch.empty((), dtype=dtype).element_size()

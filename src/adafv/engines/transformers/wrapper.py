@@ -1,0 +1,267 @@
+"""`AdaFV` and `Pruner`: pruning around `generate` and `forward` of one model.
+
+How a model is wrapped. While enabled, the model object (and no other) has a class of its own, derived from its stock
+class, in which `generate` and `forward` are properties that lead here; PyTorch's own parametrisations and FSDP2 work
+the same way. Compared with replacing the methods on the object this has three advantages: the object's dictionary stays
+untouched, so disabling restores the model exactly; a replaced `forward` (accelerate's device hooks put one there) is
+overruled but still called; and a copy of the model can be given the stock class back, instead of methods that are bound
+to the original. Hooks on modules, which kvpress uses, see one forward pass; we must see the whole `generate`.
+
+The stock methods are called on a second object of the stock class that shares the model's dictionary. So the decoding
+loop never meets the wrapper again, and nothing of one call is stored on a module: two threads may call one model.
+"""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.utils import ModelOutput
+
+from adafv.engines.transformers.cache import CacheContents, remember
+from adafv.engines.transformers.calls import PromptRestorer, fill_in_mask, refuse_unsupported, shift_lengths
+from adafv.engines.transformers.compress import CompressedInputs, Settings, compress_call
+from adafv.engines.transformers.record import Record
+from adafv.errors import AlreadyEnabledError
+from adafv.families import family_of
+from adafv.methods import Method
+
+_HANDLE = "_adafv"
+
+
+class Pruner:
+    """Any method, applied to a model.
+
+        with Pruner("saliency", keep=64)(model) as pruner:
+            output = model.generate(**inputs)
+        pruner.last.kept
+
+    Args:
+        method: a name (see `adafv methods`) or a `Method`.
+        keep: tokens per image over all its crops (int), or share of the image's tokens (float; 1.0 keeps all).
+        positions: "compact": tokens move up to close the gaps, as in the paper; "original": each keeps the position it
+            has in the full prompt.
+        text: which text counts, "question", "turn" or "after"; see `adafv.engines.transformers.text`. None: "question"
+            with a processor, else "turn".
+        processor: the model's processor, to know its chat template.
+        **parameters: of the method, where it is given by name.
+
+    Raises:
+        BudgetError, OptionError: an option is wrong; a budget is checked against the image at the call.
+    """
+
+    def __init__(
+        self,
+        method: str | Method,
+        keep: int | float,
+        *,
+        positions: str = "compact",
+        text: str | None = None,
+        processor: Any = None,
+        **parameters: Any,
+    ) -> None:
+        self.settings = Settings.of(method, keep, positions, text, processor, **parameters)
+
+    def __call__(self, model: Any) -> "PrunedModel":
+        """Prepare `model`; nothing changes until the result is entered (`with`) or `enable` is called.
+
+        Raises:
+            UnsupportedModelError: the model cannot be pruned correctly.
+        """
+        return PrunedModel(model, self.settings)
+
+
+class AdaFV(Pruner):
+    """AdaFV (arXiv 2501.09532): keep the visual tokens with the largest geometric mean of text attention and saliency.
+
+        with AdaFV(keep=64)(model) as adafv:
+            output = model.generate(**inputs)
+        adafv.last.kept
+
+    Args:
+        keep, positions, text, processor: see `Pruner`.
+        objective: how the geometric mean is maximised: "joint" (optimum by Frank-Wolfe, with a certificate) or "split"
+            (the paper's search).
+        variant: "corrected", or "published" for the published code to the letter, bugs and token layout included; then
+            `text` defaults to "after", as there.
+    """
+
+    def __init__(
+        self,
+        keep: int | float,
+        *,
+        objective: str = "joint",
+        variant: str = "corrected",
+        positions: str = "compact",
+        text: str | None = None,
+        processor: Any = None,
+    ) -> None:
+        super().__init__(
+            "adafv", keep, positions=positions, text=text, processor=processor, objective=objective, variant=variant
+        )
+
+
+class PrunedModel:
+    """A model and how it is pruned; a context manager, or switched by `enable` and `disable`."""
+
+    def __init__(self, model: Any, settings: Settings) -> None:
+        self.model = model
+        self.settings = settings
+        self.family = family_of(model)
+        self._stock: Any = None
+        self._latest: Record | None = None
+        self._own = threading.local()
+
+    @property
+    def last(self) -> Record | None:
+        """What the last run with images did: the last of this thread, or else the last of any thread."""
+        return getattr(self._own, "record", None) or self._latest
+
+    @property
+    def enabled(self) -> bool:
+        return self.model.__dict__.get(_HANDLE) is self
+
+    def enable(self) -> "PrunedModel":
+        """Prune from now on.
+
+        Raises:
+            AlreadyEnabledError: the model is wrapped, by this object or by another.
+        """
+        with _enabling:
+            if _HANDLE in self.model.__dict__:
+                raise AlreadyEnabledError(
+                    f"this {type(self.model).__name__} is already wrapped by adafv; leave the other `with` block first, or "
+                    "call disable() on what enable() returned"
+                )
+            stock_class = type(self.model)
+            self._stock = stock_class.__new__(stock_class)
+            object.__setattr__(self._stock, "__dict__", self.model.__dict__)
+            self.model.__dict__[_HANDLE] = self
+            self.model.__class__ = _wrapped_class(stock_class)
+        return self
+
+    def disable(self) -> None:
+        """Make the model exactly what it was. Does nothing where it is not enabled."""
+        with _enabling:
+            if self.enabled:
+                self.model.__class__ = type(self._stock)
+                del self.model.__dict__[_HANDLE]
+
+    def __enter__(self) -> "PrunedModel":
+        return self.enable()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.disable()
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        stock = self._stock
+        arguments = _by_name(stock.generate, args, kwargs)
+        inputs = arguments.pop("inputs", None)
+        if inputs is not None and arguments.get("input_ids") is None:
+            arguments["input_ids"] = inputs
+        if not self._concerned(arguments):
+            return stock.generate(*args, **kwargs)
+        refuse_unsupported(self.model, arguments)
+        fill_in_mask(self.model, arguments)
+        with torch.no_grad():
+            call = compress_call(stock, self.family, self.settings, arguments, whole_conversation=True)
+        prompt = arguments.get("input_ids")
+        restorer = None
+        if call.contents is not None:
+            shift_lengths(self.model, call, call.compaction.length, call.compaction.removed)
+            if prompt is not None and prompt.shape[1] > 0:
+                restorer = PromptRestorer(prompt, call["input_ids"].shape[1])
+                restorer.apply(call)
+        output = self._run(call, stock.generate)
+        if restorer is not None:
+            if isinstance(output, ModelOutput):
+                output.sequences = restorer.restore(output.sequences)
+            else:
+                output = restorer.restore(output)
+        self._remember(call, output, arguments.get("past_key_values"))
+        return output
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        stock = self._stock
+        arguments = _by_name(stock.forward, args, kwargs)
+        if not self._concerned(arguments):
+            return stock.forward(*args, **kwargs)
+        call = compress_call(stock, self.family, self.settings, arguments, whole_conversation=False)
+        output = self._run(call, stock.forward)
+        self._remember(call, output, arguments.get("past_key_values"))
+        return output
+
+    def _concerned(self, arguments: dict[str, Any]) -> bool:
+        """Whether a call has images or continues a cache; text alone goes straight to the stock model."""
+        return arguments.get("pixel_values") is not None or arguments.get("past_key_values") is not None
+
+    def _run(self, call: CompressedInputs, function: Callable[..., Any]) -> Any:
+        record = call.record
+        if record is None:
+            return function(**call)
+        self._latest = self._own.record = record
+        with record.timed("model"):
+            return function(**call)
+
+    def _remember(self, call: CompressedInputs, output: Any, given_cache: Any) -> None:
+        contents = call.contents
+        if contents is None:
+            return
+        sequences = getattr(output, "sequences", output if isinstance(output, torch.Tensor) else None)
+        tokens = contents.tokens
+        if sequences is not None and tokens is not None and sequences.shape[0] == tokens.shape[0]:
+            if sequences.shape[1] > tokens.shape[1]:  # the conversation, answer included
+                tokens = sequences.cpu()
+        contents = CacheContents(contents.compaction, tokens)
+        for cache in (given_cache, getattr(output, "past_key_values", None)):
+            remember(cache, contents)
+
+
+_enabling = threading.Lock()
+
+
+def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, without those that are None."""
+    if not args:
+        return {name: value for name, value in kwargs.items() if value is not None}
+    names = list(inspect.signature(function).parameters)
+    if len(args) > len(names):
+        raise TypeError(f"{len(args)} positional arguments were given, at most {len(names)} are possible")
+    return {name: value for name, value in (*zip(names, args, strict=False), *kwargs.items()) if value is not None}
+
+
+@functools.cache
+def _wrapped_class(stock_class: type) -> type:
+    """The class of an enabled model: `stock_class` with `generate` and `forward` leading to the handle."""
+
+    def entry(name: str) -> property:
+        def get(model: Any) -> Any:
+            handle: PrunedModel = model.__dict__[_HANDLE]
+            pruned = getattr(handle, f"_{name}")
+
+            # `generate` reads the signature of `forward`; so must whoever reads ours.
+            @functools.wraps(getattr(handle._stock, name))
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return pruned(*args, **kwargs)
+
+            return call
+
+        def put(model: Any, value: Any) -> None:
+            model.__dict__[name] = value
+
+        def delete(model: Any) -> None:
+            del model.__dict__[name]
+
+        return property(get, put, delete)
+
+    def reduce(model: Any, protocol: Any) -> Any:
+        """Copies and pickles are of the stock class, without the handle: a copy is an unwrapped model."""
+        stock = stock_class.__new__(stock_class)
+        stock.__dict__.update({name: value for name, value in model.__dict__.items() if name != _HANDLE})
+        return stock.__reduce_ex__(protocol)
+
+    names = {"generate": entry("generate"), "forward": entry("forward"), "__reduce_ex__": reduce}
+    identity = {name: getattr(stock_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(stock_class.__name__, (stock_class,), {**names, **identity})

@@ -1,0 +1,45 @@
+"""Every error adafv raises on purpose. All derive from `AdaFVError`; each message names the mend.
+
+Each also derives from the built-in exception a caller would expect (`ValueError`, `TypeError`, ...), so code that
+never heard of adafv still catches it sensibly.
+"""
+
+
+class AdaFVError(Exception):
+    """Base class of all errors raised by adafv."""
+
+
+class BudgetError(AdaFVError, ValueError):
+    """`keep` is not a usable budget: zero, negative, above the number of tokens, NaN, or of the wrong type."""
+
+
+class OptionError(AdaFVError, ValueError):
+    """An option has a value that does not exist."""
+
+
+class PromptError(AdaFVError, ValueError):
+    """The prompt does not fit the images, or holds no text where the method needs some."""
+
+
+class CacheError(AdaFVError, ValueError):
+    """The key/value cache does not belong to this prompt."""
+
+
+class ImageError(AdaFVError, ValueError):
+    """A file, URL or stream is not an image that can be read safely."""
+
+
+class UnsupportedModelError(AdaFVError, TypeError):
+    """The model's class, tower or configuration is not supported."""
+
+
+class UnsupportedCallError(AdaFVError, ValueError):
+    """The model is supported, but not this way of calling it."""
+
+
+class AlreadyEnabledError(AdaFVError, RuntimeError):
+    """The model is already wrapped, by this object or by another one."""
+
+
+class VersionError(AdaFVError, ImportError):
+    """The installed transformers is older than the oldest supported release."""

@@ -1,0 +1,118 @@
+"""LLaVA-NeXT (`LlavaNextForConditionalGeneration`): a thumbnail and several crops per image ("anyres").
+
+The stock model joins the crops into one raster, cuts off the padding, and ends every row with a newline token. Where
+each patch ends up is found by sending patch numbers instead of features through the model's own `pack_image_features`,
+so the layout is right by construction, for every image size.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
+
+from adafv.core import ImageLayout
+from adafv.families.base import Encoded, Family
+from adafv.families.llava import feature_options
+from adafv.families.towers import TappedTower, check_tower, patch_grid, scale_down, twin_of
+
+
+class LlavaNext(Family):
+    name = "LLaVA-NeXT"
+    model_classes = ("LlavaNextForConditionalGeneration",)
+    image_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+
+    def check(self, model: Any) -> None:
+        check_tower(
+            model.model.vision_tower, model.config.vision_feature_layer, model.config.vision_feature_select_strategy
+        )
+
+    def count(self, images: Mapping[str, Any]) -> int:
+        return len(images["image_sizes"])
+
+    def take(self, model: Any, images: Mapping[str, Any], wanted: list[int]) -> dict[str, Any]:
+        pixel_values, sizes = images["pixel_values"], torch.as_tensor(images["image_sizes"])
+        if pixel_values.dim() == 4:  # the crops of all images in one row
+            crops = pixel_values.split([_crops(model, size) for size in _sizes(images)])
+            return {**images, "pixel_values": torch.cat([crops[i] for i in wanted]), "image_sizes": sizes[wanted]}
+        return {**images, "pixel_values": pixel_values[wanted], "image_sizes": sizes[wanted]}
+
+    def layouts(self, model: Any, images: Mapping[str, Any]) -> list[ImageLayout]:
+        return [self._layout(model, images, size, self._packed) for size in _sizes(images)]
+
+    def published_layouts(self, model: Any, images: Mapping[str, Any]) -> list[ImageLayout]:
+        return [self._layout(model, images, size, self._spatial) for size in _sizes(images)]
+
+    def _layout(self, model: Any, images: Mapping[str, Any], size: list[int], order: Any) -> ImageLayout:
+        side = model.config.vision_config.image_size
+        tiling = get_anyres_image_grid_shape(tuple(size), model.config.image_grid_pinpoints, side)
+        crops = _crops(model, size)
+        rows, columns = patch_grid(model.model.vision_tower, *images["pixel_values"].shape[-2:])
+        numbers = torch.arange(crops * rows * columns).view(crops, rows * columns)
+        source = order(model, numbers, size, (*tiling, rows, columns))
+        return ImageLayout(source, crops, rows, columns, tiling)
+
+    @staticmethod
+    def _packed(model: Any, numbers: Tensor, size: list[int], grid: tuple[int, int, int, int]) -> Tensor:
+        packed, _ = model.model.pack_image_features(
+            [numbers.unsqueeze(-1).double()],
+            torch.tensor([size]),
+            vision_feature_select_strategy="default",
+            image_newline=torch.tensor([-1.0], dtype=torch.double),
+        )
+        return packed[0].squeeze(-1).long()
+
+    @staticmethod
+    def _spatial(model: Any, numbers: Tensor, size: list[int], grid: tuple[int, int, int, int]) -> Tensor:
+        """Thumbnail, then the crops merged into one raster: no unpadding, no newline tokens."""
+        raster = numbers[1:].view(grid).transpose(1, 2)
+        return torch.cat((numbers[0], raster.flatten()))
+
+    def filler(self, model: Any) -> Tensor | None:
+        return model.model.image_newline
+
+    def encode(
+        self, model: Any, images: Mapping[str, Any], *, saliency: bool, grid: tuple[int, int] | None = None
+    ) -> Encoded:
+        layer, strategy = feature_options(model, images)
+        tower = TappedTower(model.model.vision_tower, layer, saliency)
+        twin = twin_of(model.model)
+        twin.__dict__["vision_tower"] = tower
+        # The stock method, stopped short of packing: tokens are placed later, and only those that stay.
+        crops: list[Tensor] = []
+        twin.__dict__["pack_image_features"] = lambda features, *args, **kwargs: (crops.extend(features), None)
+        if grid is not None:  # the image at low resolution is its thumbnail at low resolution
+            pixels = scale_down(self._thumbnails(model, images), model.model.vision_tower, grid)
+            states = tower(pixels, interpolate_pos_encoding=True).hidden_states
+            read = [states[index][:, 1:] for index in ([layer] if isinstance(layer, int) else layer)]
+            return Encoded(list(model.model.multi_modal_projector(torch.cat(read, dim=-1))), None)
+        twin.get_image_features(
+            images["pixel_values"],
+            images["image_sizes"],
+            vision_feature_layer=layer,
+            vision_feature_select_strategy=strategy,
+            return_dict=True,
+        )
+        features = [crop.flatten(0, 1) for crop in crops]
+        if not saliency:
+            return Encoded(features, None)
+        return Encoded(features, [part.flatten() for part in tower.saliency.split([len(crop) for crop in crops])])
+
+    @staticmethod
+    def _thumbnails(model: Any, images: Mapping[str, Any]) -> Tensor:
+        pixel_values = images["pixel_values"]
+        if pixel_values.dim() == 5:
+            return pixel_values[:, 0]
+        return torch.stack([crops[0] for crops in pixel_values.split([_crops(model, size) for size in _sizes(images)])])
+
+
+def _crops(model: Any, size: list[int]) -> int:
+    """Number of crops of an image of `size` (height, width), thumbnail included."""
+    side = model.config.vision_config.image_size
+    return image_size_to_num_patches(tuple(size), model.config.image_grid_pinpoints, side)
+
+
+def _sizes(images: Mapping[str, Any]) -> list[list[int]]:
+    """(height, width) of every image; a list on the host, as the stock model makes it."""
+    return torch.as_tensor(images["image_sizes"]).tolist()

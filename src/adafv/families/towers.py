@@ -1,0 +1,214 @@
+"""Vision towers with a [CLS] token, and how their saliency is read without touching them.
+
+For one call a *twin* of the tower is built: new Python objects for the modules on the way to the tapped layer, the same
+parameters, buffers and all other modules. In the twin, layers that nothing reads are left out, the tapped layer's
+attention names an attention function of ours in a config of its own, and the read layers hand over their output. The
+model itself is never written to, so nothing must be undone, two threads do not meet, and an exception leaves no trace.
+
+Why not output_attentions=True: transformers then falls back to eager attention in every layer, which costs a quarter of
+the tower's time and the full attention maps in memory. Why not forward hooks on the model: they are shared by all
+threads, and skipping the dead layers with them would need an exception as control flow.
+"""
+
+import copy
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from adafv.core import class_attention
+from adafv.errors import UnsupportedModelError
+
+TAPPED_ATTENTION = "adafv_tapped"
+"""Name of our attention function in transformers' registry; only twins ever name it."""
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """Where a tower class keeps its layers, and a layer its attention."""
+
+    layers: str
+    attention: str
+
+
+TOWERS = {
+    "CLIPVisionModel": TowerShape("encoder.layers", "self_attn"),
+    "ViTModel": TowerShape("layers", "attention"),
+}
+"""Towers whose token 0 is [CLS] and whose attention goes through transformers' attention interface."""
+
+
+def check_tower(tower: nn.Module, feature_layers: int | list[int], strategy: str) -> None:
+    """Raise UnsupportedModelError unless the saliency of this tower can be read and its tokens are its patches."""
+    tower = _uncompiled(tower)
+    if type(tower).__name__ not in TOWERS:
+        raise UnsupportedModelError(
+            f"the vision tower {type(tower).__name__} is not supported: saliency needs a tower with a [CLS] token; "
+            f"supported are: {', '.join(TOWERS)}"
+        )
+    if strategy != "default":
+        raise UnsupportedModelError(
+            f"vision_feature_select_strategy={strategy!r} passes [CLS] to the language model as a visual token; "
+            "only 'default' is supported"
+        )
+    _read_layers(feature_layers, len(_layers_of(tower)))
+
+
+class TappedTower:
+    """Stands in for a model's `vision_tower` during one call: same output, plus the saliency, less the dead layers.
+
+    Args:
+        tower: the model's vision tower; it is not changed.
+        feature_layers: `vision_feature_layer` of the model: which hidden states the projector reads.
+        saliency: whether to read the saliency of the deepest of those layers.
+
+    After a call, `saliency` holds [crops, patches] float32.
+    """
+
+    def __init__(self, tower: nn.Module, feature_layers: int | list[int], saliency: bool) -> None:
+        tower = _uncompiled(tower)
+        shape = TOWERS[type(tower).__name__]
+        layers = list(_layers_of(tower))
+        self._states: list[Tensor | None] = [None] * (len(layers) + 1)
+        self._tapped: list[Tensor] = []
+        self._wanted = saliency
+
+        read = _read_layers(feature_layers, len(layers))
+        deepest = max(read)
+        layers = layers[:deepest]
+        for index in read:
+            layers[index - 1] = twin_of(layers[index - 1])
+            layers[index - 1].register_forward_hook(self._record(index))
+        if saliency:
+            attention = getattr(layers[deepest - 1], shape.attention)
+            layers[deepest - 1]._modules[shape.attention] = _tapped_twin(attention, self._tapped)
+        self._twin = _with_layers(tower, shape.layers.split("."), layers)
+
+    def _record(self, index: int) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            self._states[index] = output[0] if isinstance(output, tuple) else output
+
+        return record
+
+    def __call__(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        kwargs |= {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
+        self._twin(pixel_values, **kwargs)
+        if self._wanted and not self._tapped:
+            raise UnsupportedModelError(
+                "the tower's attention did not run through transformers' attention interface, so there is no saliency; "
+                "was a forward method of the tower replaced?"
+            )
+        return BaseModelOutputWithPooling(hidden_states=tuple(self._states))  # type: ignore[arg-type]
+
+    @property
+    def saliency(self) -> Tensor:
+        return self._tapped[-1]
+
+
+def patch_grid(tower: nn.Module, height: int, width: int) -> tuple[int, int]:
+    """(rows, columns) of patches that the tower makes of one crop of height x width pixels."""
+    patch_height, patch_width = patch_size(tower)
+    return height // patch_height, width // patch_width
+
+
+def patch_size(tower: nn.Module) -> tuple[int, int]:
+    """(height, width) of one patch, in pixels."""
+    size = tower.config.patch_size  # type: ignore[union-attr]
+    return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value,arg-type]
+
+
+def scale_down(pixel_values: Tensor, tower: nn.Module, grid: tuple[int, int]) -> Tensor:
+    """[images, 3, H, W] scaled to `grid` (rows, columns) patches of the tower, antialiased."""
+    height, width = (count * size for count, size in zip(grid, patch_size(tower), strict=True))
+    scaled = nn.functional.interpolate(
+        pixel_values.float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False
+    )
+    return scaled.to(pixel_values.dtype)
+
+
+def twin_of(module: nn.Module, **modules: nn.Module) -> Any:
+    """A second object for `module` with the same parameters, buffers and submodules, except those in `modules`.
+
+    Hooks registered on the twin stay on the twin. Accelerate's device hooks, which replace `forward` on the object, are
+    bound anew so that they run the twin.
+    """
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_modules"] = {**module._modules, **modules}
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        if hooks in module.__dict__:
+            twin.__dict__[hooks] = OrderedDict(module.__dict__[hooks])
+    twin.__dict__["_compiled_call_impl"] = None
+    if twin.__dict__.pop("forward", None) is not None:
+        device_hook = module.__dict__.get("_hf_hook")
+        if device_hook is None:
+            raise UnsupportedModelError(
+                f"the forward method of {type(module).__name__} in the vision tower was replaced on the object; "
+                "adafv cannot read the saliency through it. Use module.compile() rather than "
+                "module.forward = torch.compile(module.forward)"
+            )
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = device_hook.pre_forward(twin, *args, **kwargs)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not device_hook.no_grad):
+                output = type(twin).forward(twin, *args, **kwargs)
+            return device_hook.post_forward(twin, output)
+
+        twin.__dict__["forward"] = forward
+    return twin
+
+
+def _tapped_twin(attention: nn.Module, sink: list[Tensor]) -> nn.Module:
+    config = attention.config
+    default = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+    twin = twin_of(attention)
+    twin.__dict__["adafv_sink"] = sink
+    twin.__dict__["adafv_attention"] = ALL_ATTENTION_FUNCTIONS.get_interface(
+        config._attn_implementation,  # type: ignore[union-attr,arg-type]
+        default,  # type: ignore[arg-type]
+    )
+    twin.__dict__["config"] = copy.copy(config)
+    twin.__dict__["config"]._attn_implementation_internal = TAPPED_ATTENTION
+    return twin
+
+
+def _tapped_attention(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    scaling = kwargs.get("scaling")
+    with torch.no_grad():
+        module.adafv_sink.append(class_attention(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling))
+    return module.adafv_attention(module, query, key, *args, **kwargs)
+
+
+AttentionInterface.register(TAPPED_ATTENTION, _tapped_attention)
+
+
+def _with_layers(module: nn.Module, path: list[str], layers: list[nn.Module]) -> Any:
+    if len(path) == 1:
+        return twin_of(module, **{path[0]: nn.ModuleList(layers)})
+    return twin_of(module, **{path[0]: _with_layers(getattr(module, path[0]), path[1:], layers)})
+
+
+def _layers_of(tower: nn.Module) -> nn.ModuleList:
+    return tower.get_submodule(TOWERS[type(tower).__name__].layers)  # type: ignore[return-value]
+
+
+def _read_layers(feature_layers: int | list[int], layers: int) -> list[int]:
+    """The hidden states that are read, as positive indices; hidden state i is the output of layer i - 1."""
+    wanted = [feature_layers] if isinstance(feature_layers, int) else list(feature_layers)
+    read = [index if index >= 0 else index + layers + 1 for index in wanted]
+    if not all(1 <= index <= layers for index in read):
+        raise UnsupportedModelError(
+            f"vision_feature_layer={feature_layers} does not name the output of one of the tower's {layers} layers"
+        )
+    return read
+
+
+def _uncompiled(tower: nn.Module) -> nn.Module:
+    """The module inside torch.compile(tower); the twin runs uncompiled."""
+    return getattr(tower, "_orig_mod", tower)

@@ -1,0 +1,9 @@
+"""Ways to choose the visual tokens that stay: one small file each.
+
+Every module of this package that defines a `Method` is found by itself; adding a method touches one new file and its
+test. `methods/base.py` is the whole interface.
+"""
+
+from adafv.methods.base import Kept, Method, VisualTokens, known_methods, method_named
+
+__all__ = ["Kept", "Method", "VisualTokens", "known_methods", "method_named"]

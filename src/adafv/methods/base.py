@@ -1,0 +1,120 @@
+"""The one interface of a pruning method.
+
+Why it looks like this. kvpress gives each method a dataclass in a file of its own, with its parameters as fields, and
+all methods share one way of being applied; that is what makes its catalogue easy to extend and to test as a matrix. We
+do the same, and keep a method free of models and engines: it sees tensors and returns indices. So the same object works
+in transformers and in vLLM, one image or many, and a test needs no model.
+
+A method takes part at up to two points, in this order:
+
+    grid     before the tower: look at the image at a lower resolution (down-sampling)
+    select   between projector and language model: choose tokens, or replace them by merged ones
+
+Methods that prune inside the language model need a third point, the layers; it will be added with the first of them.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from adafv.core import ImageLayout
+from adafv.errors import OptionError
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """What a method sees: G images with the same number N of visual tokens each."""
+
+    features: Tensor
+    """[G, N, D], the visual tokens as the language model would read them."""
+    saliency: Tensor | None
+    """[G, N] float32, attention of [CLS] (see `adafv.core.class_attention`); None unless `needs_saliency`."""
+    text: Tensor | None
+    """[G, T, D], input embeddings of the text that counts; None unless `needs_text`."""
+    text_mask: Tensor | None
+    """[G, T] bool, False on padding."""
+    shows_patch: Tensor
+    """[G, N] bool, False for tokens that show no part of the image, such as newlines."""
+    source: Tensor
+    """[G, N] long, where each token comes from: see `adafv.core.ImageLayout`."""
+    crops: int
+    rows: int
+    columns: int
+    grid: tuple[int, int] | None = None
+    """(rows, columns) of `features` where the method asked for a lower resolution: then they are [G, rows * columns, D]."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a method decided; the leading dimension is that of `VisualTokens`."""
+
+    indices: Tensor
+    """[G, K] long, ascending. For merged tokens: the token that stands for the merged ones."""
+    features: Tensor | None = None
+    """[G, K, D], what the language model reads in their place; None: the tokens at `indices` as they are."""
+    text_attention: Tensor | None = None
+    """[G, N] float32, where the method computed it."""
+    objective: Tensor | None = None
+    """[G] geometric mean of the kept set, where the method maximises it."""
+    certificate: Tensor | None = None
+    """[G] share by which the objective may fall short of the best set of K tokens, where it is known."""
+
+
+class Method(ABC):
+    """A pruning method. Subclasses are dataclasses whose fields are the method's parameters."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for the catalogue, with the source."""
+    needs_text: ClassVar[bool] = False
+    needs_saliency: ClassVar[bool] = False
+    published_layout: bool = False
+    """Whether the tokens are to be laid out as the published AdaFV code does (see `families`)."""
+
+    def budget(self, keep: int, layout: ImageLayout) -> int:
+        """The number of tokens really kept for a budget of `keep`; known before the tower runs."""
+        return keep
+
+    def grid(self, keep: int, layout: ImageLayout) -> tuple[int, int] | None:
+        """(rows, columns) at which the tower should see the image, or None for full resolution."""
+        return None
+
+    @abstractmethod
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        """Choose `keep` tokens, as returned by `budget`. Called only where 0 < keep < N."""
+
+
+@cache
+def _method_classes() -> dict[str, type[Method]]:
+    package = importlib.import_module("adafv.methods")
+    found = {}
+    for module_info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"adafv.methods.{module_info.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__:
+                if "name" in vars(value):
+                    found[value.name] = value
+    return dict(sorted(found.items()))
+
+
+def known_methods() -> dict[str, type[Method]]:
+    """Every method in this package, by name."""
+    return dict(_method_classes())
+
+
+def method_named(name: str, **parameters: Any) -> Method:
+    """An instance of the method called `name`.
+
+    Raises:
+        OptionError: there is no such method.
+    """
+    try:
+        method = _method_classes()[name]
+    except KeyError:
+        raise OptionError(f"there is no method {name!r}; known are: {', '.join(_method_classes())}") from None
+    return method(**parameters)
