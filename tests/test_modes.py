@@ -1,0 +1,462 @@
+"""Ways of calling that need more than a prompt in and tokens out. Each is right by the oracle, or refused."""
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from models import END, FAMILIES, IMAGE, PAD, VOCABULARY, FamilyRow, image_lengths, make_inputs, text_config, words
+from oracle import kept_logits, masked_inputs
+from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from adafv import AdaFV, Pruner, compress
+from adafv.errors import CacheError, PromptError, UnsupportedCallError
+
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+KEEP = 0.3
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda row: row.name)
+def family(request: pytest.FixtureRequest) -> FamilyRow:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family: FamilyRow) -> Any:
+    return family.build()
+
+
+def answer(sequences: torch.Tensor, inputs: dict[str, Any]) -> list[list[int]]:
+    return sequences[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("batch", [([1], "left"), ([1, 2], "right"), ([1, 0], "left")], ids=str)
+def test_labels_and_backward(family: FamilyRow, batch: Any) -> None:
+    model = family.build()
+    inputs = make_inputs(family, model, *batch)
+    labels = inputs["input_ids"].masked_fill((inputs["attention_mask"] == 0) | (inputs["input_ids"] == IMAGE), -100)
+    # The token right after an image is predicted from the last visual token, which may be dropped: not comparable.
+    after_image = (inputs["input_ids"] == IMAGE).roll(1, 1)
+    labels = labels.masked_fill(after_image, -100)
+
+    with AdaFV(keep=KEEP)(model) as adafv:
+        pruned = model(**inputs, labels=labels)
+        pruned.loss.backward()
+    mine = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    expected = model(**masked_inputs(inputs, adafv.last.keep_mask), labels=labels)
+    expected.loss.backward()
+    theirs = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    torch.testing.assert_close(pruned.loss, expected.loss, **TOLERANCE)
+    assert any("vision_tower" in name for name in mine)
+    assert any("multi_modal_projector" in name for name in mine)
+    for name, gradient in mine.items():
+        torch.testing.assert_close(gradient, theirs[name], atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_training_mode_with_gradient_checkpointing(family: FamilyRow) -> None:
+    model = family.build()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    inputs = make_inputs(family, model, [1, 1])
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    with AdaFV(keep=KEEP)(model):
+        model(**inputs, labels=labels).loss.backward()
+    assert all(
+        parameter.grad is not None for name, parameter in model.multi_modal_projector.named_parameters()
+    ) if hasattr(model, "multi_modal_projector") else True
+
+
+# ---------------------------------------------------------------------------------------------- decoding
+
+
+class Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.pieces: list[torch.Tensor] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.pieces.append(value)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_streaming_shows_the_callers_prompt(family: FamilyRow, model: Any) -> None:
+    inputs = make_inputs(family, model, [1])
+    streamer = Recorder()
+    with AdaFV(keep=KEEP)(model):
+        output = model.generate(**inputs, **GREEDY, streamer=streamer)
+    assert streamer.ended
+    assert streamer.pieces[0].tolist() == inputs["input_ids"].tolist()
+    assert torch.cat([piece.flatten() for piece in streamer.pieces]).tolist() == output[0].tolist()
+
+
+class SeesPrompt(StoppingCriteria, LogitsProcessor):
+    """What most criteria do: cut the prompt off by its length."""
+
+    def __init__(self, prompt: torch.Tensor) -> None:
+        self.prompt, self.seen = prompt, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any) -> Any:
+        rows = input_ids.shape[0] // self.prompt.shape[0]
+        assert torch.equal(input_ids[:, : self.prompt.shape[1]], self.prompt.repeat_interleave(rows, 0))
+        self.seen = max(self.seen, input_ids.shape[1] - self.prompt.shape[1])
+        return scores if isinstance(scores, torch.Tensor) and scores.dim() == 2 else torch.zeros(len(input_ids)).bool()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_callers_hooks_see_the_callers_prompt(family: FamilyRow, model: Any, beams: int) -> None:
+    inputs = make_inputs(family, model, [1, 1])
+    processor, criterion = SeesPrompt(inputs["input_ids"]), SeesPrompt(inputs["input_ids"])
+    allowed_lengths = set()
+
+    def allowed(batch: int, tokens: torch.Tensor) -> list[int]:
+        assert torch.equal(tokens[: inputs["input_ids"].shape[1]], inputs["input_ids"][batch])
+        allowed_lengths.add(len(tokens) - inputs["input_ids"].shape[1])
+        return list(range(3, 60))
+
+    with AdaFV(keep=KEEP)(model):
+        output = model.generate(
+            **inputs,
+            max_new_tokens=4,
+            num_beams=beams,
+            do_sample=False,
+            logits_processor=[processor],
+            stopping_criteria=[criterion],
+            prefix_allowed_tokens_fn=allowed,
+        )
+    assert (processor.seen, criterion.seen) == (3, 4)
+    assert allowed_lengths == {0, 1, 2, 3}
+    assert all(3 <= token < 60 for row in answer(output, inputs) for token in row)
+
+
+def test_stopping_criterion_stops(family: FamilyRow, model: Any) -> None:
+    inputs = make_inputs(family, model, [1])
+    with AdaFV(keep=KEEP)(model):
+        free = answer(model.generate(**inputs, **GREEDY), inputs)[0]
+
+        class Stop(StoppingCriteria):
+            def __call__(self, input_ids: torch.Tensor, scores: Any) -> torch.Tensor:
+                return torch.tensor([input_ids.shape[1] >= inputs["input_ids"].shape[1] + 2])
+
+        stopped = answer(model.generate(**inputs, **GREEDY, stopping_criteria=[Stop()]), inputs)[0]
+    assert stopped == free[:2]
+
+
+def test_lengths_count_the_callers_prompt(family: FamilyRow, model: Any) -> None:
+    inputs = make_inputs(family, model, [1])
+    length = inputs["input_ids"].shape[1]
+    with AdaFV(keep=KEEP)(model):
+        output = model.generate(**inputs, max_length=length + 5, min_length=length + 5, do_sample=False)
+        assert output.shape[1] == length + 5
+        config = copy.deepcopy(model.generation_config)
+        config.max_length, config.min_length, config.do_sample = length + 4, length + 4, False
+        assert model.generate(**inputs, generation_config=config).shape[1] == length + 4
+        with pytest.raises(UnsupportedCallError, match="max_length"):
+            model.generate(**inputs, max_length=length - 1)
+
+
+def test_assisted_decoding(family: FamilyRow, model: Any) -> None:
+    inputs = make_inputs(family, model, [1])
+    torch.manual_seed(0)
+    assistant = LlamaForCausalLM(text_config()).eval()
+    assistant.generation_config.pad_token_id, assistant.generation_config.eos_token_id = PAD, END
+    twin = family.build()
+    with AdaFV(keep=KEEP)(model):
+        plain = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        lookup = model.generate(**inputs, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
+        assisted = model.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_model=assistant)
+        same = model.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_model=twin)
+        with AdaFV(keep=KEEP)(twin):
+            wrapped = model.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_model=twin)
+    for other in (lookup, assisted, same, wrapped):
+        assert other.tolist() == plain.tolist()
+
+
+def test_key_value_cache_is_shorter_by_what_was_dropped(family: FamilyRow, model: Any) -> None:
+    inputs = make_inputs(family, model, [2])
+    with AdaFV(keep=5)(model) as adafv:
+        output = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    dropped = sum(adafv.last.tokens_before) - sum(adafv.last.tokens_after)
+    assert adafv.last.tokens_after == [5, 5]
+    new = output.sequences.shape[1] - inputs["input_ids"].shape[1]
+    assert output.past_key_values.get_seq_length() == inputs["input_ids"].shape[1] - dropped + new - 1
+    bytes_held = sum(
+        part.numel() * part.element_size()
+        for layer in output.past_key_values.layers
+        for part in (layer.keys, layer.values)
+    )
+    per_token = adafv.last.kv_bytes_after // adafv.last.prompt_length_after
+    assert bytes_held == adafv.last.kv_bytes_after + (new - 1) * per_token
+
+
+@pytest.mark.parametrize("keep", [1.0, "all"], ids=["share", "count"])
+@pytest.mark.parametrize("batch", [([1], "left"), ([2, 0, 1], "left")], ids=str)
+def test_keep_all_is_bit_equal_to_stock(family: FamilyRow, model: Any, keep: Any, batch: Any) -> None:
+    inputs = make_inputs(family, model, *batch)
+    lengths = image_lengths(model, {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes")})
+    if keep == "all":
+        if len(set(lengths)) > 1:
+            pytest.skip("images of different sizes have no common count")
+        keep = lengths[0]
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    stock, stock_forward = model.generate(**inputs, **options), model(**inputs).logits
+    with AdaFV(keep=keep)(model):
+        pruned, pruned_forward = model.generate(**inputs, **options), model(**inputs).logits
+    assert torch.equal(torch.stack(pruned.logits), torch.stack(stock.logits))
+    assert torch.equal(pruned.sequences, stock.sequences)
+    assert torch.equal(pruned_forward, stock_forward)
+
+
+def test_bfloat16(family: FamilyRow) -> None:
+    model = family.build(dtype=torch.bfloat16)
+    inputs = make_inputs(family, model, [1, 1])
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    with torch.no_grad(), AdaFV(keep=KEEP)(model) as adafv:
+        pruned = model(**inputs).logits
+    oracle = masked_inputs(inputs, adafv.last.keep_mask)
+    with torch.no_grad():
+        expected = model(**oracle).logits
+    short = compress(model, inputs, KEEP)["attention_mask"]
+    for mine, theirs in zip(kept_logits(pruned, short), kept_logits(expected, oracle["attention_mask"]), strict=True):
+        assert (mine - theirs).abs().max() < 0.05 * theirs.abs().max()
+
+
+# ------------------------------------------------------------------------------------- conversations
+
+
+def first_turn(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
+    return model.generate(**inputs, **GREEDY, return_dict_in_generate=True, **options)
+
+
+def more_text(sequences: torch.Tensor, count: int = 5) -> torch.Tensor:
+    return torch.cat((sequences, torch.tensor([words(count, 50 + row) for row in range(len(sequences))])), 1)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("batch", [([1], "left"), ([1, 2], "left"), ([0, 1], "left")], ids=str)
+@pytest.mark.parametrize("cache", ["kept", "copied", "static"])
+def test_second_turn_on_a_kept_cache(family: FamilyRow, model: Any, batch: Any, positions: str, cache: str) -> None:
+    inputs = make_inputs(family, model, *batch)
+    given = {}
+    if cache == "static":
+        given["past_key_values"] = StaticCache(config=model.config.get_text_config(), max_cache_len=300)
+    adafv = AdaFV(keep=KEEP, positions=positions)
+    with adafv(model) as handle:
+        one = first_turn(model, inputs, **given)
+        mask = handle.last.keep_mask
+        kept_cache = copy.deepcopy(one.past_key_values) if cache == "copied" else one.past_key_values
+        conversation = more_text(one.sequences)
+        new = conversation.shape[1] - inputs["input_ids"].shape[1]
+        attention = torch.cat((inputs["attention_mask"], torch.ones(len(conversation), new, dtype=torch.long)), 1)
+    with adafv(model):  # another `with` block: what was dropped travels with the cache
+        two = model.generate(
+            input_ids=conversation, attention_mask=attention, past_key_values=kept_cache, **GREEDY,
+            return_dict_in_generate=True, output_logits=True,
+        )
+    images = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes")}
+    full_mask = torch.cat((mask, torch.ones(len(mask), new, dtype=torch.bool)), 1)
+    oracle = masked_inputs({"input_ids": conversation, "attention_mask": attention, **images}, full_mask, positions)
+    expected = model.generate(**oracle, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    assert two.sequences.tolist() == expected.sequences.tolist()
+    for mine, theirs in zip(two.logits, expected.logits, strict=True):
+        torch.testing.assert_close(mine, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("pixels", ["all", "new"])
+def test_new_image_in_turn_two(family: FamilyRow, model: Any, pixels: str) -> None:
+    both = make_inputs(family, model, [2])
+    row = both["input_ids"][0].tolist()
+    lengths = image_lengths(model, {k: v for k, v in both.items() if k in ("pixel_values", "image_sizes")})
+    cut = row.index(IMAGE) + lengths[0] + 1  # after the first image and one word
+    images = {k: v[:1] for k, v in both.items() if k in ("pixel_values", "image_sizes")}
+    inputs = {"input_ids": both["input_ids"][:, :cut], "attention_mask": both["attention_mask"][:, :cut], **images}
+    with AdaFV(keep=KEEP)(model) as adafv:
+        one = first_turn(model, inputs)
+        first_mask = adafv.last.keep_mask
+        conversation = torch.cat((one.sequences, both["input_ids"][:, cut:]), 1)
+        attention = torch.ones_like(conversation)
+        given = {k: v if pixels == "all" else v[1:] for k, v in both.items() if k in ("pixel_values", "image_sizes")}
+        two = model.generate(
+            input_ids=conversation, attention_mask=attention, past_key_values=one.past_key_values, **given, **GREEDY,
+            return_dict_in_generate=True, output_logits=True,
+        )
+        mask = adafv.last.keep_mask
+    assert adafv.last.tokens_before == [lengths[1]]
+    assert torch.equal(mask[:, : first_mask.shape[1]], first_mask)
+    images = {k: v for k, v in both.items() if k in ("pixel_values", "image_sizes")}
+    oracle = masked_inputs({"input_ids": conversation, "attention_mask": attention, **images}, mask)
+    expected = model.generate(**oracle, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    assert two.sequences.tolist() == expected.sequences.tolist()
+    for mine, theirs in zip(two.logits, expected.logits, strict=True):
+        torch.testing.assert_close(mine, theirs, **TOLERANCE)
+
+
+def test_third_turn(family: FamilyRow, model: Any) -> None:
+    inputs = make_inputs(family, model, [1])
+    images = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes")}
+    with AdaFV(keep=KEEP)(model) as adafv:
+        one = first_turn(model, inputs)
+        two = first_turn(model, {"input_ids": more_text(one.sequences), "past_key_values": one.past_key_values})
+        three = first_turn(model, {"input_ids": more_text(two.sequences), "past_key_values": two.past_key_values})
+        mask = adafv.last.keep_mask
+    conversation = more_text(two.sequences)
+    mask = torch.cat((mask, torch.ones(1, conversation.shape[1] - mask.shape[1], dtype=torch.bool)), 1)
+    expected = model.generate(**masked_inputs({"input_ids": conversation, **images}, mask), **GREEDY)
+    assert three.sequences.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("position_ids", ["left-out", "given"])
+def test_decoding_by_hand_with_forward(family: FamilyRow, model: Any, positions: str, position_ids: str) -> None:
+    inputs = make_inputs(family, model, [1, 2])
+    mask = inputs["attention_mask"]
+    length = mask.shape[1]
+
+    def places(mask: torch.Tensor, new: int) -> dict[str, torch.Tensor]:
+        return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -new:]} if position_ids == "given" else {}
+
+    if positions == "original" and position_ids == "left-out":
+        pytest.skip("the stock forward counts padding then, and differs per row from the oracle's positions by it alone")
+    with torch.no_grad(), AdaFV(keep=KEEP, positions=positions)(model) as adafv:
+        output = model(**inputs, **places(mask, length), use_cache=True)
+        tokens, logits = [], []
+        for _ in range(4):
+            logits.append(output.logits[:, -1])
+            tokens.append(logits[-1].argmax(-1, keepdim=True))
+            mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), 1)
+            output = model(
+                input_ids=tokens[-1], attention_mask=mask, past_key_values=output.past_key_values, **places(mask, 1)
+            )
+    oracle = masked_inputs(inputs, adafv.last.keep_mask, positions)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**oracle, **options, return_dict_in_generate=True, output_logits=True)
+    if expected.sequences[:, -4:].ne(END).all():
+        assert torch.cat(tokens, 1).tolist() == answer(expected.sequences, inputs)
+    torch.testing.assert_close(logits[0], expected.logits[0], **TOLERANCE)
+    torch.testing.assert_close(logits[1], expected.logits[1], **TOLERANCE)
+
+
+def test_cache_from_another_prompt_is_refused(family: FamilyRow, model: Any) -> None:
+    inputs = make_inputs(family, model, [1])
+    with AdaFV(keep=KEEP)(model):
+        one = first_turn(model, inputs)
+        other = more_text(one.sequences)
+        other[0, 1] = (other[0, 1] + 1) % IMAGE
+        with pytest.raises(CacheError, match="another prompt"):
+            model.generate(input_ids=other, past_key_values=one.past_key_values, **GREEDY)
+        with pytest.raises(CacheError, match="only"):
+            model.generate(input_ids=one.sequences[:, :4], past_key_values=one.past_key_values, **GREEDY)
+        twice = more_text(one.sequences).repeat(2, 1)
+        with pytest.raises(CacheError, match="prompts"):
+            model.generate(input_ids=twice, past_key_values=one.past_key_values, **GREEDY)
+        with pytest.raises(CacheError, match="attention_mask"):
+            model(
+                input_ids=torch.tensor([[5]]), attention_mask=torch.ones(1, 3, dtype=torch.long),
+                past_key_values=one.past_key_values,
+            )
+
+
+def test_image_in_turn_two_on_a_text_cache(family: FamilyRow, model: Any) -> None:
+    inputs = make_inputs(family, model, [1])
+    text = torch.tensor([[1, *words(6, 4)]])
+    images = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes")}
+    with AdaFV(keep=KEEP)(model) as adafv:
+        one = first_turn(model, {"input_ids": text})
+        conversation = torch.cat((one.sequences, inputs["input_ids"]), 1)
+        two = model.generate(input_ids=conversation, past_key_values=one.past_key_values, **images, **GREEDY)
+        mask = adafv.last.keep_mask
+    expected = model.generate(**masked_inputs({"input_ids": conversation, **images}, mask), **GREEDY)
+    assert two.tolist() == expected.tolist()
+
+
+# ------------------------------------------------------------------------------------ other entrances
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("batch", [([1], "left"), ([2, 0, 1], "left")], ids=str)
+def test_inputs_embeds(family: FamilyRow, model: Any, batch: Any, with_ids: bool) -> None:
+    inputs = make_inputs(family, model, *batch)
+    ids = inputs["input_ids"] if with_ids else inputs.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids)
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    with AdaFV(keep=KEEP)(model) as adafv:
+        pruned = model.generate(**inputs, inputs_embeds=embeds, **options)
+        logits = model(**{k: v for k, v in inputs.items() if k != "input_ids"}, inputs_embeds=embeds).logits
+    oracle = masked_inputs(inputs, adafv.last.keep_mask)
+    expected = model.generate(**oracle, inputs_embeds=embeds, **options)
+    assert pruned.sequences.tolist() == expected.sequences.tolist()
+    for mine, theirs in zip(pruned.logits, expected.logits, strict=True):
+        torch.testing.assert_close(mine, theirs, **TOLERANCE)
+    torch.testing.assert_close(logits[:, -1], expected.logits[0], **TOLERANCE)
+
+
+def test_compress_by_hand(family: FamilyRow, model: Any) -> None:
+    inputs = make_inputs(family, model, [1, 2])
+    before = {name: value.clone() for name, value in inputs.items()}
+    short = compress(model, inputs, keep=KEEP)
+    output = model.generate(**short, **GREEDY)
+    expected = model.generate(**masked_inputs(inputs, short.record.keep_mask), **GREEDY)
+    assert output[:, short["input_ids"].shape[1] :].tolist() == answer(expected, inputs)
+    assert all(torch.equal(inputs[name], value) for name, value in before.items())
+    assert "pixel_values" not in short
+
+
+def test_prompt_without_image_is_untouched(family: FamilyRow, model: Any) -> None:
+    inputs = make_inputs(family, model, [0])
+    stock = model.generate(**inputs, **GREEDY)
+    with AdaFV(keep=KEEP)(model) as adafv:
+        assert torch.equal(model.generate(**inputs, **GREEDY), stock)
+        assert torch.equal(model.generate(inputs["input_ids"], **GREEDY), stock)
+        torch.testing.assert_close(model(**inputs).logits, model(inputs["input_ids"]).logits)
+    assert adafv.last is None
+
+
+def test_positional_arguments(family: FamilyRow, model: Any) -> None:
+    inputs = make_inputs(family, model, [1])
+    ids = inputs.pop("input_ids")
+    with AdaFV(keep=KEEP)(model):
+        named = model.generate(input_ids=ids, **inputs, **GREEDY)
+        assert torch.equal(model.generate(ids, **inputs, **GREEDY), named)
+        pixels = inputs.pop("pixel_values")
+        assert torch.equal(model(ids, pixels, **inputs).logits, model(input_ids=ids, pixel_values=pixels, **inputs).logits)
+
+
+def test_two_threads_generate_on_one_model(family: FamilyRow, model: Any) -> None:
+    jobs = [make_inputs(family, model, [1 + number % 2], seed=number) for number in range(6)]
+    with AdaFV(keep=KEEP)(model) as adafv:
+        alone = [(model.generate(**inputs, **GREEDY), adafv.last.kept) for inputs in jobs]
+        found: list[Any] = [None] * len(jobs)
+
+        def work(start: int) -> None:
+            for _ in range(3):
+                for number in range(start, len(jobs), 2):
+                    found[number] = (model.generate(**jobs[number], **GREEDY), adafv.last.kept)
+
+        threads = [threading.Thread(target=work, args=(start,)) for start in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for (tokens, kept), (other_tokens, other_kept) in zip(alone, found, strict=True):
+        assert torch.equal(tokens, other_tokens)
+        assert all(torch.equal(one, two) for one, two in zip(kept, other_kept, strict=True))
+
+
+def test_compiled_language_model(family: FamilyRow) -> None:
+    model = family.build()
+    inputs = make_inputs(family, model, [1])
+    with AdaFV(keep=KEEP)(model):
+        plain = model(**inputs).logits
+    model.model.language_model.compile(backend="aot_eager")
+    with torch.no_grad(), AdaFV(keep=KEEP)(model):
+        torch.testing.assert_close(model(**inputs).logits, plain, **TOLERANCE)
+        output = model.generate(**inputs, **GREEDY)
+    assert output.shape[1] <= inputs["input_ids"].shape[1] + 6
