@@ -260,7 +260,7 @@ def _wrapped_class(stock_class: type) -> type:
         """Copies and pickles are of the stock class, without the handle: a copy is an unwrapped model."""
         stock = stock_class.__new__(stock_class)
         stock.__dict__.update({name: value for name, value in model.__dict__.items() if name != _HANDLE})
-        return stock.__reduce_ex__(protocol)
+        return stock.__reduce_ex__(1)  # from protocol 2 on, pickle insists on the class of the very object
 
     names = {"generate": entry("generate"), "forward": entry("forward"), "__reduce_ex__": reduce}
     identity = {name: getattr(stock_class, name) for name in ("__module__", "__qualname__", "__doc__")}

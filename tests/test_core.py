@@ -1,0 +1,264 @@
+"""The pure functions: properties, brute force on small images, and the published search to the letter."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adafv.core import (
+    class_attention,
+    geometric_mean,
+    joint_search,
+    published_search,
+    published_tokens,
+    split_search,
+    text_to_image_attention,
+    tokens_to_keep,
+    top_tokens,
+)
+from adafv.errors import BudgetError
+
+SEARCHES = {"split": split_search, "joint": joint_search}
+
+
+def heavy_tailed(tokens: int, seed: int, batch: tuple[int, ...] = ()) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(*batch, tokens, generator=generator).mul(2).exp()
+    return scores / scores.sum(-1, keepdim=True)
+
+
+scores = st.integers(1, 40).flatmap(
+    lambda tokens: st.tuples(
+        *[st.lists(st.floats(0, 1, width=32), min_size=tokens, max_size=tokens).map(torch.tensor) for _ in range(2)],
+        st.integers(1, tokens),
+    )
+)
+
+
+@given(scores)
+@settings(max_examples=200, deadline=None)
+@pytest.mark.parametrize("search", SEARCHES)
+def test_exactly_k_distinct_tokens_in_order(search: str, case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+    text, saliency, keep = case
+    found = SEARCHES[search](text, saliency, keep)
+    assert found.indices.shape == (keep,)
+    assert (found.indices.diff() > 0).all()
+    assert 0 <= found.indices.min()
+    assert found.indices.max() < len(text)
+    assert 0 <= found.certificate <= 1
+
+
+@given(scores)
+@settings(max_examples=200, deadline=None)
+def test_joint_is_never_below_split(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+    text, saliency, keep = case
+    assert joint_search(text, saliency, keep).objective >= split_search(text, saliency, keep).objective
+
+
+@given(st.integers(2, 10), st.data())
+@settings(max_examples=150, deadline=None)
+def test_certificates_hold_against_brute_force(tokens: int, data: st.DataObject) -> None:
+    keep = data.draw(st.integers(1, tokens))
+    text, saliency = (heavy_tailed(tokens, data.draw(st.integers(0, 10_000))) for _ in range(2))
+    best = max(
+        float(geometric_mean(text, saliency, torch.tensor(choice)))
+        for choice in itertools.combinations(range(tokens), keep)
+    )
+    for search in SEARCHES.values():
+        found = search(text, saliency, keep)
+        assert found.objective <= best + 1e-6
+        assert best <= found.objective / (1 - found.certificate) + 1e-5
+
+
+def test_joint_is_the_optimum_where_its_certificate_says_so() -> None:
+    tight = 0
+    for seed in range(100):
+        text, saliency = heavy_tailed(10, seed), heavy_tailed(10, seed + 1000)
+        best = max(
+            float(geometric_mean(text, saliency, torch.tensor(choice)))
+            for choice in itertools.combinations(range(10), 4)
+        )
+        found = joint_search(text, saliency, 4)
+        if found.certificate < 1e-5:
+            tight += 1
+            assert found.objective == pytest.approx(best, rel=1e-4)
+        assert found.objective >= 0.9 * best
+    assert tight > 50
+
+
+@pytest.mark.parametrize(("tokens", "keep"), [(576, 29), (576, 58), (576, 144), (2880, 29), (2880, 144)])
+def test_certificate_is_below_one_percent_in_the_median(tokens: int, keep: int) -> None:
+    found = joint_search(heavy_tailed(tokens, 0, (64,)), heavy_tailed(tokens, 1, (64,)), keep)
+    assert found.certificate.median() < 0.01
+
+
+@given(scores)
+@settings(max_examples=100, deadline=None)
+def test_scale_of_either_score_does_not_matter(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+    text, saliency, keep = case
+    text, saliency = text.clamp_min(1e-3), saliency.clamp_min(1e-3)
+    one = joint_search(text, saliency, keep)
+    two = joint_search(text * 64, saliency / 64, keep)  # powers of two: exact in floating point
+    torch.testing.assert_close(one.objective, two.objective, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_batches_are_rows_side_by_side(search: str) -> None:
+    text, saliency = heavy_tailed(60, 0, (2, 3)), heavy_tailed(60, 1, (2, 3))
+    together = SEARCHES[search](text, saliency, 9)
+    for place in itertools.product(range(2), range(3)):
+        alone = SEARCHES[search](text[place], saliency[place], 9)
+        assert torch.equal(together.indices[place], alone.indices)
+        torch.testing.assert_close(together.objective[place], alone.objective)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_other_candidates_come_last(search: str) -> None:
+    text, saliency = heavy_tailed(20, 0), heavy_tailed(20, 1)
+    candidates = torch.arange(20) % 4 != 3
+    text[3], saliency[7] = 10.0, float("nan")  # what is no candidate must not matter
+    found = SEARCHES[search](text, saliency, 15, candidates)
+    assert torch.equal(found.indices, candidates.nonzero().flatten())
+    found = SEARCHES[search](text, saliency, 17, candidates)
+    assert set(candidates.nonzero().flatten().tolist()) < set(found.indices.tolist())
+    assert torch.equal(SEARCHES[search](text, saliency, 20, candidates).indices, torch.arange(20))
+
+
+def test_split_by_hand() -> None:
+    """Token 0 heads both lists. k1 = 1, k2 = 1 then leaves one place, which goes to the next on the saliency list."""
+    text, saliency = torch.tensor([0.6, 0.3, 0.1, 0.0]), torch.tensor([0.5, 0.1, 0.0, 0.4])
+    found = split_search(text, saliency, 2)
+    # {0, 3}: 0.6 * 0.9; {0, 1}: 0.9 * 0.6. Equal: the smaller k1 wins, that is the pick from the saliency list.
+    assert found.indices.tolist() == [0, 3]
+    assert found.objective == pytest.approx(math.sqrt(0.54))
+
+
+def published_reference(text: torch.Tensor, saliency: torch.Tensor, keep: int) -> list[int]:
+    """The published selection, spelled out in plain Python from its description."""
+    crops, patches = saliency.shape
+    total = 2 * (keep // 2 // crops) * crops
+    text_list = sorted(range(crops * patches), key=lambda j: -text[j])[:total]
+    saliency_list = []
+    for crop in range(crops):
+        best = sorted(range(patches), key=lambda j: -saliency[crop, j])[: total // crops]
+        saliency_list += [(float(saliency[crop, j]), j + crop) for j in best]
+    floor = int(total * 0.25)
+    head = [j for _, j in saliency_list[:floor]]
+    tail = sorted(saliency_list[floor:], key=lambda pair: -pair[0])
+    searched = total - 2 * floor
+    value, split = -1.0, 0
+    for first in range(searched + 1):
+        product = sum(float(text[j]) for j in text_list[floor : floor + first])
+        product *= sum(score for score, _ in tail[: searched - first])
+        if product > value + 1e-12:
+            value, split = product, first
+    return sorted(text_list[: floor + split] + head + [j for _, j in tail[: searched - split]])
+
+
+@pytest.mark.parametrize(("crops", "patches", "keep"), [(1, 40, 10), (1, 576, 58), (5, 30, 29), (5, 576, 144), (3, 20, 60)])
+def test_published_search_to_the_letter(crops: int, patches: int, keep: int) -> None:
+    for seed in range(5):
+        text, saliency = heavy_tailed(crops * patches, seed), heavy_tailed(patches, seed + 50, (crops,))
+        found = published_search(text.double(), saliency.double(), keep)
+        assert found.tolist() == published_reference(text.double(), saliency.double(), keep)
+        assert len(found) == published_tokens(keep, crops)
+
+
+def test_published_search_shows_its_bugs() -> None:
+    assert [published_tokens(144, 5), published_tokens(29, 1), published_tokens(58, 1)] == [140, 28, 58]
+    text, saliency = heavy_tailed(5 * 576, 0), heavy_tailed(576, 1, (5,))
+    found = published_search(text, saliency, 144)
+    saliency_only = set(found.tolist()) - set(text.topk(140).indices.tolist())
+    assert max(saliency_only) < 580  # every saliency pick lands on the thumbnail
+    shared = heavy_tailed(100, 3)
+    assert len(set(published_search(shared, shared[None], 20).tolist())) < 20  # paid twice
+
+
+def test_published_search_refuses_what_it_cannot_do() -> None:
+    for keep in (1, 9):
+        with pytest.raises(BudgetError):
+            published_search(heavy_tailed(50, 0), heavy_tailed(10, 0, (5,)), keep)
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+def test_class_attention_is_the_first_row_of_softmax() -> None:
+    query, key = torch.randn(2, 3, 10, 8), torch.randn(2, 3, 10, 8)
+    expected = ((query @ key.transpose(-1, -2)) * 0.3).softmax(-1)[:, :, 0, 1:].mean(1)
+    torch.testing.assert_close(class_attention(query, key, 0.3), expected)
+    torch.testing.assert_close(class_attention(query[:, :, :1], key, 0.3), expected)
+
+
+@given(st.integers(1, 5), st.integers(1, 8), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_text_attention_by_its_definition(words: int, tokens: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    text, visual = torch.randn(words, 6, generator=generator), torch.randn(tokens, 6, generator=generator)
+    expected = [
+        max(
+            math.exp(100 * float(torch.cosine_similarity(word, token, dim=0)))
+            / sum(math.exp(100 * float(torch.cosine_similarity(word, other, dim=0))) for other in visual)
+            for word in text
+        )
+        for token in visual
+    ]
+    torch.testing.assert_close(text_to_image_attention(text, visual), torch.tensor(expected), rtol=1e-3, atol=1e-5)
+
+
+def test_text_attention_ignores_what_is_masked() -> None:
+    text, visual = torch.randn(2, 4, 6), torch.randn(2, 9, 6)
+    text_mask, visual_mask = torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 9, dtype=torch.bool)
+    text_mask[0, 2:] = visual_mask[1, :4] = False
+    found = text_to_image_attention(text, visual, text_mask, visual_mask)
+    torch.testing.assert_close(found[0], text_to_image_attention(text[0, :2], visual[0]))
+    torch.testing.assert_close(found[1, 4:], text_to_image_attention(text[1], visual[1, 4:]))
+    assert (found[1, :4] == 0).all()
+
+
+def test_half_precision_inputs_are_scored_in_float32() -> None:
+    text, visual = torch.randn(4, 16).bfloat16(), torch.randn(30, 16).bfloat16()
+    found = text_to_image_attention(text, visual)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, text_to_image_attention(text.float(), visual.float()))
+
+
+def test_top_tokens() -> None:
+    values = torch.tensor([1.0, 5.0, 5.0, 2.0])
+    assert top_tokens(values, 1).tolist() == [1]  # of equals, the lower index
+    assert top_tokens(values, 3).tolist() == [1, 2, 3]
+    assert top_tokens(values, 2, torch.tensor([True, False, False, True])).tolist() == [0, 3]
+
+
+# ------------------------------------------------------------------------------------------------ budgets
+
+
+@given(st.integers(1, 3000), st.data())
+def test_budget_stays_inside_the_image(tokens: int, data: st.DataObject) -> None:
+    assert tokens_to_keep(data.draw(st.integers(1, tokens)), tokens) in range(1, tokens + 1)
+    assert tokens_to_keep(data.draw(st.floats(0, 1, exclude_min=True)), tokens) in range(1, tokens + 1)
+    assert tokens_to_keep(1.0, tokens) == tokens
+
+
+def test_budget_rounds_to_the_nearest() -> None:
+    assert [tokens_to_keep(share, 576) for share in (0.1, 0.05, 0.25, 1e-9)] == [58, 29, 144, 1]
+    import numpy
+
+    assert tokens_to_keep(numpy.int64(5), 9) == 5
+    assert tokens_to_keep(numpy.float32(0.5), 9) == 5
+
+
+@pytest.mark.parametrize("keep", [0, -3, 0.0, 1.01, math.nan, math.inf, -0.5, True, "5", None, 1j])
+def test_bad_budgets(keep: object) -> None:
+    with pytest.raises(BudgetError):
+        tokens_to_keep(keep, 100)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keep", [0, 11])
+@pytest.mark.parametrize("search", SEARCHES)
+def test_searches_check_the_budget(search: str, keep: int) -> None:
+    with pytest.raises(BudgetError):
+        SEARCHES[search](heavy_tailed(10, 0), heavy_tailed(10, 1), keep)
