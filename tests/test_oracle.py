@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, IMAGE, FamilyRow, make_inputs, words
-from oracle import kept_logits, masked_inputs
-from transformers import LlamaForCausalLM, StaticCache
+from models import FAMILIES, IMAGE, FamilyRow, make_inputs
+from oracle import STOCK_MIXES_UP_IMAGES, encoded_by_prompt, kept_logits, masked_inputs
 
-from adafv import AdaFV, Pruner, compress
+from adafv import AdaFV, compress
+from adafv.engines.transformers.calls import CHUNKED_PREFILL_KEEPS_IMAGES
+from adafv.errors import UnsupportedCallError
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 KEEP = 0.3
@@ -34,6 +35,8 @@ GENERATE = {
     "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
     "chunked-prefill": {"prefill_chunk_size": 7},
 }
+
+EXPANDING = {"beams", "beam-sample", "return-sequences", "beams-return"}
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda row: row.name)
@@ -75,12 +78,18 @@ def test_forward(family: FamilyRow, model: Any, batch: str, positions: str) -> N
 def test_generate(family: FamilyRow, model: Any, batch: str, mode: str) -> None:
     inputs = make_inputs(family, model, *BATCHES[batch])
     options = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True, **GENERATE[mode]}
+    if mode == "chunked-prefill" and not CHUNKED_PREFILL_KEEPS_IMAGES:
+        with AdaFV(keep=KEEP)(model), pytest.raises(UnsupportedCallError, match="chunked prefill"):
+            model.generate(**inputs, **options)
+        return
     torch.manual_seed(3)
     with AdaFV(keep=KEEP)(model) as adafv:
         pruned = model.generate(**inputs, **options)
     oracle = masked_inputs(inputs, adafv.last.keep_mask)
     if mode == "chunked-prefill":
         options.pop("prefill_chunk_size")
+    if STOCK_MIXES_UP_IMAGES and mode in EXPANDING:
+        oracle = encoded_by_prompt(model, oracle, IMAGE)
     torch.manual_seed(3)
     expected = model.generate(**oracle, **options)
     assert pruned.sequences.tolist() == expected.sequences.tolist()

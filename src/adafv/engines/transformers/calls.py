@@ -9,10 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers.generation.utils
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from adafv.errors import UnsupportedCallError
+
+CHUNKED_PREFILL_KEEPS_IMAGES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
+"""transformers 5.18 sends no image into any chunk, and answers without having seen it; 5.23 cuts the images up."""
 
 
 def refuse_unsupported(model: Any, arguments: dict[str, Any]) -> None:
@@ -30,6 +34,11 @@ def refuse_unsupported(model: Any, arguments: dict[str, Any]) -> None:
     implementation = str(setting("cache_implementation") or "")
     if implementation.startswith("paged") or str(model.config._attn_implementation).startswith("paged"):
         raise UnsupportedCallError("continuous batching (paged caches) takes no images; use another cache_implementation")
+    if setting("prefill_chunk_size") and not CHUNKED_PREFILL_KEEPS_IMAGES:
+        raise UnsupportedCallError(
+            "this release of transformers loses the images in chunked prefill; leave prefill_chunk_size out, or run: "
+            "pip install --upgrade transformers"
+        )
     if arguments.get("negative_prompt_ids") is not None and arguments.get("guidance_scale") not in (None, 1.0):
         raise UnsupportedCallError("classifier-free guidance with a negative prompt is not supported with pruned tokens")
 

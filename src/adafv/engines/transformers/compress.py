@@ -165,9 +165,7 @@ def compress_call(
         compaction = compact(call.prompt.attended, dropped, stays)
         _take_out(model, result, call, compaction, settings.positions, whole_conversation)
         if placed:
-            result["mm_encoder_outputs"] = {
-                "image": BaseModelOutputWithPooling(pooler_output=[choice.features for choice in choices])  # type: ignore[arg-type]
-            }
+            result["mm_encoder_outputs"] = {"image": _by_prompt(placed, choices)}
     result.compaction = call.prefix.then(compaction)
     result.contents = CacheContents(result.compaction, call.tokens)
     if placed:
@@ -410,6 +408,18 @@ def _embedded_text(
             parts.append(model.get_input_embeddings()(ids).detach().to(device))
     mask = pad_sequence([torch.ones(len(part), dtype=torch.bool, device=device) for part in parts], batch_first=True)
     return pad_sequence(parts, batch_first=True), mask
+
+
+def _by_prompt(placed: list[PlacedImage], choices: list[_Choice]) -> BaseModelOutputWithPooling:
+    """The kept features, one entry per prompt that has images.
+
+    Models read the entries one after the other, so one entry per image would do; but for beams and several return
+    sequences `generate` repeats the entries, and transformers 5.18 repeats the images of one prompt in the wrong order.
+    """
+    features: dict[int, list[Tensor]] = {}
+    for image, choice in zip(placed, choices, strict=True):
+        features.setdefault(image.row, []).append(choice.features)
+    return BaseModelOutputWithPooling(pooler_output=[torch.cat(parts) for parts in features.values()])  # type: ignore[arg-type]
 
 
 def _take_out(
