@@ -75,7 +75,7 @@ def llava(seed: int = 0, dtype: torch.dtype = torch.float32, tower: str = "clip"
     config = LlavaConfig(
         vision_config=vision_config(tower, **options.pop("vision", {})),
         text_config=text_config(**options.pop("text", {})),
-        image_token_id=IMAGE,
+        image_token_id=options.pop("image_token_id", IMAGE),
         image_seq_length=(SIDE // PATCH) ** 2,
         **options,
     )
@@ -86,7 +86,7 @@ def llava_next(seed: int = 0, dtype: torch.dtype = torch.float32, tower: str = "
     config = LlavaNextConfig(
         vision_config=vision_config(tower, **options.pop("vision", {})),
         text_config=text_config(**options.pop("text", {})),
-        image_token_id=IMAGE,
+        image_token_id=options.pop("image_token_id", IMAGE),
         image_grid_pinpoints=[[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE]],
         image_seq_length=(SIDE // PATCH) ** 2,
         **options,

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 from adafv.core import ImageLayout
+from adafv.errors import UnsupportedModelError
 from adafv.families.base import Encoded, Family
 from adafv.families.llava import feature_options
 from adafv.families.towers import TappedTower, check_tower, patch_grid, scale_down, twin_of
@@ -70,7 +71,13 @@ class LlavaNext(Family):
         return torch.cat((numbers[0], raster.flatten()))
 
     def filler(self, model: Any) -> Tensor | None:
-        return model.model.image_newline
+        newline = model.model.image_newline
+        if newline.is_meta:
+            raise UnsupportedModelError(
+                "image_newline of LLaVA-NeXT is offloaded, where the stock model cannot read it either; in device_map keep "
+                "the base model itself on a device, and offload its language model or tower"
+            )
+        return newline
 
     def encode(
         self, model: Any, images: Mapping[str, Any], *, saliency: bool, grid: tuple[int, int] | None = None

@@ -124,7 +124,16 @@ def patch_size(tower: nn.Module) -> tuple[int, int]:
 
 
 def scale_down(pixel_values: Tensor, tower: nn.Module, grid: tuple[int, int]) -> Tensor:
-    """[images, 3, H, W] scaled to `grid` (rows, columns) patches of the tower, antialiased."""
+    """[images, 3, H, W] scaled to `grid` (rows, columns) patches of the tower, antialiased.
+
+    Raises:
+        UnsupportedModelError: the tower is offloaded; transformers then cannot interpolate its position embeddings.
+    """
+    if any(parameter.is_meta for parameter in tower.parameters()):
+        raise UnsupportedModelError(
+            "down-sampling interpolates the position embeddings of the vision tower, which is offloaded; keep "
+            "model.vision_tower on a device in device_map, or use another method"
+        )
     height, width = (count * size for count, size in zip(grid, patch_size(tower), strict=True))
     scaled = nn.functional.interpolate(
         pixel_values.float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False

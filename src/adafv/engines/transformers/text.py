@@ -13,6 +13,7 @@ Templates without an end-of-turn token (LLaVA-1.5's) have one long "turn" for th
 stable choice.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from adafv.engines.transformers.prompt import PlacedImage, Prompt
-from adafv.errors import OptionError, PromptError
+from adafv.errors import OptionError, PromptError, UnsupportedCallError
 
 SCOPES = ("question", "turn", "after")
 
@@ -35,6 +36,8 @@ class ChatTemplate:
     """Tokens between an image and the words after it, such as a newline."""
     after_words: tuple[int, ...]
     """Tokens from the end of the user's words to the start of the answer."""
+    decode: Callable[[list[int]], str]
+    """Of the tokenizer; tells blank tokens from words."""
 
     @classmethod
     def of(cls, processor: Any) -> "ChatTemplate":
@@ -45,7 +48,7 @@ class ChatTemplate:
         """
         if getattr(processor, "chat_template", None) is None:
             raise OptionError("text='question' needs a processor with a chat template; use text='turn' or 'after'")
-        image, words = {"type": "image"}, ("alpha", "Omega")
+        image, words = {"type": "image"}, ("alpha", "Query")  # nothing in common at either end
         first, second = (_render(processor, [image, {"type": "text", "text": word}]) for word in words)
         placeholder = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
         if placeholder not in first:
@@ -62,10 +65,10 @@ class ChatTemplate:
         before_words: tuple[int, ...] = ()
         if front_first != front_second:
             before_words = _common_start(front_first, front_second)[-3:]
-        return cls(before_words, after_image, after_words)
+        return cls(before_words, after_image, after_words, processor.tokenizer.decode)
 
     def words(self, tokens: list[int], image_start: int, image_end: int, turn: tuple[int, int]) -> list[int]:
-        """Columns of the user's words in the turn of an image at columns image_start..image_end (exclusive)."""
+        """Columns of the user's words, blanks left out, in the turn of an image at image_start..image_end (exclusive)."""
         end = _find(tokens, self.after_words, image_end, len(tokens))
         end = turn[1] if end is None else end
         start = image_start
@@ -77,7 +80,7 @@ class ChatTemplate:
         columns = [*range(start, image_start), *range(image_end, end)]
         if tuple(tokens[image_end : image_end + len(self.after_image)]) == self.after_image:
             columns = [column for column in columns if not image_end <= column < image_end + len(self.after_image)]
-        return columns
+        return [column for column in columns if tokens[column] >= 0 and self.decode([tokens[column]]).strip()]
 
 
 def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatTemplate | None) -> Tensor:
@@ -100,6 +103,11 @@ def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatT
         counts = countable & ~prompt.special[row] & (column >= turn[0]) & (column < turn[1])
         if scope == "question":
             assert template is not None
+            if (prompt.tokens[row][countable] < 0).any():
+                raise UnsupportedCallError(
+                    "text='question' finds the user's words by their tokens; with inputs_embeds, pass input_ids too or use "
+                    "text='turn'"
+                )
             words = torch.zeros_like(counts)
             words[template.words(prompt.tokens[row].tolist(), first, last + 1, turn)] = True
             counts &= words

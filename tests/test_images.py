@@ -1,0 +1,483 @@
+"""`adafv.images`: every kind of picture reads right, and everything else is refused with a message that helps."""
+
+import contextlib
+import io
+import socket
+import struct
+import sys
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from adafv import images
+from adafv.errors import AdaFVError, ImageError
+from adafv.images import load_image, read_image
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_tidy() -> Iterator[None]:
+    """No warning escapes, no file stays open, and Pillow's global settings stay as they are."""
+    before = (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def corners() -> Image.Image:
+    """4 x 6 pixels, each corner of its own colour."""
+    image = Image.new("RGB", (4, 6), "black")
+    for place, colour in {(0, 0): RED, (3, 0): GREEN, (0, 5): BLUE, (3, 5): WHITE}.items():
+        image.putpixel(place, colour)
+    return image
+
+
+def png_header(width: int, height: int, data: bytes = b"") -> bytes:
+    """A PNG of any size on paper: the header is right, the pixels are missing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+class TestPixels:
+    @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "GIF"])
+    def test_lossless_kinds(self, kind: str) -> None:
+        image = read_image(encoded(corners(), kind), "x")
+        assert image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), np.asarray(corners()))
+
+    @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+    def test_lossy_kinds(self, kind: str) -> None:
+        image = read_image(encoded(Image.new("RGB", (16, 16), (200, 30, 60)), kind, quality=95), "x")
+        assert image.mode == "RGB"
+        assert np.abs(np.asarray(image).astype(int) - (200, 30, 60)).max() < 8
+
+    def test_grey(self) -> None:
+        image = read_image(encoded(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))), "x")
+        assert image.getpixel((5, 0)) == (5, 5, 5)
+
+    def test_black_and_white(self) -> None:
+        image = Image.new("1", (4, 4))
+        image.putpixel((1, 1), 1)
+        read = read_image(encoded(image), "x")
+        assert (read.getpixel((0, 0)), read.getpixel((1, 1))) == ((0, 0, 0), WHITE)
+
+    def test_cmyk(self) -> None:
+        image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+        red = np.asarray(read_image(encoded(image, "JPEG", quality=100), "x")).astype(int)
+        assert np.abs(red - (255, 0, 0)).max() < 12
+        assert read_image(encoded(image, "TIFF"), "x").getpixel((3, 3)) == RED
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+    def test_sixteen_bits_are_scaled(self, kind: str) -> None:
+        values = np.array([[0, 257, 32768], [65535, 128, 129], [1, 2, 3]], dtype=np.uint16)
+        read = np.asarray(read_image(encoded(Image.fromarray(values), kind), "x"))[..., 0]
+        assert read.tolist() == [[0, 1, 128], [255, 0, 1], [0, 0, 0]]
+
+    def test_big_endian_sixteen_bits(self) -> None:
+        buffer = io.BytesIO()
+        Image.frombytes("I;16B", (2, 2), np.array([0, 257, 32768, 65535], dtype=">u2").tobytes()).save(buffer, "TIFF")
+        assert np.asarray(read_image(buffer.getvalue(), "x"))[..., 0].flatten().tolist() == [0, 1, 128, 255]
+
+    def test_thirty_two_bits_are_stretched(self) -> None:
+        values = np.array([[-100_000, 0], [50_000, 100_000]], dtype=np.int32)
+        read = np.asarray(read_image(encoded(Image.fromarray(values), "TIFF"), "x"))[..., 0]
+        assert read.tolist() == [[0, 128], [191, 255]]
+
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [([0.0, 0.5, 1.0, np.nan], [0, 128, 255, 0]), ([0.0, 10.0, 255.0, 3.0], [0, 10, 255, 3])],
+    )
+    def test_floats(self, values: list[float], expected: list[int]) -> None:
+        image = Image.fromarray(np.array(values, dtype=np.float32).reshape(2, 2))
+        assert np.asarray(read_image(encoded(image, "TIFF"), "x"))[..., 0].flatten().tolist() == expected
+
+    def test_palette(self) -> None:
+        image = corners().quantize(8)
+        assert np.array_equal(np.asarray(read_image(encoded(image), "x")), np.asarray(image.convert("RGB")))
+
+    def test_palette_with_transparency(self) -> None:
+        image = Image.new("P", (2, 2), 1)
+        image.putpalette([*RED, *GREEN])
+        image.putpixel((0, 0), 0)
+        read = read_image(encoded(image, transparency=0), "x")
+        assert (read.getpixel((0, 0)), read.getpixel((1, 1))) == (WHITE, GREEN)
+
+    def test_transparent_is_white(self) -> None:
+        image = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
+        image.putpixel((1, 1), (10, 20, 30, 255))
+        image.putpixel((0, 1), (0, 0, 0, 128))
+        read = read_image(encoded(image), "x")
+        assert (read.getpixel((0, 0)), read.getpixel((1, 1))) == (WHITE, (10, 20, 30))
+        assert abs(read.getpixel((0, 1))[0] - 127) <= 1  # type: ignore[index]
+
+    def test_grey_with_alpha(self) -> None:
+        image = Image.new("LA", (2, 2), (40, 0))
+        image.putpixel((1, 1), (40, 255))
+        read = read_image(encoded(image), "x")
+        assert (read.getpixel((0, 0)), read.getpixel((1, 1))) == (WHITE, (40, 40, 40))
+
+    @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+    def test_animation_shows_its_first_frame(self, kind: str) -> None:
+        frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
+        data = encoded(
+            frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+        )
+        assert read_image(data, "x").getpixel((4, 4)) == RED
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_turned_upright(self, orientation: int, kind: str) -> None:
+        """Store the picture as a camera would that was held that way; it must come back as it was seen."""
+        seen = Image.new("RGB", (32, 48), "black")
+        for x, y, colour in ((0, 0, RED), (16, 0, GREEN), (0, 24, BLUE), (16, 24, WHITE)):
+            seen.paste(colour, (x, y, x + 16, y + 24))
+        undo = {**images._UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+        stored = seen.transpose(undo[orientation]) if orientation > 1 else seen
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        read = read_image(encoded(stored, kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {})), "x")
+        assert read.size == (32, 48)
+        assert np.abs(np.asarray(read).astype(int) - np.asarray(seen)).mean() < (0.5 if kind in ("PNG", "TIFF") else 12)
+
+    def test_damaged_exif_is_no_reason_to_refuse(self) -> None:
+        data = encoded(corners(), exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
+        assert read_image(data, "x").size == (4, 6)
+
+
+class TestRefusals:
+    def test_empty(self) -> None:
+        with pytest.raises(ImageError, match=r"x is empty; give a JPEG"):
+            read_image(b"", "x")
+
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])
+    def test_truncated_anywhere(self, kind: str) -> None:
+        noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        data = encoded(Image.fromarray(noise), kind)
+        refused = 0
+        for end in range(1, len(data) - 8, max(1, len(data) // 60)):
+            try:
+                read_image(data[:end], "x")
+            except ImageError:
+                refused += 1
+        assert refused >= 55
+
+    def test_truncated_message(self) -> None:
+        data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)), "JPEG")
+        with pytest.raises(ImageError, match=r"photo\.jpg is damaged or cut short .*; get a complete copy"):
+            read_image(data[: len(data) // 2], "photo.jpg")
+
+    def test_noise_is_refused_whatever_it_looks_like(self) -> None:
+        """Bytes broken at random must never raise anything but ImageError."""
+        generator = np.random.default_rng(1)
+        for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"):
+            good = np.frombuffer(encoded(corners(), kind), dtype=np.uint8)
+            for _ in range(40):
+                broken = good.copy()
+                broken[generator.integers(0, len(broken), 4)] = generator.integers(0, 255, 4)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    with contextlib.suppress(ImageError):
+                        read_image(broken.tobytes(), "x")
+
+    @pytest.mark.parametrize(
+        ("data", "mend"),
+        [
+            (b"just some text", "give a JPEG"),
+            (b"<!DOCTYPE html><html></html>", "web page"),
+            (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+            (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "give a JPEG"),
+            (b"%PDF-1.7", "give a JPEG"),
+        ],
+    )
+    def test_not_an_image(self, data: bytes, mend: str) -> None:
+        with pytest.raises(ImageError, match=f"x is not an image.*{mend}"):
+            read_image(data, "x")
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
+    def test_too_small(self, size: tuple[int, int]) -> None:
+        with pytest.raises(ImageError, match=f"{size[0]} x {size[1]} pixels, too small to show anything"):
+            read_image(encoded(Image.new("RGB", size)), "x")
+
+    @pytest.mark.parametrize("side", [8_001, 9_400, 20_000, 2**31 - 1])
+    def test_bomb_is_refused_by_its_header(self, side: int) -> None:
+        start = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # between 89 and 179 million Pillow warns by itself
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with pytest.raises(ImageError, match=r"x .*(pixels|damaged).*"):
+                read_image(png_header(side, side), "x")
+        assert time.perf_counter() - start < 0.5
+
+    def test_a_real_bomb(self) -> None:
+        rows = zlib.compress(b"\x00" * (20_001 * 2_000), 9)
+        with pytest.raises(ImageError, match="more than the 64 million"):
+            read_image(png_header(20_000, 20_000, rows), "x")
+
+    def test_bomb_warning_as_error(self) -> None:
+        with pytest.raises(ImageError, match="64 million"):
+            read_image(png_header(10_000, 10_000), "x")
+
+    def test_largest_that_is_decoded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(images, "MAX_PIXELS", 24)
+        assert read_image(encoded(corners()), "x").size == (4, 6)
+        monkeypatch.setattr(images, "MAX_PIXELS", 23)
+        with pytest.raises(ImageError, match="4 x 6 pixels"):
+            read_image(encoded(corners()), "x")
+
+    def test_too_many_bytes(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(images, "MAX_BYTES", 10)
+        (tmp_path / "large.png").write_bytes(encoded(corners()))
+        with pytest.raises(ImageError, match=r"large\.png is larger than"):
+            load_image(str(tmp_path / "large.png"))
+        with pytest.raises(ImageError, match="x is larger than"):
+            read_image(encoded(corners()), "x")
+
+    def test_is_an_adafv_error_and_a_value_error(self) -> None:
+        assert issubclass(ImageError, AdaFVError)
+        assert issubclass(ImageError, ValueError)
+
+
+class TestFiles:
+    def test_path(self, tmp_path: Path) -> None:
+        corners().save(tmp_path / "ein bild.png")
+        assert load_image(str(tmp_path / "ein bild.png")).size == (4, 6)
+
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(ImageError, match=r"no file .*nowhere\.png; check the path"):
+            load_image(str(tmp_path / "nowhere.png"))
+
+    def test_directory(self, tmp_path: Path) -> None:
+        with pytest.raises(ImageError, match="is a directory; name an image inside it"):
+            load_image(str(tmp_path))
+
+    @pytest.mark.parametrize("path", ["", "  ", "a\0b", "x" * 5000, "file.png/inside"])
+    def test_impossible_paths(self, path: str) -> None:
+        with pytest.raises(ImageError):
+            load_image(path)
+
+
+class _Stdin:
+    def __init__(self, data: bytes, terminal: bool = False) -> None:
+        self.buffer = io.BytesIO(data)
+        self.isatty = lambda: terminal
+
+
+class TestStandardInput:
+    def test_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "stdin", _Stdin(encoded(corners())))
+        assert load_image("-").size == (4, 6)
+
+    @pytest.mark.parametrize(
+        ("stdin", "message"),
+        [
+            (_Stdin(b""), "standard input is empty"),
+            (_Stdin(b"", terminal=True), "standard input is the terminal"),
+            (None, "standard input cannot be read"),
+        ],
+    )
+    def test_nothing_there(self, monkeypatch: pytest.MonkeyPatch, stdin: object, message: str) -> None:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(ImageError, match=message):
+            load_image("-")
+
+    def test_stops_at_the_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stdin = _Stdin(b"x" * 1000)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(images, "MAX_BYTES", 100)
+        with pytest.raises(ImageError, match="standard input is larger"):
+            load_image("-")
+        assert stdin.buffer.tell() == 101
+
+
+PAGES: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}
+
+
+def page(path: str) -> Callable[[Callable[[BaseHTTPRequestHandler], None]], None]:
+    def keep(function: Callable[[BaseHTTPRequestHandler], None]) -> None:
+        PAGES[path] = function
+
+    return keep
+
+
+def answer(handler: BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in {"Content_Length": str(len(body)), **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+@page("/image.png")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    assert handler.headers["User-Agent"] == "adafv"
+    answer(handler, 200, encoded(corners()))
+
+
+@page("/ein%20bild%C3%A4.png?a=b")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    answer(handler, 200, encoded(corners()))
+
+
+@page("/moved")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    answer(handler, 302, Location="/image.png")
+
+
+@page("/to-file")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    answer(handler, 302, Location="file:///etc/hostname")
+
+
+@page("/to-ftp")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    answer(handler, 301, Location="ftp://127.0.0.1/image.png")
+
+
+@page("/circle")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    answer(handler, 302, Location="/circle")
+
+
+@page("/page")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    answer(handler, 200, b"<!doctype html><p>hello")
+
+
+@page("/broken")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    answer(handler, 500)
+
+
+@page("/announced")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    answer(handler, 200, b"x", Content_Length="999999999999")
+
+
+@page("/breaks-off")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    answer(handler, 200, encoded(corners()), Content_Length="100000")
+
+
+@page("/endless")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(200):
+        handler.wfile.write(b"x" * 100_000)
+
+
+@page("/silent")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    time.sleep(1.5)
+
+
+@page("/nonsense")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"this is not http\r\n\r\n")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        with contextlib.suppress(OSError):  # the client has had enough, which is what some tests are about
+            PAGES.get(self.path, lambda handler: answer(handler, 404))(self)
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+        thread.join()
+
+
+class TestAddresses:
+    @pytest.fixture(autouse=True)
+    def no_proxy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    @pytest.mark.parametrize("path", ["/image.png", "/moved", "/ein bildä.png?a=b", "/image.png#part"])
+    def test_image(self, server: str, path: str) -> None:
+        assert np.array_equal(np.asarray(load_image(server + path)), np.asarray(corners()))
+
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            ("/nowhere", "HTTP 404"),
+            ("/broken", "HTTP 500"),
+            ("/to-file", "not http or https"),
+            ("/to-ftp", "not http or https"),
+            ("/circle", "redirects in circles"),
+            ("/page", "web page"),
+            ("/announced", "larger than"),
+            ("/breaks-off", "broke off after"),
+            ("/nonsense", "cannot be reached"),
+        ],
+    )
+    def test_refused(self, server: str, path: str, message: str) -> None:
+        with pytest.raises(ImageError, match=message) as caught:
+            load_image(server + path)
+        assert str(caught.value).startswith(server + path)
+
+    def test_stops_at_the_limit(self, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(images, "MAX_BYTES", 300_000)
+        with pytest.raises(ImageError, match="larger than"):
+            load_image(server + "/endless")
+
+    def test_silence(self, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(images, "TIMEOUT", 0.2)
+        with pytest.raises(ImageError, match="did not answer in time"):
+            load_image(server + "/silent")
+
+    def test_drip(self, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(images, "TOTAL_TIMEOUT", -1.0)
+        with pytest.raises(ImageError, match="did not answer in time"):
+            load_image(server + "/image.png")
+
+    def test_nobody_listens(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        with pytest.raises(ImageError, match=r"cannot be reached.*check the address"):
+            load_image(f"http://127.0.0.1:{port}/image.png")
+
+    def test_unknown_host(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unknown(*args: object, **kwargs: object) -> None:
+            raise socket.gaierror(-2, "Name or service not known")
+
+        monkeypatch.setattr(socket, "getaddrinfo", unknown)
+        monkeypatch.setenv("no_proxy", "*")
+        with pytest.raises(ImageError, match=r"cannot be reached .*Name or service not known"):
+            load_image("http://no-such-host.invalid/image.png")
+
+    @pytest.mark.parametrize(
+        "url", ["file:///etc/hostname", "ftp://127.0.0.1/x.png", "http://", "http://[::1", "s3://a/b"]
+    )
+    def test_other_schemes(self, url: str) -> None:
+        with pytest.raises(ImageError):
+            load_image(url)
