@@ -1,4 +1,4 @@
-"""A tiny LLaVA checkpoint made on the spot, with everything `from_pretrained` reads: for tests of the real loading code."""
+"""A tiny LLaVA checkpoint made on the spot, with all that `from_pretrained` reads, to test the real loading code."""
 
 from pathlib import Path
 
@@ -23,8 +23,8 @@ TOKENS = (SIDE // PATCH) ** 2
 SPECIAL = ("<pad>", "<start>", "<end>", "<image>")
 TEMPLATE = (
     "{% for message in messages %}<start>{{ message['role'] }} "
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<end>{% endfor %}{% if add_generation_prompt %}<start>assistant {% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}<end>{% endfor %}{% if add_generation_prompt %}<start>assistant {% endif %}"
 )
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 

@@ -143,7 +143,7 @@ class TestAnswer:
     def test_only_the_question_counts(self, ask: Ask) -> None:
         """The template's own tokens are left out unless the user asks for them."""
         default, question, after = (
-            json.loads(ask("--keep", "4", "--json", *text).stdout)["objective"]
+            json.loads(ask("--keep", "4", "--json", *text, question="x").stdout)["objective"]
             for text in ([], ["--text", "question"], ["--text", "after"])
         )
         assert default == question != after

@@ -49,7 +49,7 @@ class GeometricMean(Method):
 
     def budget(self, keep: int, layout: ImageLayout) -> int:
         crops = layout.crops
-        if self.variant == "corrected" or keep == layout.tokens:
+        if self.variant == "corrected":
             return keep
         if keep < 2 * crops:
             raise BudgetError(

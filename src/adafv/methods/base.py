@@ -10,6 +10,8 @@ A method takes part at up to two points, in this order:
     grid     before the tower: look at the image at a lower resolution (down-sampling)
     select   between projector and language model: choose tokens, or replace them by merged ones
 
+An image that keeps all its tokens is never shown to a method.
+
 Methods that prune inside the language model need a third point, the layers; it will be added with the first of them.
 """
 
@@ -86,7 +88,7 @@ class Method(ABC):
 
     @abstractmethod
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
-        """Choose `keep` tokens, as returned by `budget`. Called only where 0 < keep < N."""
+        """Choose `keep` tokens, as returned by `budget`. 0 < keep < N."""
 
 
 @cache

@@ -32,7 +32,7 @@ class Downsample(Method):
         return max(1, math.floor(layout.rows * scale + 1e-9)), max(1, math.floor(layout.columns * scale + 1e-9))
 
     def budget(self, keep: int, layout: ImageLayout) -> int:
-        return keep if keep == layout.tokens else math.prod(self.grid(keep, layout) or ())
+        return math.prod(self.grid(keep, layout) or ())
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         assert tokens.grid is not None

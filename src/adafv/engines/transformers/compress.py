@@ -138,9 +138,12 @@ def compress_call(
         raise UnsupportedCallError("cache_position cannot be combined with pruned tokens; leave it out")
 
     keeps = [tokens_to_keep(settings.keep, image.layout.tokens) for image in placed]
-    grids = [settings.method.grid(keep, image.layout) for keep, image in zip(keeps, placed, strict=True)]
-    keeps = [settings.method.budget(keep, image.layout) for keep, image in zip(keeps, placed, strict=True)]
     pruned = [keep < image.layout.tokens for keep, image in zip(keeps, placed, strict=True)]
+    grids: list[tuple[int, int] | None] = [None] * len(placed)
+    for i, image in enumerate(placed):
+        if pruned[i]:
+            grids[i] = settings.method.grid(keeps[i], image.layout)
+            keeps[i] = settings.method.budget(keeps[i], image.layout)
     texts: list[Tensor | None] = [None] * len(placed)
     if settings.method.needs_text:
         texts = [
@@ -294,14 +297,14 @@ def _encode(
     pruned: list[bool],
     grids: list[tuple[int, int] | None],
 ) -> Encoded:
-    sizes = {grid if lose else None for grid, lose in zip(grids, pruned, strict=True)}
+    sizes = set(grids)
     wants_saliency = method.needs_saliency and any(pruned)
     if len(sizes) == 1:
         return family.encode(model, images, saliency=wants_saliency, grid=sizes.pop())
     # Down-sampling images of different sizes: one run of the tower per grid.
     features: list[Any] = [None] * len(pruned)
     for size in sizes:
-        wanted = [i for i, grid in enumerate(grids) if (grid if pruned[i] else None) == size]
+        wanted = [i for i, grid in enumerate(grids) if grid == size]
         part = family.encode(model, family.take(model, images, wanted), saliency=False, grid=size)
         for i, feature in zip(wanted, part.features, strict=True):
             features[i] = feature

@@ -1,0 +1,210 @@
+"""One matrix over all methods: what holds for every one of them, then what each claims for itself."""
+
+from dataclasses import is_dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from models import FAMILIES, FamilyRow, make_inputs
+from oracle import kept_logits, masked_inputs
+
+from adafv import AdaFV, Kept, Method, Pruner, VisualTokens, compress
+from adafv.core import class_attention, text_to_image_attention, top_tokens
+from adafv.errors import BudgetError, OptionError
+from adafv.methods import known_methods, method_named
+
+METHODS = known_methods()
+SELECTING = [name for name in METHODS if name != "downsample"]
+
+
+def tokens(groups: int = 2, rows: int = 6, columns: int = 8, newlines: bool = False, seed: int = 0) -> VisualTokens:
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.arange(rows * columns)
+    if newlines:
+        source = torch.cat([torch.cat((line, torch.tensor([-1]))) for line in source.view(rows, columns)])
+    count = len(source)
+    saliency = torch.randn(groups, count, generator=generator).exp() * (source >= 0)
+    return VisualTokens(
+        features=torch.randn(groups, count, 12, generator=generator),
+        saliency=saliency / saliency.sum(-1, keepdim=True),
+        text=torch.randn(groups, 5, 12, generator=generator),
+        text_mask=torch.arange(5).expand(groups, 5) < 4,
+        shows_patch=(source >= 0).expand(groups, count),
+        source=source.expand(groups, count),
+        crops=1,
+        rows=rows,
+        columns=columns,
+    )
+
+
+def test_the_catalogue() -> None:
+    assert list(METHODS) == ["adafv", "downsample", "random", "saliency", "text", "uniform"]
+    for name, method in METHODS.items():
+        assert is_dataclass(method)
+        assert method.name == name
+        assert method.summary
+        assert method.__doc__
+    with pytest.raises(OptionError, match="no method"):
+        method_named("oracle")
+
+
+@pytest.mark.parametrize("newlines", [False, True])
+@pytest.mark.parametrize("keep", [1, 7, 20, 47])
+@pytest.mark.parametrize("name", SELECTING)
+def test_exactly_k_distinct_patches_in_order(name: str, keep: int, newlines: bool) -> None:
+    image = tokens(newlines=newlines)
+    kept = method_named(name).select(image, keep)
+    assert kept.indices.shape == (2, keep)
+    assert (kept.indices.diff(dim=-1) > 0).all()
+    assert image.shows_patch.gather(1, kept.indices).all()  # there are more patches than K
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_newlines_come_last(name: str) -> None:
+    image = tokens(newlines=True)
+    kept = method_named(name).select(image, 50)  # 48 patches, 6 newlines
+    assert all(len(set(row.tolist())) == 50 for row in kept.indices)
+    assert image.shows_patch.gather(1, kept.indices).sum(1).tolist() == [48, 48]
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_groups_do_not_mix(name: str) -> None:
+    image = tokens(groups=3)
+    together = method_named(name).select(image, 9)
+    for place in range(3):
+        one = {
+            field: getattr(image, field)[place : place + 1]
+            for field in ("features", "saliency", "text", "text_mask", "shows_patch", "source")
+        }
+        alone = method_named(name).select(replace(image, **one), 9)
+        assert torch.equal(alone.indices[0], together.indices[place])
+
+
+@pytest.mark.parametrize("batch", [([1], "left"), ([2, 0, 1], "left")], ids=str)
+@pytest.mark.parametrize("name", SELECTING)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda row: row.name)
+def test_methods_against_the_oracle(family: FamilyRow, name: str, batch: Any) -> None:
+    model = family.build()
+    inputs = make_inputs(family, model, *batch)
+    torch.manual_seed(5)
+    with torch.no_grad(), Pruner(name, keep=0.3)(model) as pruner:
+        pruned = model(**inputs).logits
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), after)  # the global generator belongs to the caller
+    oracle = masked_inputs(inputs, pruner.last.keep_mask)
+    with torch.no_grad():
+        expected = model(**oracle).logits
+    mask = compress(model, inputs, 0.3, method=name)["attention_mask"]
+    for mine, theirs in zip(kept_logits(pruned, mask), kept_logits(expected, oracle["attention_mask"]), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_saliency_and_text_are_the_top_of_their_score() -> None:
+    image = tokens()
+    assert torch.equal(method_named("saliency").select(image, 9).indices, top_tokens(image.saliency, 9))
+    attention = text_to_image_attention(image.text, image.features, image.text_mask)
+    assert torch.equal(method_named("text").select(image, 9).indices, top_tokens(attention, 9))
+
+
+def test_adafv_is_above_either_score_alone() -> None:
+    image = tokens()
+    attention = text_to_image_attention(image.text, image.features, image.text_mask)
+
+    def objective(indices: torch.Tensor) -> torch.Tensor:
+        return (attention.gather(1, indices).sum(1) * image.saliency.gather(1, indices).sum(1)).sqrt()
+
+    best = method_named("adafv").select(image, 9)
+    torch.testing.assert_close(best.objective, objective(best.indices))
+    for name in ("saliency", "text", "random", "uniform"):
+        assert (objective(method_named(name).select(image, 9).indices) <= best.objective + 1e-6).all()
+
+
+def test_random_depends_on_its_seed_alone() -> None:
+    one, two = tokens(seed=1), tokens(seed=2)
+    assert torch.equal(method_named("random").select(one, 9).indices, method_named("random").select(two, 9).indices)
+    assert not torch.equal(
+        method_named("random").select(one, 9).indices, method_named("random", seed=1).select(one, 9).indices
+    )
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(1, [24]), (2, [12, 36]), (48, list(range(48))), (3, [8, 24, 40])])
+def test_uniform_is_even(keep: int, expected: list[int]) -> None:
+    assert method_named("uniform").select(tokens(), keep).indices.tolist() == [expected] * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda row: row.name)
+def test_downsampling_is_the_stock_tower_on_a_smaller_image(family: FamilyRow) -> None:
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    model = family.build()
+    inputs = make_inputs(family, model, [1, 1])
+    with torch.no_grad(), Pruner("downsample", keep=11)(model) as pruner:
+        pruned = model(**inputs).logits[:, -1]
+    assert pruner.last.tokens_after == [9, 9]  # 3 x 3 is the largest grid of 4 x 4 within 11
+    assert pruner.last.kept[0].tolist() == [0, 2, 3, 8, 10, 11, 12, 14, 15]
+    pixels = inputs["pixel_values"] if family.name == "llava" else inputs["pixel_values"][:, 0]
+    small = torch.nn.functional.interpolate(pixels, size=(42, 42), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        tower = model.model.vision_tower(small, interpolate_pos_encoding=True, output_hidden_states=True)
+        features = model.model.multi_modal_projector(tower.hidden_states[-2][:, 1:])
+        short = compress(model, inputs, 11, method="downsample")
+        short["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+        torch.testing.assert_close(pruned, model(**short).logits[:, -1])
+
+
+def test_downsampling_shows_one_crop() -> None:
+    row = FAMILIES[1]
+    model = row.build()
+    inputs = make_inputs(row, model, [1])
+    with Pruner("downsample", keep=17)(model), pytest.raises(BudgetError, match="one crop"):
+        model(**inputs)
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        with Pruner("downsample", keep=1.0)(model):
+            assert torch.equal(model(**inputs).logits, stock)
+
+
+def test_a_method_of_ones_own_is_one_class() -> None:
+    """What the documentation promises a researcher: selection and merging, without touching the library."""
+
+    class Corner(Method):
+        name: ClassVar[str] = "corner"
+        summary: ClassVar[str] = "the first K tokens, each the mean of all"
+
+        def select(self, tokens: VisualTokens, keep: int) -> Kept:
+            indices = torch.arange(keep).expand(len(tokens.features), keep)
+            mean = tokens.features.mean(1, keepdim=True).expand(-1, keep, -1)
+            return Kept(indices, features=mean)
+
+    row = FAMILIES[0]
+    model = row.build()
+    inputs = make_inputs(row, model, [1])
+    short = compress(model, inputs, 3, method=Corner())
+    with torch.no_grad():
+        mean = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output[0].mean(0)
+    assert short.record.kept[0].tolist() == [0, 1, 2]
+    torch.testing.assert_close(short["mm_encoder_outputs"]["image"].pooler_output[0], mean.expand(3, -1))
+    with torch.no_grad(), Pruner(Corner(), keep=3)(model):
+        torch.testing.assert_close(model(**inputs).logits, model(**short).logits)
+
+
+def test_same_tokens_whatever_the_batch() -> None:
+    """vLLM will send one image at a time: what is kept must not depend on the company."""
+    for row in FAMILIES:
+        model = row.build()
+        inputs = make_inputs(row, model, [1, 1])
+        with torch.no_grad(), AdaFV(keep=0.3)(model) as adafv:
+            model(**inputs)
+            together = adafv.last.kept
+            for number in range(2):
+                alone = {name: value[number : number + 1] for name, value in inputs.items()}
+                model(**alone)
+                assert torch.equal(adafv.last.kept[0], together[number])
+
+
+def test_class_attention_matches_a_sum_over_heads() -> None:
+    """Tensor parallel engines hold some of the heads each: means of equal parts average to the whole."""
+    query, key = torch.randn(8, 10, 4), torch.randn(8, 10, 4)
+    halves = (class_attention(query[:4], key[:4], 0.5) + class_attention(query[4:], key[4:], 0.5)) / 2
+    torch.testing.assert_close(class_attention(query, key, 0.5), halves)
