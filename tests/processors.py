@@ -68,7 +68,9 @@ def processor(family: str, template: str = "chatml") -> Any:
     }
     size = {"height": SIDE, "width": SIDE}
     if family == "llava":
-        return LlavaProcessor(image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size), **options)
+        return LlavaProcessor(
+            image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size), **options
+        )
     pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE]]
     return LlavaNextProcessor(
         image_processor=LlavaNextImageProcessorPil(

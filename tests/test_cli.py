@@ -360,4 +360,4 @@ def test_a_model_that_has_learned_something(tmp_path: Path) -> None:
         *("--keep", "10%", "--max-new-tokens", 12, "--dtype", "float32"),
     )
     assert result.exit_code == 0, result.stderr
-    assert any(letter.isalpha() for letter in result.stdout)
+    assert "red" in result.stdout.lower()

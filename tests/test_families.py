@@ -146,7 +146,10 @@ def test_flattened_crops_and_lists(family: FamilyRow) -> None:
     model = family.build()
     inputs = make_inputs(family, model, [1, 1])
     flat = torch.cat(
-        [pixels[: layout.crops] for pixels, layout in zip(inputs["pixel_values"], family_of(model).layouts(model, inputs))]
+        [
+            pixels[: layout.crops]
+            for pixels, layout in zip(inputs["pixel_values"], family_of(model).layouts(model, inputs))
+        ]
     )
     with torch.no_grad(), AdaFV(keep=0.3)(model), Pruner("downsample", keep=9)(family.build()) as other:
         expected = model(**inputs).logits
@@ -169,7 +172,10 @@ def test_published_layout_on_several_crops() -> None:
     assert (last.crop[0] >= 0).all()  # no newlines in the published layout
     kept = last.kept[0]
     shown = kept[kept >= 0]
-    assert torch.equal(torch.stack(last.layouts[0].place(shown)), torch.stack((last.crop[0], last.row[0], last.column[0]))[:, kept >= 0])
+    assert torch.equal(
+        torch.stack(last.layouts[0].place(shown)),
+        torch.stack((last.crop[0], last.row[0], last.column[0]))[:, kept >= 0],
+    )
     saliency_picks = (last.crop[0] == 0).sum()
     assert saliency_picks >= last.tokens_after[0] // 4
     assert last.keep_mask.sum() == inputs["input_ids"].shape[1] - last.tokens_before[0] + shown.unique().numel()
@@ -193,7 +199,9 @@ def test_published_features_are_what_the_indices_say() -> None:
         start = int(is_image.nonzero()[0])
         ids = inputs["input_ids"][0][~is_image]
         ids = torch.cat((ids[:start], torch.full((8,), 119), ids[start:]))[None]
-        expected = model(input_ids=ids, mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=[features])})
+        expected = model(
+            input_ids=ids, mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=[features])}
+        )
     torch.testing.assert_close(pruned, expected.logits)
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import END, FAMILIES, IMAGE, PAD, VOCABULARY, FamilyRow, image_lengths, make_inputs, text_config, words
+from models import END, FAMILIES, IMAGE, PAD, FamilyRow, image_lengths, make_inputs, text_config, words
 from oracle import kept_logits, masked_inputs
-from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache, StoppingCriteria
+from transformers import LlamaForCausalLM, LogitsProcessor, StaticCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from adafv import AdaFV, Pruner, compress
-from adafv.errors import CacheError, PromptError, UnsupportedCallError
+from adafv import AdaFV, compress
+from adafv.errors import CacheError, UnsupportedCallError
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 KEEP = 0.3
@@ -260,8 +260,12 @@ def test_second_turn_on_a_kept_cache(family: FamilyRow, model: Any, batch: Any, 
         attention = torch.cat((inputs["attention_mask"], torch.ones(len(conversation), new, dtype=torch.long)), 1)
     with adafv(model):  # another `with` block: what was dropped travels with the cache
         two = model.generate(
-            input_ids=conversation, attention_mask=attention, past_key_values=kept_cache, **GREEDY,
-            return_dict_in_generate=True, output_logits=True,
+            input_ids=conversation,
+            attention_mask=attention,
+            past_key_values=kept_cache,
+            **GREEDY,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
     images = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes")}
     full_mask = torch.cat((mask, torch.ones(len(mask), new, dtype=torch.bool)), 1)
@@ -287,8 +291,13 @@ def test_new_image_in_turn_two(family: FamilyRow, model: Any, pixels: str) -> No
         attention = torch.ones_like(conversation)
         given = {k: v if pixels == "all" else v[1:] for k, v in both.items() if k in ("pixel_values", "image_sizes")}
         two = model.generate(
-            input_ids=conversation, attention_mask=attention, past_key_values=one.past_key_values, **given, **GREEDY,
-            return_dict_in_generate=True, output_logits=True,
+            input_ids=conversation,
+            attention_mask=attention,
+            past_key_values=one.past_key_values,
+            **given,
+            **GREEDY,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
         mask = adafv.last.keep_mask
     assert adafv.last.tokens_before == [lengths[1]]
@@ -326,7 +335,9 @@ def test_decoding_by_hand_with_forward(family: FamilyRow, model: Any, positions:
         return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -new:]} if position_ids == "given" else {}
 
     if positions == "original" and position_ids == "left-out":
-        pytest.skip("the stock forward counts padding then, and differs per row from the oracle's positions by it alone")
+        pytest.skip(
+            "the stock forward counts padding then, and differs per row from the oracle's positions by it alone"
+        )
     with torch.no_grad(), AdaFV(keep=KEEP, positions=positions)(model) as adafv:
         output = model(**inputs, **places(mask, length), use_cache=True)
         tokens, logits = [], []
@@ -361,7 +372,8 @@ def test_cache_from_another_prompt_is_refused(family: FamilyRow, model: Any) -> 
             model.generate(input_ids=twice, past_key_values=one.past_key_values, **GREEDY)
         with pytest.raises(CacheError, match="attention_mask"):
             model(
-                input_ids=torch.tensor([[5]]), attention_mask=torch.ones(1, 3, dtype=torch.long),
+                input_ids=torch.tensor([[5]]),
+                attention_mask=torch.ones(1, 3, dtype=torch.long),
                 past_key_values=one.past_key_values,
             )
 
@@ -428,7 +440,9 @@ def test_positional_arguments(family: FamilyRow, model: Any) -> None:
         named = model.generate(input_ids=ids, **inputs, **GREEDY)
         assert torch.equal(model.generate(ids, **inputs, **GREEDY), named)
         pixels = inputs.pop("pixel_values")
-        assert torch.equal(model(ids, pixels, **inputs).logits, model(input_ids=ids, pixel_values=pixels, **inputs).logits)
+        assert torch.equal(
+            model(ids, pixels, **inputs).logits, model(input_ids=ids, pixel_values=pixels, **inputs).logits
+        )
 
 
 def test_two_threads_generate_on_one_model(family: FamilyRow, model: Any) -> None:

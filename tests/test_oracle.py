@@ -60,11 +60,13 @@ def test_forward(family: FamilyRow, model: Any, batch: str, positions: str) -> N
         expected = model(**oracle)
         full = model(**inputs)
     short = compress(model, inputs, KEEP, positions=positions)
-    compared = list(zip(
-        kept_logits(pruned.logits, short["attention_mask"]),
-        kept_logits(expected.logits, oracle["attention_mask"]),
-        strict=True,
-    ))
+    compared = list(
+        zip(
+            kept_logits(pruned.logits, short["attention_mask"]),
+            kept_logits(expected.logits, oracle["attention_mask"]),
+            strict=True,
+        )
+    )
     for mine, theirs in compared:
         torch.testing.assert_close(mine, theirs, **TOLERANCE)
     # The oracle can fail: without the mask the answer is another one.

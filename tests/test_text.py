@@ -18,7 +18,9 @@ TEMPLATES = ["chatml", "vicuna", "mistral"]
 QUESTION = "Is the dog (left) brown?"
 
 
-def counted(template: str, scope: str, messages: list[dict[str, Any]], images: int = 1, prompt: bool = True) -> list[str]:
+def counted(
+    template: str, scope: str, messages: list[dict[str, Any]], images: int = 1, prompt: bool = True
+) -> list[str]:
     """The text that counts for each image, decoded."""
     made, model = processor("llava", template), speaking_model("llava", template)
     text = made.apply_chat_template(messages, add_generation_prompt=prompt)

@@ -51,9 +51,7 @@ def state(model: Any) -> dict[str, Any]:
             if "hooks" in attribute and isinstance(value, dict)
         },
         "module attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
-        "attention": [
-            module.config._attn_implementation for module in model.modules() if hasattr(module, "config")
-        ],
+        "attention": [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")],
     }
 
 
@@ -199,6 +197,10 @@ def test_bad_options(options: dict[str, str]) -> None:
 def test_unknown_method() -> None:
     with pytest.raises(OptionError, match="known are: adafv"):
         Pruner("best", keep=0.1)
+    with pytest.raises(OptionError, match="no option 'objective'"):
+        Pruner("saliency", keep=0.1, objective="split")
+    with pytest.raises(OptionError, match="no option 'seeds'; it has seed"):
+        Pruner("random", keep=0.1, seeds=3)
 
 
 def test_unsupported_models() -> None:
@@ -213,7 +215,11 @@ def test_unsupported_models() -> None:
 def test_unsupported_configurations() -> None:
     from transformers import LlavaConfig, SiglipVisionConfig
 
-    for options in ({"vision_feature_select_strategy": "full"}, {"vision_feature_layer": 0}, {"vision_feature_layer": 9}):
+    for options in (
+        {"vision_feature_select_strategy": "full"},
+        {"vision_feature_layer": 0},
+        {"vision_feature_layer": 9},
+    ):
         with pytest.raises(UnsupportedModelError, match="vision_feature"):
             AdaFV(keep=0.1)(llava(**options))
     siglip = SiglipVisionConfig(
@@ -243,8 +249,12 @@ def test_placeholders_must_fit_the_images(family: FamilyRow, model: Any, method:
         with pytest.raises(PromptError, match="placeholders"):
             model.generate(**one_short, **GREEDY)
         with pytest.raises(PromptError, match="placeholders"):
-            model.generate(**{**truncated, "input_ids": truncated["input_ids"][:, :8], "attention_mask": None}, **GREEDY)
-        two = {name: torch.cat((value, value)) for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
+            model.generate(
+                **{**truncated, "input_ids": truncated["input_ids"][:, :8], "attention_mask": None}, **GREEDY
+            )
+        two = {
+            name: torch.cat((value, value)) for name, value in inputs.items() if name in ("pixel_values", "image_sizes")
+        }
         with pytest.raises(PromptError, match=r"2 image\(s\)"):
             model.generate(**{**inputs, **two}, **GREEDY)
         with pytest.raises(PromptError, match="no prompt"):

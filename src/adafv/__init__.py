@@ -9,16 +9,32 @@
 The pure functions are in `adafv.core`; methods in `adafv.methods`, model families in `adafv.families`.
 """
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from adafv.engines.transformers import AdaFV, CompressedInputs, Pruner, Record, compress
-from adafv.errors import AdaFVError
-from adafv.methods import Kept, Method, VisualTokens
+if TYPE_CHECKING:
+    from adafv.engines.transformers import AdaFV, CompressedInputs, Pruner, Record, compress
+    from adafv.errors import AdaFVError
+    from adafv.methods import Kept, Method, VisualTokens
 
 try:
     __version__ = version("adafv")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
+
+# torch and transformers take seconds to import; `adafv --help` and the pure functions shall not wait for both.
+_HOMES = {
+    "AdaFV": "adafv.engines.transformers",
+    "AdaFVError": "adafv.errors",
+    "CompressedInputs": "adafv.engines.transformers",
+    "Kept": "adafv.methods",
+    "Method": "adafv.methods",
+    "Pruner": "adafv.engines.transformers",
+    "Record": "adafv.engines.transformers",
+    "VisualTokens": "adafv.methods",
+    "compress": "adafv.engines.transformers",
+}
 
 __all__ = [
     "AdaFV",
@@ -31,3 +47,9 @@ __all__ = [
     "VisualTokens",
     "compress",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

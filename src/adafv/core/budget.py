@@ -11,7 +11,7 @@ def check_keep(keep: int | float) -> int | float:
     if isinstance(keep, bool):
         raise BudgetError(f"keep={keep} is a truth value; give a number of tokens (64) or a share (0.1)")
     try:
-        count = operator.index(keep)
+        count = operator.index(keep)  # type: ignore[arg-type]
     except TypeError:
         pass
     else:
@@ -43,5 +43,7 @@ def tokens_to_keep(keep: int | float, tokens: int) -> int:
     if isinstance(keep, float):
         return max(1, math.floor(keep * tokens + 0.5))
     if keep > tokens:
-        raise BudgetError(f"keep={keep}, but the image has only {tokens} visual tokens; give at most {tokens} or a share")
+        raise BudgetError(
+            f"keep={keep}, but the image has only {tokens} visual tokens; give at most {tokens} or a share"
+        )
     return keep

@@ -4,7 +4,6 @@ Both are distributions over the N visual tokens of an image, in float32 whatever
 with each other, and half precision would decide ties between tokens by rounding.
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 

@@ -175,9 +175,11 @@ def _frank_wolfe(
     text_attention: Tensor, saliency: Tensor, keep: int, candidates: Tensor | None, rounds: int = FRANK_WOLFE_ROUNDS
 ) -> _FrankWolfe:
     """Best vertex met and the smallest upper bound on g, see `joint_search`."""
+    # The first weights are those of all tokens together: not a selection of K, but a bound and a start all the same.
     text_mass = text_attention.sum(-1).clamp_min(_TINY)
     saliency_mass = saliency.sum(-1).clamp_min(_TINY)
-    best_indices = best_value = bound = None
+    best_indices = torch.zeros(*text_mass.shape, keep, dtype=torch.long, device=text_mass.device)
+    best_value, bound = torch.full_like(text_mass, -1.0), torch.full_like(text_mass, float("inf"))
     for step in range(rounds):
         score = text_attention / text_mass.unsqueeze(-1) + saliency / saliency_mass.unsqueeze(-1)
         indices = _descending(score, candidates)[..., :keep]
@@ -186,19 +188,17 @@ def _frank_wolfe(
         # AM-GM: with weights 1/T and 1/S every selection has g <= sqrt(T S) * (its score) / 2, and no selection's
         # score is above that of the top K. This is the Frank-Wolfe gap, in the units of g and free of logarithms.
         reach = (vertex_text / text_mass + vertex_saliency / saliency_mass) / 2 * (text_mass * saliency_mass).sqrt()
-        value = vertex_text * vertex_saliency
-        if step == 0:
-            best_indices, best_value, bound = indices, value, reach
-            text_mass, saliency_mass = vertex_text.clamp_min(_TINY), vertex_saliency.clamp_min(_TINY)
-            continue
-        better = value > best_value
-        best_indices = torch.where(better.unsqueeze(-1), indices, best_indices)
-        best_value = torch.where(better, value, best_value)
         bound = torch.minimum(bound, reach)
+        value = vertex_text * vertex_saliency
+        best_indices = torch.where((value > best_value).unsqueeze(-1), indices, best_indices)
+        best_value = torch.maximum(value, best_value)
+        # Exact line search: (T + a dT)(S + a dS) is a parabola in a, with its top inside (0, 1) or at the vertex.
         along_text, along_saliency = vertex_text - text_mass, vertex_saliency - saliency_mass
         curvature = 2 * along_text * along_saliency
         slope = along_text * saliency_mass + along_saliency * text_mass
         stride = torch.where(curvature < 0, -slope / curvature.clamp_max(-_TINY), torch.ones_like(slope)).clamp(0, 1)
+        if step == 0:
+            stride = torch.ones_like(stride)
         text_mass = (text_mass + stride * along_text).clamp_min(_TINY)
         saliency_mass = (saliency_mass + stride * along_saliency).clamp_min(_TINY)
     return _FrankWolfe(best_indices.sort(dim=-1).values, bound)

@@ -1,7 +1,5 @@
 """The interface of a model family, and how a model finds its family."""
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.discovery import concrete_subclasses
 from adafv.errors import UnsupportedModelError
 
 
@@ -74,15 +73,8 @@ class Family(ABC):
 @cache
 def known_families() -> tuple[Family, ...]:
     """One instance of every family in this package, by name."""
-    package = importlib.import_module("adafv.families")
-    found = []
-    for module_info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"adafv.families.{module_info.name}")
-        for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Family) and value.__module__ == module.__name__:
-                if "model_classes" in vars(value):
-                    found.append(value())
-    return tuple(sorted(found, key=lambda family: family.name))
+    families = (family() for family in concrete_subclasses("adafv.families", Family))
+    return tuple(sorted(families, key=lambda family: family.name))
 
 
 def family_of(model: Any) -> Family:

@@ -44,7 +44,11 @@ class Llava(Family):
             pixel_values = scale_down(pixel_values, model.model.vision_tower, grid)
             options["interpolate_pos_encoding"] = True
         output = twin.get_image_features(
-            pixel_values, vision_feature_layer=layer, vision_feature_select_strategy=strategy, return_dict=True, **options
+            pixel_values,
+            vision_feature_layer=layer,
+            vision_feature_select_strategy=strategy,
+            return_dict=True,
+            **options,
         )
         return Encoded(list(output.pooler_output), list(tower.saliency) if saliency else None)
 

@@ -88,7 +88,12 @@ class LlavaNext(Family):
         twin.__dict__["vision_tower"] = tower
         # The stock method, stopped short of packing: tokens are placed later, and only those that stay.
         crops: list[Tensor] = []
-        twin.__dict__["pack_image_features"] = lambda features, *args, **kwargs: (crops.extend(features), None)
+
+        def keep_unpacked(features: Any, *args: Any, **kwargs: Any) -> tuple[Any, None]:
+            crops.extend(features)
+            return features, None
+
+        twin.__dict__["pack_image_features"] = keep_unpacked
         if grid is not None:  # the image at low resolution is its thumbnail at low resolution
             pixels = scale_down(self._thumbnails(model, images), model.model.vision_tower, grid)
             states = tower(pixels, interpolate_pos_encoding=True).hidden_states

@@ -59,7 +59,8 @@ class GeometricMean(Method):
         return published_tokens(keep, crops)
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
-        assert tokens.text is not None and tokens.saliency is not None
+        assert tokens.text is not None
+        assert tokens.saliency is not None
         text_attention = text_to_image_attention(tokens.text, tokens.features, tokens.text_mask, tokens.shows_patch)
         if self.variant == "published":
             crop_by_crop = tokens.source.argsort(dim=-1)

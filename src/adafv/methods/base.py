@@ -15,16 +15,15 @@ An image that keeps all its tokens is never shown to a method.
 Methods that prune inside the language model need a third point, the layers; it will be added with the first of them.
 """
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.discovery import concrete_subclasses
 from adafv.errors import OptionError
 
 
@@ -92,31 +91,25 @@ class Method(ABC):
 
 
 @cache
-def _method_classes() -> dict[str, type[Method]]:
-    package = importlib.import_module("adafv.methods")
-    found = {}
-    for module_info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"adafv.methods.{module_info.name}")
-        for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__:
-                if "name" in vars(value):
-                    found[value.name] = value
-    return dict(sorted(found.items()))
-
-
 def known_methods() -> dict[str, type[Method]]:
     """Every method in this package, by name."""
-    return dict(_method_classes())
+    return {method.name: method for method in sorted(concrete_subclasses("adafv.methods", Method), key=lambda m: m.name)}
 
 
 def method_named(name: str, **parameters: Any) -> Method:
     """An instance of the method called `name`.
 
     Raises:
-        OptionError: there is no such method.
+        OptionError: there is no such method, or it has no such parameter.
     """
-    try:
-        method = _method_classes()[name]
-    except KeyError:
-        raise OptionError(f"there is no method {name!r}; known are: {', '.join(_method_classes())}") from None
+    methods = known_methods()
+    if name not in methods:
+        raise OptionError(f"there is no method {name!r}; known are: {', '.join(methods)}")
+    method: Any = methods[name]
+    possible = [field.name for field in fields(method)]
+    for parameter in parameters:
+        if parameter not in possible:
+            raise OptionError(
+                f"the method {name!r} has no option {parameter!r}; it has {', '.join(possible) if possible else 'none'}"
+            )
     return method(**parameters)

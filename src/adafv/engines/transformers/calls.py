@@ -33,14 +33,18 @@ def refuse_unsupported(model: Any, arguments: dict[str, Any]) -> None:
         raise UnsupportedCallError("token_healing writes the prompt anew and loses its images; leave it out")
     implementation = str(setting("cache_implementation") or "")
     if implementation.startswith("paged") or str(model.config._attn_implementation).startswith("paged"):
-        raise UnsupportedCallError("continuous batching (paged caches) takes no images; use another cache_implementation")
+        raise UnsupportedCallError(
+            "continuous batching (paged caches) takes no images; use another cache_implementation"
+        )
     if setting("prefill_chunk_size") and not CHUNKED_PREFILL_KEEPS_IMAGES:
         raise UnsupportedCallError(
             "this release of transformers loses the images in chunked prefill; leave prefill_chunk_size out, or run: "
             "pip install --upgrade transformers"
         )
     if arguments.get("negative_prompt_ids") is not None and arguments.get("guidance_scale") not in (None, 1.0):
-        raise UnsupportedCallError("classifier-free guidance with a negative prompt is not supported with pruned tokens")
+        raise UnsupportedCallError(
+            "classifier-free guidance with a negative prompt is not supported with pruned tokens"
+        )
 
 
 def fill_in_mask(model: Any, arguments: dict[str, Any]) -> None:

@@ -262,7 +262,10 @@ def _new_images(
     placed = place_images(call.prompt.is_image, layouts)
     if method.published_layout:
         published = family.published_layouts(model, images)
-        placed = [_Published(image.row, image.columns, image.layout, layout) for image, layout in zip(placed, published, strict=True)]
+        placed = [
+            _Published(image.row, image.columns, image.layout, layout)
+            for image, layout in zip(placed, published, strict=True)
+        ]
     return placed, images
 
 
@@ -342,7 +345,9 @@ def _choose(
         source = torch.stack([layout.source for layout in layouts]).to(device)
         features = torch.stack([encoded.features[i] for i in members])
         if grid is None:
-            features = torch.stack([_tokens(encoded.features[i], s, filler) for i, s in zip(members, source, strict=True)])
+            features = torch.stack(
+                [_tokens(encoded.features[i], s, filler) for i, s in zip(members, source, strict=True)]
+            )
         saliency = None
         if encoded.saliency is not None:
             saliency = torch.stack([encoded.saliency[i] for i in members]).gather(1, source.clamp_min(0))

@@ -57,9 +57,7 @@ class ChatTemplate:
         after_image = _common_start(behind_first, behind_second)
         after_words = _common_start(behind_first[::-1], behind_second[::-1])[::-1]
         if not after_words or len(after_image) + len(after_words) > len(behind_first):
-            raise OptionError(
-                "the chat template does not show where the user's words end; use text='turn' or 'after'"
-            )
+            raise OptionError("the chat template does not show where the user's words end; use text='turn' or 'after'")
         first, second = (_render(processor, [{"type": "text", "text": word}, image]) for word in words)
         front_first, front_second = (ids[: ids.index(placeholder)] for ids in (first, second))
         before_words: tuple[int, ...] = ()
@@ -113,7 +111,11 @@ def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatT
             counts &= words
     found = counts.nonzero().flatten()
     if found.numel() == 0:
-        where = {"after": "after the image", "turn": "in the turn of the image", "question": "from the user, outside the chat template"}
+        where = {
+            "after": "after the image",
+            "turn": "in the turn of the image",
+            "question": "from the user, outside the chat template",
+        }
         raise PromptError(
             f"prompt {row} has no text {where[scope]}, so there is nothing to compare the image with; "
             "ask a question, or use a method that does not look at text (saliency, random, uniform)"
@@ -154,5 +156,7 @@ def resolve_scope(text: str | None, processor: Any) -> tuple[str, ChatTemplate |
     if text != "question":
         return text, None
     if processor is None:
-        raise OptionError("text='question' needs the processor to know the chat template: AdaFV(..., processor=processor)")
+        raise OptionError(
+            "text='question' needs the processor to know the chat template: AdaFV(..., processor=processor)"
+        )
     return text, ChatTemplate.of(processor)

@@ -135,8 +135,8 @@ class PrunedModel:
                     f"this {type(self.model).__name__} is already wrapped by adafv; leave the other `with` block first, or "
                     "call disable() on what enable() returned"
                 )
-            stock_class = type(self.model)
-            self._stock = stock_class.__new__(stock_class)
+            stock_class: Any = type(self.model)
+            self._stock = _blank(stock_class)
             object.__setattr__(self._stock, "__dict__", self.model.__dict__)
             self.model.__dict__[_HANDLE] = self
             self.model.__class__ = _wrapped_class(stock_class)
@@ -212,14 +212,18 @@ class PrunedModel:
         sequences = getattr(output, "sequences", output if isinstance(output, torch.Tensor) else None)
         tokens = contents.tokens
         if sequences is not None and tokens is not None and sequences.shape[0] == tokens.shape[0]:
-            if sequences.shape[1] > tokens.shape[1]:  # the conversation, answer included
-                tokens = sequences.cpu()
+            tokens = sequences.cpu() if sequences.shape[1] > tokens.shape[1] else tokens  # with the answer
         contents = CacheContents(contents.compaction, tokens)
         for cache in (given_cache, getattr(output, "past_key_values", None)):
             remember(cache, contents)
 
 
 _enabling = threading.Lock()
+
+
+def _blank(cls: Any) -> Any:
+    """An object of a class, without running its constructor."""
+    return cls.__new__(cls)
 
 
 def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +237,7 @@ def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 @functools.cache
-def _wrapped_class(stock_class: type) -> type:
+def _wrapped_class(stock_class: Any) -> Any:
     """The class of an enabled model: `stock_class` with `generate` and `forward` leading to the handle."""
 
     def entry(name: str) -> property:
@@ -258,7 +262,7 @@ def _wrapped_class(stock_class: type) -> type:
 
     def reduce(model: Any, protocol: Any) -> Any:
         """Copies and pickles are of the stock class, without the handle: a copy is an unwrapped model."""
-        stock = stock_class.__new__(stock_class)
+        stock = _blank(stock_class)
         stock.__dict__.update({name: value for name, value in model.__dict__.items() if name != _HANDLE})
         return stock.__reduce_ex__(1)  # from protocol 2 on, pickle insists on the class of the very object
 

@@ -1,0 +1,1 @@
+"""Benchmarks of adafv, run from the root of the repository: `python -m benchmarks.overhead`."""

@@ -1,0 +1,6 @@
+"""`python -m adafv`."""
+
+from adafv.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The command line: `adafv ask`, `adafv methods`, `adafv families`.
+
+torch and transformers take seconds to import, so a command imports them once its options are known to be sound.
+Answers go to standard output, everything else to standard error; no error ends in a traceback.
+"""
+
+import contextlib
+import sys
+from typing import Annotated
+
+import typer
+
+from adafv.cli.ask import ask
+from adafv.cli.failures import INTERRUPTED, failures_as_messages
+
+app = typer.Typer(
+    name="adafv",
+    help="Keep the visual tokens that matter for the question: training-free pruning for vision-language models.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("ask")(ask)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from adafv import __version__
+
+        typer.echo(f"adafv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("methods")
+def methods() -> None:
+    """List the pruning methods."""
+    with failures_as_messages():
+        from adafv.methods import known_methods
+
+        _list({name: method.summary for name, method in known_methods().items()})
+
+
+@app.command("families")
+def families() -> None:
+    """List the supported model families and their transformers classes."""
+    with failures_as_messages():
+        from adafv.families.base import known_families
+
+        _list({family.name: ", ".join(family.model_classes) for family in known_families()})
+
+
+def _list(rows: dict[str, str]) -> None:
+    width = max(map(len, rows), default=0)
+    for name, text in rows.items():
+        typer.echo(f"{name:<{width}}  {text}")
+
+
+def main() -> None:
+    """Entry point of the `adafv` command."""
+    for stream in (sys.stdout, sys.stderr):
+        # An answer in a script that the terminal cannot show must not end the program.
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,55 @@
+"""How the command line ends when something goes wrong: one line on standard error and an exit code, no traceback."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+
+
+class UsageError(Exception):
+    """An option or argument is wrong; the message names the mend."""
+
+
+@contextmanager
+def failures_as_messages() -> Iterator[None]:
+    """Turn every exception into a message and an exit code.
+
+    2 for a wrong option, 130 for an interrupt, 1 for all else. ADAFV_TRACEBACK=1 lets exceptions through instead.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        _end("interrupted", INTERRUPTED)
+    except Exception as error:
+        if os.environ.get("ADAFV_TRACEBACK"):
+            raise
+        _end(*_message(error))
+
+
+def _message(error: Exception) -> tuple[str, int]:
+    if isinstance(error, BrokenPipeError):  # whoever read our output has had enough
+        return "", FAILED
+    if isinstance(error, UsageError):
+        return str(error), MISUSED
+    from adafv.errors import AdaFVError, BudgetError, OptionError
+
+    if isinstance(error, AdaFVError):
+        return str(error), MISUSED if isinstance(error, (BudgetError, OptionError)) else FAILED
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return "out of memory; try --dtype bfloat16, a smaller --keep, --device cpu, or a smaller model", FAILED
+    return (
+        f"{type(error).__name__}: {text[:500]} (not foreseen by adafv; ADAFV_TRACEBACK=1 shows where it came from)",
+        FAILED,
+    )
+
+
+def _end(message: str, code: int) -> None:
+    if message:
+        typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)

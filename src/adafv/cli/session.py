@@ -1,0 +1,257 @@
+"""A loaded model with its processor, for the command line: questions in, answers and measurements out."""
+
+import logging
+import statistics
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL.Image import Image
+from torch import Tensor
+
+from adafv.cli.failures import UsageError
+from adafv.engines.transformers import Pruner, Record
+from adafv.errors import AdaFVError, UnsupportedModelError
+from adafv.families.base import family_of, known_families
+from adafv.picture import tower_view
+
+MIB = 2**20
+
+
+class LoadError(AdaFVError):
+    """The model cannot be loaded."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer and what it took."""
+
+    answer: str
+    kv_mib: float
+    """Keys and values of the prompt, read from the cache."""
+    record: Record | None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One way to run, measured."""
+
+    name: str
+    answer: str
+    tokens: int
+    seconds: list[float]
+    """To the first token: tower, selection, prefill and one token; one entry per timed round."""
+    kv_mib: float
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.name,
+            "answer": self.answer,
+            "tokens": self.tokens,
+            "seconds_to_first_token": {
+                "median": self.median,
+                "min": min(self.seconds),
+                "max": max(self.seconds),
+                "rounds": self.seconds,
+            },
+            "kv_mib": self.kv_mib,
+        }
+
+
+def check_device(name: str | None) -> torch.device:
+    """The device to run on; cuda where there is one, if none was named."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
+    except (RuntimeError, AssertionError, NotImplementedError, ModuleNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"--device {name!r} cannot be used here ({reason}); try cpu") from error
+    return device
+
+
+@dataclass(frozen=True)
+class Session:
+    """A stock model and its processor."""
+
+    model: Any
+    processor: Any
+
+    @classmethod
+    def load(cls, name: str, dtype: str, device: torch.device) -> "Session":
+        """Load `name`, a folder or a Hub id, quietly.
+
+        Raises:
+            LoadError: there is no such checkpoint, or it is broken.
+            UnsupportedModelError: its class is not supported; found from the configuration, before any weights.
+        """
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                config = transformers.AutoConfig.from_pretrained(name)
+                _check_architecture(config)
+                processor = transformers.AutoProcessor.from_pretrained(name)
+                model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+            except (AdaFVError, MemoryError, KeyboardInterrupt):
+                raise
+            except Exception as error:  # the Hub, safetensors, tokenizers and JSON raise errors of many kinds
+                if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+                    raise
+                raise _load_error(name, error) from error
+            model = model.to(device).eval()
+        if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+            raise LoadError(f"{name} has no image processor beside its tokenizer; use the checkpoint's original files")
+        family_of(model)
+        return cls(model, processor)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def inputs(self, image: Image, question: str) -> Any:
+        """One image and one question, as the model takes them."""
+        placeholder = self.processor.image_token
+        if placeholder in question:
+            raise UsageError(f"the question holds {placeholder}, which stands for an image; leave it out")
+        prompt = self._prompt(question)
+        tokenizer = self.processor.tokenizer
+        # As transformers does: a template that writes the first token itself must not get a second one.
+        written = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        inputs = self.processor(images=image, text=prompt, return_tensors="pt", add_special_tokens=not written)
+        return inputs.to(self.device, self.model.dtype)
+
+    def _prompt(self, question: str) -> str:
+        if getattr(self.processor, "chat_template", None) is None:
+            return f"USER: {self.processor.image_token}\n{question} ASSISTANT:"
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
+
+    def ask(self, inputs: Any, pruner: Pruner | None, max_new_tokens: int) -> Answer:
+        """Answer by greedy decoding; without a pruner, by the stock model."""
+        record = None
+        if pruner is None:
+            output = self._generate(inputs, max_new_tokens)
+        else:
+            with pruner(self.model) as pruned:
+                output = self._generate(inputs, max_new_tokens)
+            record = pruned.last
+        prompt = inputs["input_ids"].shape[1]
+        answer = self.processor.tokenizer.decode(output.sequences[0, prompt:], skip_special_tokens=True).strip()
+        cached = prompt if record is None else record.prompt_length_after
+        return Answer(answer, _cache_bytes(output.past_key_values, cached) / MIB, record)
+
+    def compare(
+        self,
+        inputs: Any,
+        modes: dict[str, Pruner | None],
+        max_new_tokens: int,
+        repeats: int,
+        known: dict[str, Answer],
+    ) -> list[Timing]:
+        """Run every mode, and measure the time to the first token.
+
+        One untimed run per mode warms up; then the modes take turns, so that a busy machine is unfair to none of them.
+
+        Args:
+            known: answers that there are already.
+        """
+        answers = {name: known.get(name) or self.ask(inputs, pruner, max_new_tokens) for name, pruner in modes.items()}
+        tokens = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
+        seconds: dict[str, list[float]] = {name: [] for name in modes}
+        kv_mib = {name: self.ask(inputs, pruner, 1).kv_mib for name, pruner in modes.items()}
+        for _ in range(repeats):
+            for name, pruner in modes.items():
+                seconds[name].append(self._time_to_first_token(inputs, pruner))
+        return [
+            Timing(
+                name,
+                answer.answer,
+                tokens if answer.record is None else sum(answer.record.tokens_after),
+                seconds[name],
+                kv_mib[name],
+            )
+            for name, answer in answers.items()
+        ]
+
+    def _time_to_first_token(self, inputs: Any, pruner: Pruner | None) -> float:
+        self._wait()
+        start = time.perf_counter()
+        if pruner is None:
+            self._generate(inputs, 1)
+        else:
+            with pruner(self.model):
+                self._generate(inputs, 1)
+        self._wait()
+        return time.perf_counter() - start
+
+    def _generate(self, inputs: Any, max_new_tokens: int) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self.model.generate(
+                **inputs, do_sample=False, use_cache=True, max_new_tokens=max_new_tokens, return_dict_in_generate=True
+            )
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def tower_view(self, inputs: Any) -> Tensor:
+        """The first image as the tower saw it: [C, 3, H, W] in 0..255."""
+        pixel_values = inputs["pixel_values"]
+        pixels = pixel_values[0] if pixel_values.dim() == 5 else pixel_values
+        settings = self.processor.image_processor
+        normalized = getattr(settings, "do_normalize", True)
+        mean = settings.image_mean if normalized else [0.0, 0.0, 0.0]
+        std = settings.image_std if normalized else [1.0, 1.0, 1.0]
+        # `tower_view` expects values that were rescaled from 0..255 to 0..1 before they were normalised.
+        scale = 255.0 * settings.rescale_factor if getattr(settings, "do_rescale", True) else 255.0
+        return tower_view(pixels, [value / scale for value in mean], [value / scale for value in std])
+
+
+def _cache_bytes(cache: Any, length: int) -> int:
+    """Bytes of the keys and values of the first `length` tokens, read from the tensors themselves."""
+    return sum(
+        part[..., :length, :].numel() * part.element_size()
+        for layer in cache.layers
+        for part in (layer.keys, layer.values)
+        if part is not None
+    )
+
+
+def _check_architecture(config: Any) -> None:
+    """Refuse an unsupported model before its weights are loaded."""
+    supported = [name for family in known_families() for name in family.model_classes]
+    given = list(getattr(config, "architectures", None) or [])
+    if given and not set(given).intersection(supported):
+        raise UnsupportedModelError(f"{given[0]} is not a supported model; supported are: {', '.join(supported)}")
+
+
+def _load_error(name: str, error: Exception) -> LoadError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if Path(name).is_dir():
+        mend = "the folder must hold what save_pretrained wrote for the model and for its processor"
+    elif Path(name).is_file():
+        mend = "give the folder of the checkpoint, not a file"
+    else:
+        mend = (
+            "check the folder or Hub id (such as llava-hf/llava-1.5-7b-hf), the network, and your access to the model"
+        )
+    return LoadError(f"cannot load the model {name}: {mend} ({type(error).__name__}: {reason})")
