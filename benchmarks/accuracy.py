@@ -123,7 +123,8 @@ def main() -> None:
         inputs = asker.inputs(image, [question["text"] for question in questions])
         labels = [question["label"] == "yes" for question in questions]
         asked_on += [image] * len(labels)
-        for key, pruner in {"full": None, **pruners}.items():
+        runs: dict[Any, Pruner | None] = {"full": None, **pruners}
+        for key, pruner in runs.items():
             found = asker.says_yes(inputs, pruner)
             right[key] += [float(answer == label) for answer, label in zip(found, labels, strict=True)]
         if number % 20 == 0:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import END, FAMILIES, IMAGE, PAD, FamilyRow, image_lengths, make_inputs, text_config, words
 from oracle import kept_logits, masked_inputs
-from transformers import LlamaForCausalLM, LogitsProcessor, StaticCache, StoppingCriteria
+from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from adafv import AdaFV, compress
@@ -421,6 +421,34 @@ def test_compress_by_hand(family: FamilyRow, model: Any) -> None:
     assert output[:, short["input_ids"].shape[1] :].tolist() == answer(expected, inputs)
     assert all(torch.equal(inputs[name], value) for name, value in before.items())
     assert "pixel_values" not in short
+
+
+def test_compress_by_hand_and_caches(family: FamilyRow, model: Any) -> None:
+    inputs = make_inputs(family, model, [1])
+    images = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes")}
+    one = first_turn(model, compress(model, inputs, keep=KEEP))
+    with pytest.raises(UnsupportedCallError, match="continue a conversation"):
+        compress(model, {"input_ids": more_text(one.sequences), "past_key_values": one.past_key_values}, keep=KEEP)
+
+    short = compress(model, {**inputs, "past_key_values": DynamicCache()}, keep=KEEP)
+    one = first_turn(model, short)
+    conversation = torch.cat((inputs["input_ids"], one.sequences[:, short["input_ids"].shape[1] :]), 1)
+    conversation = more_text(conversation)
+    with AdaFV(keep=KEEP)(model):
+        two = model.generate(input_ids=conversation, past_key_values=one.past_key_values, **GREEDY)
+    mask = short.record.keep_mask
+    mask = torch.cat((mask, torch.ones(1, conversation.shape[1] - mask.shape[1], dtype=torch.bool)), 1)
+    expected = model.generate(**masked_inputs({"input_ids": conversation, **images}, mask), **GREEDY)
+    assert two.tolist() == expected.tolist()
+
+
+def test_errors_of_the_stock_model_stay_its_own(family: FamilyRow, model: Any) -> None:
+    inputs = make_inputs(family, model, [1])
+    with AdaFV(keep=KEEP)(model):
+        with pytest.raises(ValueError, match="alongside"):
+            model.generate(inputs["input_ids"], **inputs, **GREEDY)
+        with pytest.raises(ValueError, match="not used by the model"):
+            model.generate(**inputs, **GREEDY, tempurature=1.0)
 
 
 def test_prompt_without_image_is_untouched(family: FamilyRow, model: Any) -> None:

@@ -93,7 +93,9 @@ class Method(ABC):
 @cache
 def known_methods() -> dict[str, type[Method]]:
     """Every method in this package, by name."""
-    return {method.name: method for method in sorted(concrete_subclasses("adafv.methods", Method), key=lambda m: m.name)}
+    return {
+        method.name: method for method in sorted(concrete_subclasses("adafv.methods", Method), key=lambda m: m.name)
+    }
 
 
 def method_named(name: str, **parameters: Any) -> Method:

@@ -35,6 +35,17 @@ def remember(cache: Any, contents: CacheContents) -> None:
         setattr(cache, _ATTRIBUTE, contents)
 
 
+def is_remembered(cache: Any) -> bool:
+    """Whether it is known what `cache` holds."""
+    return getattr(cache, _ATTRIBUTE, None) is not None
+
+
+def holds_pruned(cache: Any) -> bool:
+    """Whether `cache` holds a prompt from which columns were taken out."""
+    contents: CacheContents | None = getattr(cache, _ATTRIBUTE, None)
+    return contents is not None and contents.compaction.changed and cached_length(cache) > 0
+
+
 def cached_length(cache: Any) -> int:
     """Columns in the cache, 0 for None."""
     return 0 if cache is None else int(cache.get_seq_length())

@@ -15,7 +15,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.core import ImageLayout, tokens_to_keep
 from adafv.core.budget import check_keep
-from adafv.engines.transformers.cache import CacheContents, cached_length, cached_prefix, check_same_conversation
+from adafv.engines.transformers.cache import (
+    CacheContents,
+    cached_length,
+    cached_prefix,
+    check_same_conversation,
+    holds_pruned,
+    is_remembered,
+    remember,
+)
 from adafv.engines.transformers.prompt import (
     Compaction,
     PlacedImage,
@@ -96,7 +104,8 @@ def compress(
         output = model.generate(**compress(model, inputs, keep=64), max_new_tokens=30)
 
     `generate` then returns the shorter prompt before the answer; `AdaFV` gives the caller's own prompt back, and sees to
-    lengths, streamers and the next turn too. Runs without gradients; to train through pruned tokens use `AdaFV`.
+    lengths, streamers and the next turn too. What is generated this way can be continued only on a cache that was passed
+    here, empty, as `past_key_values`. Runs without gradients; to train through pruned tokens use `AdaFV`.
 
     Args:
         model: a supported model, wrapped or not. It is not changed.
@@ -107,8 +116,14 @@ def compress(
         The new inputs; what was kept is in their `record`.
     """
     settings = Settings.of(method, keep, positions, text, processor, **parameters)
+    cache = inputs.get("past_key_values")
+    if cached_length(cache) > 0 and not is_remembered(cache):
+        raise UnsupportedCallError("compress() cannot tell what this cache holds; to continue a conversation use AdaFV")
     with torch.no_grad():
-        return compress_call(model, family_of(model), settings, inputs, whole_conversation=True)
+        result = compress_call(model, family_of(model), settings, inputs, whole_conversation=True)
+    if result.contents is not None:
+        remember(cache, result.contents)
+    return result
 
 
 def compress_call(
@@ -125,7 +140,7 @@ def compress_call(
     cache = result.get("past_key_values")
     encoded_already = bool(result.get("mm_encoder_outputs"))
     has_images = images.get("pixel_values") is not None and not encoded_already
-    if not has_images and (encoded_already or cached_length(cache) == 0):
+    if not has_images and (encoded_already or not holds_pruned(cache)):
         result.update(images)
         return result
 

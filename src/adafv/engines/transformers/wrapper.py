@@ -158,11 +158,11 @@ class PrunedModel:
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         stock = self._stock
         arguments = _by_name(stock.generate, args, kwargs)
-        inputs = arguments.pop("inputs", None)
-        if inputs is not None and arguments.get("input_ids") is None:
-            arguments["input_ids"] = inputs
-        if not self._concerned(arguments):
+        both = "inputs" in arguments and "input_ids" in arguments  # an error, which is for the stock model to raise
+        if both or not self._concerned(arguments):
             return stock.generate(*args, **kwargs)
+        if "inputs" in arguments:
+            arguments["input_ids"] = arguments.pop("inputs")
         refuse_unsupported(self.model, arguments)
         fill_in_mask(self.model, arguments)
         with torch.no_grad():
