@@ -61,11 +61,11 @@ def interval(values: list[float], images: list[str]) -> tuple[float, float]:
 class Asker:
     """A model that answers yes or no."""
 
-    def __init__(self, folder: str, images: Path) -> None:
+    def __init__(self, folder: str, images: Path, dtype: str) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
         self.images = images
         tokenizer = self.processor.tokenizer
         self.answers = [tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No")]
@@ -78,7 +78,8 @@ class Asker:
         ]
         texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
         image = load_image(str(self.images / name))
-        return dict(self.processor(images=[image] * len(texts), text=texts, padding=True, return_tensors="pt"))
+        inputs = self.processor(images=[image] * len(texts), text=texts, padding=True, return_tensors="pt")
+        return dict(inputs.to(self.model.dtype))
 
     def says_yes(self, inputs: dict[str, Any], pruner: Pruner | None) -> list[bool]:
         with torch.no_grad():
@@ -99,12 +100,13 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.05, 0.1])
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--limit", type=int, help="number of images")
+    parser.add_argument("--dtype", default="auto", help="auto (as saved), bfloat16, float32, ...")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the answers of every question here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    asker = Asker(options.model, options.images)
+    asker = Asker(options.model, options.images, options.dtype)
     by_image: dict[str, list[dict[str, str]]] = defaultdict(list)
     for line in options.questions.read_text().splitlines():
         question = json.loads(line)

@@ -1,4 +1,4 @@
-"""Shared settings: no network, quiet transformers, few threads (the machines of CI have two cores)."""
+"""Shared settings: no network, quiet transformers, one thread (small models are slower with two that wait for each other)."""
 
 import os
 import sys
@@ -10,4 +10,4 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)

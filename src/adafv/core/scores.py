@@ -4,6 +4,7 @@ Both are distributions over the N visual tokens of an image, in float32 whatever
 with each other, and half precision would decide ties between tokens by rounding.
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -32,8 +33,11 @@ def text_to_image_attention(
     Returns:
         [..., N] float32, zero where `visual_mask` is False.
     """
-    cosine = normalize(text.float(), dim=-1) @ normalize(visual.float(), dim=-1).transpose(-1, -2)
-    logits = temperature * cosine
+    # The norms of the visual tokens divide the few products afterwards: a normalised copy of all tokens costs more than
+    # everything else here together.
+    norms = torch.linalg.vector_norm(visual, dim=-1, dtype=torch.float32).clamp_min(1e-12)
+    products = normalize(text.float(), dim=-1) @ visual.float().transpose(-1, -2)
+    logits = products * (temperature / norms).unsqueeze(-2)
     if visual_mask is not None:
         logits = logits.masked_fill(~visual_mask.unsqueeze(-2), float("-inf"))
     attention = logits.softmax(dim=-1)

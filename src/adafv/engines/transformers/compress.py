@@ -358,23 +358,21 @@ def _choose(
         layouts = [_fed_layout(placed[i]) for i in members]
         device = encoded.features[members[0]].device
         source = torch.stack([layout.source for layout in layouts]).to(device)
-        features = torch.stack([encoded.features[i] for i in members])
+        parts = [encoded.features[i] for i in members]
         if grid is None:
-            features = torch.stack(
-                [_tokens(encoded.features[i], s, filler) for i, s in zip(members, source, strict=True)]
-            )
+            parts = [_tokens(part, order, filler) for part, order in zip(parts, source, strict=True)]
         saliency = None
         if encoded.saliency is not None:
-            saliency = torch.stack([encoded.saliency[i] for i in members]).gather(1, source.clamp_min(0))
+            saliency = _stack([encoded.saliency[i] for i in members]).gather(1, source.clamp_min(0))
             saliency = saliency.masked_fill(source < 0, 0.0)
         text, text_mask = _embedded_text(model, [(placed[i].row, texts[i]) for i in members], call, device)
         tokens = VisualTokens(
-            features.detach(), saliency, text, text_mask, source >= 0, source, crops, rows, columns, grid
+            _stack(parts).detach(), saliency, text, text_mask, source >= 0, source, crops, rows, columns, grid
         )
         with torch.no_grad():
             kept = method.select(tokens, keep)
         for place, i in enumerate(members):
-            choices[i] = _choice(kept, place, features, saliency, placed[i])
+            choices[i] = _choice(kept, place, parts[place], saliency, placed[i])
     return choices
 
 
@@ -385,7 +383,7 @@ def _fed_layout(image: PlacedImage) -> ImageLayout:
 def _choice(kept: Kept, place: int, features: Tensor, saliency: Tensor | None, image: PlacedImage) -> _Choice:
     layout = _fed_layout(image)
     indices = kept.indices[place]
-    chosen = features[place][indices] if kept.features is None else kept.features[place]
+    chosen = features[indices] if kept.features is None else kept.features[place]
     places = torch.arange(indices.numel()) if isinstance(image, _Published) else indices
 
     def scores(values: Tensor | None) -> Tensor | None:
@@ -409,10 +407,15 @@ def _choice(kept: Kept, place: int, features: Tensor, saliency: Tensor | None, i
 def _tokens(features: Tensor, source: Tensor, filler: Tensor | None) -> Tensor:
     """Put the features of the patches into the order of the tokens, `filler` where a token shows none. [P, D] -> [N, D]"""
     source = source.to(features.device)
-    ordered = features[source.clamp_min(0)]
-    if filler is None:
-        return ordered
-    return torch.where((source < 0).unsqueeze(-1), filler.to(ordered), ordered)
+    if filler is not None:
+        features = torch.cat((features, filler.to(features).unsqueeze(0)))
+        source = source.where(source >= 0, features.shape[0] - 1)
+    return features.index_select(0, source)
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    """torch.stack, without the copy where there is one part."""
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
 
 def _embedded_text(
