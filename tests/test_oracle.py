@@ -8,7 +8,7 @@ from models import FAMILIES, IMAGE, FamilyRow, make_inputs
 from oracle import STOCK_MIXES_UP_IMAGES, encoded_by_prompt, kept_logits, masked_inputs
 
 from adafv import AdaFV, compress
-from adafv.engines.transformers.calls import CHUNKED_PREFILL_KEEPS_IMAGES
+from adafv.engines.transformers.generation import CHUNKED_PREFILL_KEEPS_IMAGES
 from adafv.errors import UnsupportedCallError
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}

@@ -194,7 +194,7 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> str:
 def _checked_pruner(wish: _Wish, processor: Any = None) -> "Pruner":
     """The pruner that was asked for. Without a processor, to find mistakes before the model is loaded."""
     from adafv.engines.transformers import Pruner
-    from adafv.engines.transformers.compress import POSITIONS
+    from adafv.engines.transformers.settings import POSITIONS
     from adafv.engines.transformers.text import SCOPES
     from adafv.errors import OptionError
     from adafv.methods import known_methods

@@ -1,12 +1,15 @@
 """adafv inside stock Hugging Face transformers.
 
-    wrapper.py   `AdaFV` and `Pruner`: around `generate` and `forward` of one model
-    compress.py  `compress`: inputs -> inputs with fewer placeholders and already pruned features
-    prompt.py    what is image and what is text in a prompt; taking columns out of it
-    text.py      which text counts for an image
-    cache.py     what a pruned key/value cache holds, so that the next turn fits it
-    calls.py     the arguments of `generate` that speak of the prompt
-    record.py    `Record`, what one run did
+    wrapper.py       `AdaFV` and `Pruner`: around `generate` and `forward` of one model
+    generation.py    the arguments of `generate` that speak of the prompt
+    compress.py      `compress`: inputs -> inputs with fewer placeholders and already pruned features
+    settings.py      the options, checked
+    conversation.py  what one call says: new prompt, cached prefix, images
+    choice.py        from images to kept tokens
+    prompt.py        what is image and what is text in a prompt; taking columns out of it
+    text.py          which text counts for an image
+    cache.py         what a pruned key/value cache holds, so that the next turn fits it
+    record.py        `Record`, what one run did
 
 All work goes through one public argument of the models, `mm_encoder_outputs`, which exists from transformers 5.18 on.
 """

@@ -5,75 +5,36 @@ prompt. Nothing inside the model changes: the result goes through the public arg
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.core import ImageLayout, tokens_to_keep
-from adafv.core.budget import check_keep
 from adafv.engines.transformers.cache import (
     CacheContents,
     cached_length,
-    cached_prefix,
-    check_same_conversation,
     holds_pruned,
     is_remembered,
     remember,
 )
+from adafv.engines.transformers.choice import Choice, choose_tokens, encode_images
+from adafv.engines.transformers.conversation import Conversation, new_images
 from adafv.engines.transformers.prompt import (
     Compaction,
     PlacedImage,
-    Prompt,
     compact,
     nothing_removed,
-    place_images,
-    read_prompt,
 )
 from adafv.engines.transformers.record import Record, kv_bytes_per_token, timed
-from adafv.engines.transformers.text import ChatTemplate, resolve_scope, text_columns
-from adafv.errors import CacheError, OptionError, PromptError, UnsupportedCallError
+from adafv.engines.transformers.settings import Settings
+from adafv.engines.transformers.text import text_columns
+from adafv.errors import PromptError, UnsupportedCallError
 from adafv.families import Encoded, Family, family_of
-from adafv.methods import Kept, Method, VisualTokens, method_named
+from adafv.methods import Method
 
-POSITIONS = ("compact", "original")
 _IGNORED_LABEL = -100
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to prune, whatever the model."""
-
-    method: Method
-    keep: int | float
-    positions: str
-    scope: str
-    template: ChatTemplate | None
-
-    @classmethod
-    def of(
-        cls,
-        method: str | Method,
-        keep: int | float,
-        positions: str = "compact",
-        text: str | None = None,
-        processor: Any = None,
-        **parameters: Any,
-    ) -> "Settings":
-        """Check the options, see `Pruner`."""
-        if isinstance(method, str):
-            method = method_named(method, **parameters)
-        if positions not in POSITIONS:
-            raise OptionError(f"positions={positions!r}; known are: {', '.join(POSITIONS)}")
-        if method.published_layout:
-            if positions != "compact":
-                raise OptionError("the published variant repeats tokens, so they have no original positions")
-            text = "after" if text is None else text
-        scope, template = resolve_scope(text, processor)
-        return cls(method, check_keep(keep), positions, scope, template)
 
 
 class CompressedInputs(dict[str, Any]):
@@ -145,8 +106,8 @@ def compress_call(
         return result
 
     with timed(seconds, "compaction"):
-        call = _Call.read(model, result, cache, whole_conversation)
-        placed, images = _new_images(model, family, settings.method, images if has_images else {}, call)
+        call = Conversation.read(model, result, cache, whole_conversation)
+        placed, images = new_images(model, family, settings.method, images if has_images else {}, call)
     if not placed and not call.prefix.changed:
         return result
     if "cache_position" in result:
@@ -169,9 +130,9 @@ def compress_call(
     encoded = Encoded([], None)
     if placed:
         with timed(seconds, "tower"):
-            encoded = _encode(model, family, settings.method, images, pruned, grids)
+            encoded = encode_images(model, family, settings.method, images, pruned, grids)
     with timed(seconds, "selection"):
-        choices = _choose(model, family, settings.method, placed, keeps, grids, encoded, texts, call)
+        choices = choose_tokens(model, family, settings.method, placed, keeps, grids, encoded, texts, call)
     with timed(seconds, "compaction"):
         dropped = [0] * call.prompt.tokens.shape[0]
         stays = torch.ones(call.prompt.tokens.shape, dtype=torch.bool, device=call.device)
@@ -191,252 +152,7 @@ def compress_call(
     return result
 
 
-@dataclass
-class _Call:
-    """One call, read on the host: the prompt that is new, and the prefix that is cached."""
-
-    prompt: Prompt
-    """The new columns alone."""
-    prefix: Compaction
-    """How the cached columns became what the cache holds."""
-    tokens: Tensor | None
-    """[B, S] the whole conversation, where the call gives it."""
-    embeds: Tensor | None
-    """[B, new, D], where the call gives embeddings."""
-    is_image: Tensor
-    """[B, S] placeholders in whatever the call gives."""
-    device: torch.device
-
-    @classmethod
-    def read(cls, model: Any, inputs: dict[str, Any], cache: Any, whole_conversation: bool) -> "_Call":
-        given = inputs.get("input_ids")
-        given = inputs.get("inputs_embeds") if given is None or given.shape[1] == 0 else given
-        if given is None:
-            raise PromptError("there is no prompt: give input_ids or inputs_embeds beside the images")
-        prefix = cached_prefix(cache, given.shape[0])
-        mask = inputs.get("attention_mask")
-        if prefix.length and whole_conversation and isinstance(mask, Tensor) and mask.shape[1] != given.shape[1]:
-            whole_conversation = False  # only the new tokens, under a mask over all: `generate` takes that too
-        if prefix.length and not whole_conversation:
-            mask = _new_part_of_mask(mask, given.shape[1], prefix)
-        read = read_prompt(model, {**inputs, "attention_mask": mask})
-        tokens: Tensor | None = read.tokens
-        is_image, embeds = read.is_image, inputs.get("inputs_embeds")
-        if prefix.length:
-            if whole_conversation:
-                check_same_conversation(cache, read.tokens, prefix)
-                embeds = None if embeds is None else embeds[:, prefix.length :]
-                read = Prompt(
-                    *(
-                        part[:, prefix.length :]
-                        for part in (read.tokens, read.attended, read.is_image, read.turn_ends, read.special)
-                    )
-                )
-            else:
-                tokens = None
-        return cls(read, prefix, tokens, embeds, is_image, given.device)
-
-
-def _new_part_of_mask(mask: Any, new: int, prefix: Compaction) -> Any:
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise UnsupportedCallError("attention_mask must be a tensor [batch, length]; custom 4-D masks cannot be pruned")
-    if mask.shape[1] not in (new, prefix.length + new, prefix.columns.shape[1] + new):
-        raise CacheError(
-            f"attention_mask covers {mask.shape[1]} tokens, but {prefix.length} are cached and {new} are new; the mask must "
-            "cover both, or the new ones alone"
-        )
-    return mask[:, -new:]
-
-
-def _new_images(
-    model: Any, family: Family, method: Method, images: dict[str, Any], call: _Call
-) -> tuple[list[PlacedImage], dict[str, Any]]:
-    """The images whose placeholders are not cached yet.
-
-    A processor that sees the whole conversation returns the cached images too; the stock model wants them left out, here
-    both are right.
-    """
-    if not images:
-        if call.prompt.is_image.any():
-            raise PromptError(
-                f"the prompt has {int(call.prompt.is_image.sum())} image placeholders that are not cached, but no images; "
-                "pass pixel_values as the processor returned them"
-            )
-        return [], {}
-    layouts = family.layouts(model, images)
-    total = sum(layout.tokens for layout in layouts)
-    if call.is_image.shape[1] > call.prompt.length and total == int(call.is_image.sum()):
-        all_placed = place_images(call.is_image, layouts)
-        wanted = [i for i, image in enumerate(all_placed) if int(image.columns[0]) >= call.prefix.length]
-        if not wanted:
-            return [], {}
-        images = family.take(model, images, wanted)
-        layouts = [layouts[i] for i in wanted]
-    placed = place_images(call.prompt.is_image, layouts)
-    if method.published_layout:
-        published = family.published_layouts(model, images)
-        placed = [
-            _Published(image.row, image.columns, image.layout, layout)
-            for image, layout in zip(placed, published, strict=True)
-        ]
-    return placed, images
-
-
-@dataclass(frozen=True)
-class _Published(PlacedImage):
-    """An image whose tokens are fed in the layout of the published code."""
-
-    published: ImageLayout
-
-
-@dataclass
-class _Choice:
-    """What was decided for one image."""
-
-    kept: Tensor
-    """[K] indices into the tokens as fed."""
-    places: Tensor
-    """[K] distinct indices into the image's placeholders: which of them stay."""
-    layout: ImageLayout
-    features: Tensor
-    saliency: Tensor | None = None
-    text_attention: Tensor | None = None
-    objective: float | None = None
-    certificate: float | None = None
-
-
-def _encode(
-    model: Any,
-    family: Family,
-    method: Method,
-    images: dict[str, Any],
-    pruned: list[bool],
-    grids: list[tuple[int, int] | None],
-) -> Encoded:
-    sizes = set(grids)
-    wants_saliency = method.needs_saliency and any(pruned)
-    if len(sizes) == 1:
-        return family.encode(model, images, saliency=wants_saliency, grid=sizes.pop())
-    # Down-sampling images of different sizes: one run of the tower per grid.
-    features: list[Any] = [None] * len(pruned)
-    for size in sizes:
-        wanted = [i for i, grid in enumerate(grids) if grid == size]
-        part = family.encode(model, family.take(model, images, wanted), saliency=False, grid=size)
-        for i, feature in zip(wanted, part.features, strict=True):
-            features[i] = feature
-    return Encoded(features, None)
-
-
-def _choose(
-    model: Any,
-    family: Family,
-    method: Method,
-    placed: list[PlacedImage],
-    keeps: list[int],
-    grids: list[tuple[int, int] | None],
-    encoded: Encoded,
-    texts: list[Tensor | None],
-    call: _Call,
-) -> list[_Choice]:
-    """Run the method on all images; those of one size and budget together."""
-    groups: dict[Any, list[int]] = {}
-    choices: list[Any] = [None] * len(placed)
-    filler = family.filler(model)
-    for i, (image, keep) in enumerate(zip(placed, keeps, strict=True)):
-        layout = image.layout
-        if keep == layout.tokens:
-            everything = torch.arange(keep)
-            features = _tokens(encoded.features[i], layout.source, filler)
-            choices[i] = _Choice(everything, everything, layout, features)
-            continue
-        layout = image.published if isinstance(image, _Published) else layout
-        groups.setdefault((layout.tokens, layout.crops, layout.rows, layout.columns, keep, grids[i]), []).append(i)
-
-    for (_, crops, rows, columns, keep, grid), members in groups.items():
-        layouts = [_fed_layout(placed[i]) for i in members]
-        device = encoded.features[members[0]].device
-        source = torch.stack([layout.source for layout in layouts]).to(device)
-        parts = [encoded.features[i] for i in members]
-        if grid is None:
-            parts = [_tokens(part, order, filler) for part, order in zip(parts, source, strict=True)]
-        saliency = None
-        if encoded.saliency is not None:
-            saliency = _stack([encoded.saliency[i] for i in members]).gather(1, source.clamp_min(0))
-            saliency = saliency.masked_fill(source < 0, 0.0)
-        text, text_mask = _embedded_text(model, [(placed[i].row, texts[i]) for i in members], call, device)
-        tokens = VisualTokens(
-            _stack(parts).detach(), saliency, text, text_mask, source >= 0, source, crops, rows, columns, grid
-        )
-        with torch.no_grad():
-            kept = method.select(tokens, keep)
-        for place, i in enumerate(members):
-            choices[i] = _choice(kept, place, parts[place], saliency, placed[i])
-    return choices
-
-
-def _fed_layout(image: PlacedImage) -> ImageLayout:
-    return image.published if isinstance(image, _Published) else image.layout
-
-
-def _choice(kept: Kept, place: int, features: Tensor, saliency: Tensor | None, image: PlacedImage) -> _Choice:
-    layout = _fed_layout(image)
-    indices = kept.indices[place]
-    chosen = features[indices] if kept.features is None else kept.features[place]
-    places = torch.arange(indices.numel()) if isinstance(image, _Published) else indices
-
-    def scores(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        shown = layout.shows_patch.to(values.device)
-        return values[place].masked_fill(~shown, float("nan"))
-
-    return _Choice(
-        indices,
-        places,
-        layout,
-        chosen,
-        scores(saliency),
-        scores(kept.text_attention),
-        None if kept.objective is None else float(kept.objective[place]),
-        None if kept.certificate is None else float(kept.certificate[place]),
-    )
-
-
-def _tokens(features: Tensor, source: Tensor, filler: Tensor | None) -> Tensor:
-    """Put the features of the patches into the order of the tokens, `filler` where a token shows none. [P, D] -> [N, D]"""
-    source = source.to(features.device)
-    if filler is not None:
-        features = torch.cat((features, filler.to(features).unsqueeze(0)))
-        source = source.where(source >= 0, features.shape[0] - 1)
-    return features.index_select(0, source)
-
-
-def _stack(parts: list[Tensor]) -> Tensor:
-    """torch.stack, without the copy where there is one part."""
-    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
-
-
-def _embedded_text(
-    model: Any, texts: list[tuple[int, Tensor | None]], call: _Call, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """Input embeddings [G, T, D] and mask [G, T] of the text that counts for each image of a group."""
-    if any(columns is None for _, columns in texts):
-        return None, None
-    parts = []
-    for row, columns in texts:
-        assert columns is not None
-        if call.embeds is not None:
-            parts.append(call.embeds[row, columns.to(call.embeds.device)].detach().to(device))
-        else:
-            ids = call.prompt.tokens[row, columns].to(call.device)
-            parts.append(model.get_input_embeddings()(ids).detach().to(device))
-    mask = pad_sequence([torch.ones(len(part), dtype=torch.bool, device=device) for part in parts], batch_first=True)
-    return pad_sequence(parts, batch_first=True), mask
-
-
-def _by_prompt(placed: list[PlacedImage], choices: list[_Choice]) -> BaseModelOutputWithPooling:
+def _by_prompt(placed: list[PlacedImage], choices: list[Choice]) -> BaseModelOutputWithPooling:
     """The kept features, one entry per prompt that has images.
 
     Models read the entries one after the other, so one entry per image would do; but for beams and several return
@@ -451,7 +167,7 @@ def _by_prompt(placed: list[PlacedImage], choices: list[_Choice]) -> BaseModelOu
 def _take_out(
     model: Any,
     result: dict[str, Any],
-    call: _Call,
+    call: Conversation,
     compaction: Compaction,
     positions: str,
     whole_conversation: bool,
@@ -490,7 +206,7 @@ def _take_out(
 
 def _move_positions(
     result: dict[str, Any],
-    call: _Call,
+    call: Conversation,
     whole: Compaction,
     compaction: Compaction,
     positions: str,
@@ -532,9 +248,9 @@ def _move_positions(
 
 def _record(
     model: Any,
-    call: _Call,
+    call: Conversation,
     placed: list[PlacedImage],
-    choices: list[_Choice],
+    choices: list[Choice],
     compaction: Compaction,
     seconds: dict[str, float],
 ) -> Record:

@@ -21,9 +21,10 @@ import torch
 from transformers.utils import ModelOutput
 
 from adafv.engines.transformers.cache import CacheContents, remember
-from adafv.engines.transformers.calls import PromptRestorer, fill_in_mask, refuse_unsupported, shift_lengths
-from adafv.engines.transformers.compress import CompressedInputs, Settings, compress_call
+from adafv.engines.transformers.compress import CompressedInputs, compress_call
+from adafv.engines.transformers.generation import PromptRestorer, fill_in_mask, refuse_unsupported, shift_lengths
 from adafv.engines.transformers.record import Record
+from adafv.engines.transformers.settings import Settings
 from adafv.errors import AlreadyEnabledError
 from adafv.families import family_of
 from adafv.methods import Method
@@ -170,10 +171,11 @@ class PrunedModel:
         prompt = arguments.get("input_ids")
         restorer = None
         if call.contents is not None:
-            shift_lengths(self.model, call, call.compaction.length, call.compaction.removed)
             if prompt is not None and prompt.shape[1] > 0:
                 restorer = PromptRestorer(prompt, call["input_ids"].shape[1])
                 restorer.apply(call)
+            name = "inputs_embeds" if restorer is None else "input_ids"
+            shift_lengths(self.model, call, arguments[name].shape[1], call[name].shape[1])
         output = self._run(call, stock.generate)
         if restorer is not None:
             if isinstance(output, ModelOutput):

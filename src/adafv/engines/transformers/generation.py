@@ -58,8 +58,9 @@ def fill_in_mask(model: Any, arguments: dict[str, Any]) -> None:
         arguments["attention_mask"] = (ids != pad).long()
 
 
-def shift_lengths(model: Any, arguments: dict[str, Any], length: int, removed: int) -> None:
-    """`max_length` and `min_length` count the caller's prompt; make them count the shorter one."""
+def shift_lengths(model: Any, arguments: dict[str, Any], length: int, shortened: int) -> None:
+    """`max_length` and `min_length` count the caller's prompt of `length` tokens; make them count the shortened one."""
+    removed = length - shortened
     if not removed:
         return
     longest = _setting(model, arguments, "max_length")

@@ -1,0 +1,44 @@
+"""The options, checked."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from adafv.core.budget import check_keep
+from adafv.engines.transformers.text import ChatTemplate, resolve_scope
+from adafv.errors import OptionError
+from adafv.methods import Method, method_named
+
+POSITIONS = ("compact", "original")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to prune, whatever the model."""
+
+    method: Method
+    keep: int | float
+    positions: str
+    scope: str
+    template: ChatTemplate | None
+
+    @classmethod
+    def of(
+        cls,
+        method: str | Method,
+        keep: int | float,
+        positions: str = "compact",
+        text: str | None = None,
+        processor: Any = None,
+        **parameters: Any,
+    ) -> "Settings":
+        """Check the options, see `Pruner`."""
+        if isinstance(method, str):
+            method = method_named(method, **parameters)
+        if positions not in POSITIONS:
+            raise OptionError(f"positions={positions!r}; known are: {', '.join(POSITIONS)}")
+        if method.published_layout:
+            if positions != "compact":
+                raise OptionError("the published variant repeats tokens, so they have no original positions")
+            text = "after" if text is None else text
+        scope, template = resolve_scope(text, processor)
+        return cls(method, check_keep(keep), positions, scope, template)
