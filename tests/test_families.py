@@ -242,3 +242,16 @@ def test_record_says_what_was_sent(family: FamilyRow) -> None:
         last.kept, last.text_attention, last.saliency, last.objective, strict=True
     ):
         assert objective == pytest.approx(float((text[kept].sum() * saliency[kept].sum()).sqrt()), rel=1e-5)
+
+
+def test_published_layout_is_the_raster_of_all_crops() -> None:
+    model = llava_next()
+    images = llava_next_images(model, [(90, 100), (120, 40)])
+    for layout in family_of(model).published_layouts(model, images):
+        patches = layout.rows * layout.columns
+        assert torch.equal(layout.source[:patches], torch.arange(patches))
+        crop, row, column = layout.place(torch.arange(patches, layout.tokens))
+        vertical, horizontal = (crop - 1) // layout.tiling[1], (crop - 1) % layout.tiling[1]
+        width = layout.tiling[1] * layout.columns
+        place = (vertical * layout.rows + row) * width + horizontal * layout.columns + column
+        assert torch.equal(place, torch.arange(layout.tokens - patches))
