@@ -153,6 +153,18 @@ def test_downsampling_is_the_stock_tower_on_a_smaller_image(family: FamilyRow) -
         torch.testing.assert_close(pruned, model(**short).logits[:, -1])
 
 
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda row: row.name)
+def test_gradients_reach_the_projector_through_every_method(family: FamilyRow, name: str) -> None:
+    model = family.build()
+    inputs = make_inputs(family, model, [1])
+    with Pruner(name, keep=9)(model) as pruner:
+        model(**inputs).logits.sum().backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().max() > 0
+    for scores in (pruner.last.text_attention[0], pruner.last.saliency[0]):
+        assert scores is None or not scores.requires_grad
+
+
 def test_downsampling_shows_one_crop() -> None:
     row = FAMILIES[1]
     model = row.build()

@@ -348,6 +348,15 @@ def test_decoding_by_hand_with_forward(family: FamilyRow, model: Any, positions:
             output = model(
                 input_ids=tokens[-1], attention_mask=mask, past_key_values=output.past_key_values, **places(mask, 1)
             )
+        other = inputs["input_ids"].clone()
+        other[:, -1] += 1  # the conversation is still known after steps that named only their own token
+        with pytest.raises(CacheError, match="another prompt"):
+            model.generate(
+                input_ids=torch.cat((other, *tokens, tokens[-1]), 1),
+                attention_mask=torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), 1),
+                past_key_values=output.past_key_values,
+                max_new_tokens=2,
+            )
     oracle = masked_inputs(inputs, adafv.last.keep_mask, positions)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     expected = model.generate(**oracle, **options, return_dict_in_generate=True, output_logits=True)

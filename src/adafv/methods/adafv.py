@@ -61,7 +61,8 @@ class GeometricMean(Method):
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         assert tokens.text is not None
         assert tokens.saliency is not None
-        text_attention = text_to_image_attention(tokens.text, tokens.features, tokens.text_mask, tokens.shows_patch)
+        features = tokens.features.detach()
+        text_attention = text_to_image_attention(tokens.text, features, tokens.text_mask, tokens.shows_patch)
         if self.variant == "published":
             crop_by_crop = tokens.source.argsort(dim=-1)
             saliency = tokens.saliency.gather(-1, crop_by_crop).unflatten(-1, (tokens.crops, -1))

@@ -32,7 +32,8 @@ class VisualTokens:
     """What a method sees: G images with the same number N of visual tokens each."""
 
     features: Tensor
-    """[G, N, D], the visual tokens as the language model would read them."""
+    """[G, N, D], the visual tokens as the language model would read them. In training they carry gradients: detach them
+    for scores, use them as they are for merging."""
     saliency: Tensor | None
     """[G, N] float32, attention of [CLS] (see `adafv.core.class_attention`); None unless `needs_saliency`."""
     text: Tensor | None

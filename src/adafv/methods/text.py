@@ -16,5 +16,6 @@ class Text(Method):
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         assert tokens.text is not None
-        attention = text_to_image_attention(tokens.text, tokens.features, tokens.text_mask, tokens.shows_patch)
+        features = tokens.features.detach()
+        attention = text_to_image_attention(tokens.text, features, tokens.text_mask, tokens.shows_patch)
         return Kept(top_tokens(attention, keep, tokens.shows_patch), text_attention=attention)

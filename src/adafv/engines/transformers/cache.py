@@ -40,6 +40,12 @@ def is_remembered(cache: Any) -> bool:
     return getattr(cache, _ATTRIBUTE, None) is not None
 
 
+def known_tokens(cache: Any) -> Tensor | None:
+    """The tokens of the conversation in `cache`, as far as they are known; see `CacheContents`."""
+    contents: CacheContents | None = getattr(cache, _ATTRIBUTE, None)
+    return None if contents is None or cached_length(cache) == 0 else contents.tokens
+
+
 def holds_pruned(cache: Any) -> bool:
     """Whether `cache` holds a prompt from which columns were taken out."""
     contents: CacheContents | None = getattr(cache, _ATTRIBUTE, None)

@@ -89,11 +89,8 @@ def choose_tokens(
             saliency = _stack([encoded.saliency[i] for i in members]).gather(1, source.clamp_min(0))
             saliency = saliency.masked_fill(source < 0, 0.0)
         text, text_mask = _embedded_text(model, [(placed[i].row, texts[i]) for i in members], call, device)
-        tokens = VisualTokens(
-            _stack(parts).detach(), saliency, text, text_mask, source >= 0, source, crops, rows, columns, grid
-        )
-        with torch.no_grad():
-            kept = method.select(tokens, keep)
+        tokens = VisualTokens(_stack(parts), saliency, text, text_mask, source >= 0, source, crops, rows, columns, grid)
+        kept = method.select(tokens, keep)
         for place, i in enumerate(members):
             choices[i] = _choice(kept, place, parts[place], saliency, placed[i])
     return choices

@@ -17,6 +17,7 @@ from adafv.engines.transformers.cache import (
     cached_length,
     holds_pruned,
     is_remembered,
+    known_tokens,
     remember,
 )
 from adafv.engines.transformers.choice import Choice, choose_tokens, encode_images
@@ -146,7 +147,7 @@ def compress_call(
         if placed:
             result["mm_encoder_outputs"] = {"image": _by_prompt(placed, choices)}
     result.compaction = call.prefix.then(compaction)
-    result.contents = CacheContents(result.compaction, call.tokens)
+    result.contents = CacheContents(result.compaction, known_tokens(cache) if call.tokens is None else call.tokens)
     if placed:
         result.record = _record(model, call, placed, choices, result.compaction, seconds)
     return result
@@ -199,8 +200,7 @@ def _take_out(
             raise PromptError(f"{name} is {list(values.shape)}, but the prompt is [{batch}, {new}]")
     if result.get("attention_mask") is None and (whole.columns < 0).any():
         result["attention_mask"] = (whole.columns >= 0).long()
-    logits_to_keep = result.get("logits_to_keep")
-    if isinstance(logits_to_keep, Tensor):
+    if whole.changed and isinstance(result.get("logits_to_keep"), Tensor):
         raise UnsupportedCallError("logits_to_keep must be a number with pruned tokens: the columns of the prompt move")
 
 

@@ -21,7 +21,7 @@ class Record:
     token that stands for them. In the published variant, tokens may repeat, and -1 is a patch that the stock model cuts
     off as padding."""
     keep_mask: Tensor
-    """[batch, length] bool over the prompt as given: True where the token stayed."""
+    """[batch, length] bool over the prompt as given: True where the token stayed. Of padding it says nothing."""
     rows: list[int]
     """The prompt of the batch that the image stands in."""
     layouts: list[ImageLayout]
