@@ -65,6 +65,7 @@ class Asker:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.processor = AutoProcessor.from_pretrained(folder)
+        self.processor.tokenizer.padding_side = "left"  # the answer is read off the last column
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
         self.images = images
         tokenizer = self.processor.tokenizer
