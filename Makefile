@@ -70,10 +70,12 @@ benchmark: $(VENV)/installed
 	$(BIN)/python -m benchmarks.overhead
 
 # The oldest transformers that pyproject.toml allows, in an environment of its own.
-.venv-oldest/installed: pyproject.toml
+.venv-oldest/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]' transformers==5.18.0
+	grep -v '^transformers==' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint .venv-oldest/constraints.txt \
+		--editable '.[dev]' transformers==5.18.0
 	touch $@
 
 oldest: .venv-oldest/installed
