@@ -109,3 +109,17 @@ def test_generate_with_original_positions(family: FamilyRow, model: Any, batch: 
     assert pruned.sequences.tolist() == expected.sequences.tolist()
     for mine, theirs in zip(pruned.logits, expected.logits, strict=True):
         torch.testing.assert_close(mine, theirs, **TOLERANCE)
+
+
+def test_generate_padded_on_the_right(family: FamilyRow, model: Any) -> None:
+    """Stock transformers warns of it, and goes on; the pruned model must do the same thing."""
+    inputs = make_inputs(family, model, *BATCHES["mixed-right"])
+    options = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+    with AdaFV(keep=KEEP)(model) as adafv:
+        pruned = model.generate(**inputs, **options)
+    oracle = masked_inputs(inputs, adafv.last.keep_mask)
+    del oracle["position_ids"]  # generate derives them from the mask, in its own way for trailing padding
+    expected = model.generate(**oracle, **options)
+    assert pruned.sequences.tolist() == expected.sequences.tolist()
+    full = inputs["attention_mask"][:, -1].bool()  # a row that ends in padding is continued from padding
+    torch.testing.assert_close(pruned.logits[0][full], expected.logits[0][full], **TOLERANCE)

@@ -1,11 +1,12 @@
 """Which text counts, with the chat templates that checkpoints really have."""
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 from processors import chat, photo, processor, speaking_model
-from transformers import pipeline
+from transformers import TextIteratorStreamer, pipeline
 
 from adafv import AdaFV
 from adafv.engines.transformers.prompt import place_images, read_prompt
@@ -153,3 +154,23 @@ def test_the_readme_snippet(family: str) -> None:
     [kept], [before] = adafv.last.kept, adafv.last.tokens_before
     assert len(kept) == max(1, round(before * 0.1))
     assert torch.equal(kept, kept.sort().values)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streaming_from_another_thread(family: str) -> None:
+    """As chat servers do it: generate in a thread, read pieces of text in this one."""
+    made, model = processor(family), speaking_model(family)
+    text = made.apply_chat_template(chat(QUESTION), add_generation_prompt=True)
+    inputs = made(images=photo(), text=text, return_tensors="pt")
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with AdaFV(keep=0.1, processor=made)(model) as adafv:
+        expected = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        for skip_prompt in (True, False):
+            streamer = TextIteratorStreamer(made.tokenizer, skip_prompt=skip_prompt, timeout=60)
+            thread = threading.Thread(target=model.generate, kwargs={**inputs, **options, "streamer": streamer})
+            thread.start()
+            pieces = "".join(streamer)
+            thread.join()
+            prompt = "" if skip_prompt else made.decode(inputs["input_ids"][0])
+            assert pieces == prompt + made.decode(expected)
+    assert adafv.last is not None
