@@ -3,11 +3,26 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import pytest
 import torch
+from models import FAMILIES, FamilyRow
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda row: row.name)
+def family(request: pytest.FixtureRequest) -> FamilyRow:
+    """Every family of the table; a test that asks for it runs once per family."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family: FamilyRow) -> Any:
+    """A model of the family, shared by the tests of a file: wrap it, but do not change it."""
+    return family.build()

@@ -5,18 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, FamilyRow, make_inputs
+from models import FamilyRow, make_inputs
 
 from adafv import AdaFV, Pruner
 from adafv.errors import UnsupportedModelError
 
 accelerate = pytest.importorskip("accelerate")
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
-
-
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda row: row.name)
-def family(request: pytest.FixtureRequest) -> FamilyRow:
-    return request.param
 
 
 def offloaded(family: FamilyRow, how: str, folder: Path) -> Any:

@@ -13,11 +13,6 @@ from adafv.families import family_of, known_families
 from adafv.families.towers import TappedTower
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda row: row.name)
-def family(request: pytest.FixtureRequest) -> FamilyRow:
-    return request.param
-
-
 @pytest.fixture(scope="module", params=["clip", "vit"])
 def tower(request: pytest.FixtureRequest) -> str:
     return request.param

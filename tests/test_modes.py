@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import END, FAMILIES, IMAGE, PAD, FamilyRow, image_lengths, make_inputs, text_config, words
+from models import END, IMAGE, PAD, FamilyRow, image_lengths, make_inputs, text_config, words
 from oracle import kept_logits, masked_inputs
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -17,16 +17,6 @@ from adafv.errors import CacheError, UnsupportedCallError
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 KEEP = 0.3
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
-
-
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda row: row.name)
-def family(request: pytest.FixtureRequest) -> FamilyRow:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(family: FamilyRow) -> Any:
-    return family.build()
 
 
 def answer(sequences: torch.Tensor, inputs: dict[str, Any]) -> list[list[int]]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, IMAGE, FamilyRow, make_inputs
+from models import IMAGE, FamilyRow, make_inputs
 from oracle import STOCK_MIXES_UP_IMAGES, encoded_by_prompt, kept_logits, masked_inputs
 
 from adafv import AdaFV, compress
@@ -37,16 +37,6 @@ GENERATE = {
 }
 
 EXPANDING = {"beams", "beam-sample", "return-sequences", "beams-return"}
-
-
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda row: row.name)
-def family(request: pytest.FixtureRequest) -> FamilyRow:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(family: FamilyRow) -> Any:
-    return family.build()
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, FamilyRow, llava, make_inputs, text_config
+from models import FamilyRow, llava, make_inputs, text_config
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from adafv import AdaFV, Pruner, compress
@@ -27,16 +27,6 @@ from adafv.errors import (
 from adafv.families.towers import TAPPED_ATTENTION
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
-
-
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda row: row.name)
-def family(request: pytest.FixtureRequest) -> FamilyRow:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(family: FamilyRow) -> Any:
-    return family.build()
 
 
 def state(model: Any) -> dict[str, Any]:

@@ -14,20 +14,14 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from adafv.core import ImageLayout
 from adafv.errors import UnsupportedModelError
-from adafv.families.base import Encoded, Family
-from adafv.families.llava import feature_options
-from adafv.families.towers import TappedTower, check_tower, patch_grid, scale_down, twin_of
+from adafv.families.base import Encoded
+from adafv.families.llava import Llava, feature_options
+from adafv.families.towers import TappedTower, patch_grid, scale_down, twin_of
 
 
-class LlavaNext(Family):
+class LlavaNext(Llava):
     name = "LLaVA-NeXT"
     model_classes = ("LlavaNextForConditionalGeneration",)
-    image_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
-
-    def check(self, model: Any) -> None:
-        check_tower(
-            model.model.vision_tower, model.config.vision_feature_layer, model.config.vision_feature_select_strategy
-        )
 
     def count(self, images: Mapping[str, Any]) -> int:
         return len(images["image_sizes"])
