@@ -119,6 +119,14 @@ def test_copies_are_unwrapped(family: FamilyRow, how: Any) -> None:
         assert model(**inputs).logits.shape[1] < inputs["input_ids"].shape[1]
 
 
+def test_replicas_are_refused(family: FamilyRow, model: Any) -> None:
+    inputs = make_inputs(family, model, [1])
+    with AdaFV(keep=0.3)(model):
+        replica = model._replicate_for_data_parallel()  # what nn.DataParallel calls
+        with pytest.raises(UnsupportedCallError, match="DistributedDataParallel"):
+            replica(**inputs)
+
+
 def test_saving_while_enabled(tmp_path: Any) -> None:
     model = llava()
     with AdaFV(keep=0.3)(model):

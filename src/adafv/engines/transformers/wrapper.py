@@ -25,7 +25,7 @@ from adafv.engines.transformers.compress import CompressedInputs, compress_call
 from adafv.engines.transformers.generation import PromptRestorer, fill_in_mask, refuse_unsupported, shift_lengths
 from adafv.engines.transformers.record import Record
 from adafv.engines.transformers.settings import Settings
-from adafv.errors import AlreadyEnabledError
+from adafv.errors import AlreadyEnabledError, UnsupportedCallError
 from adafv.families import family_of
 from adafv.methods import Method
 
@@ -245,6 +245,11 @@ def _wrapped_class(stock_class: Any) -> Any:
     def entry(name: str) -> property:
         def get(model: Any) -> Any:
             handle: PrunedModel = model.__dict__[_HANDLE]
+            if handle.model is not model:
+                raise UnsupportedCallError(
+                    "this is a replica of a wrapped model, as nn.DataParallel makes them; use DistributedDataParallel, or one "
+                    "process per device"
+                )
             pruned = getattr(handle, f"_{name}")
 
             # `generate` reads the signature of `forward`; so must whoever reads ours.
