@@ -247,8 +247,8 @@ def _wrapped_class(stock_class: Any) -> Any:
             handle: PrunedModel = model.__dict__[_HANDLE]
             if handle.model is not model:
                 raise UnsupportedCallError(
-                    "this is a replica of a wrapped model, as nn.DataParallel makes them; use DistributedDataParallel, or one "
-                    "process per device"
+                    "this is a replica of a wrapped model, as nn.DataParallel makes them; use DistributedDataParallel, "
+                    "or one process per device"
                 )
             pruned = getattr(handle, f"_{name}")
 
