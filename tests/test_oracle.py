@@ -33,6 +33,9 @@ GENERATE = {
     "static-cache": {"cache_implementation": "static"},
     "no-cache": {"use_cache": False},
     "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
+    "encoder-penalties": {"encoder_repetition_penalty": 1.4, "encoder_no_repeat_ngram_size": 2},
+    "guidance": {"guidance_scale": 1.7},
+    "decaying-length": {"exponential_decay_length_penalty": (2, 1.5)},
     "chunked-prefill": {"prefill_chunk_size": 7},
 }
 
