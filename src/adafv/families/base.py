@@ -61,10 +61,6 @@ class Family(ABC):
     def take(self, model: Any, images: Mapping[str, Any], wanted: list[int]) -> dict[str, Any]:
         """The same entries for the images at the positions `wanted` alone."""
 
-    @abstractmethod
-    def count(self, images: Mapping[str, Any]) -> int:
-        """Number of images in `images`."""
-
     def filler(self, model: Any) -> Tensor | None:
         """[D] embedding of tokens that show no patch (`source` -1), or None where the family has none."""
         return None

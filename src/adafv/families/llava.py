@@ -20,16 +20,13 @@ class Llava(Family):
             model.model.vision_tower, model.config.vision_feature_layer, model.config.vision_feature_select_strategy
         )
 
-    def count(self, images: Mapping[str, Any]) -> int:
-        return images["pixel_values"].shape[0]
-
     def take(self, model: Any, images: Mapping[str, Any], wanted: list[int]) -> dict[str, Any]:
         return {**images, "pixel_values": images["pixel_values"][wanted]}
 
     def layouts(self, model: Any, images: Mapping[str, Any]) -> list[ImageLayout]:
         rows, columns = patch_grid(model.model.vision_tower, *images["pixel_values"].shape[-2:])
         layout = ImageLayout(torch.arange(rows * columns), crops=1, rows=rows, columns=columns)
-        return [layout] * self.count(images)
+        return [layout] * len(images["pixel_values"])
 
     def encode(
         self, model: Any, images: Mapping[str, Any], *, saliency: bool, grid: tuple[int, int] | None = None

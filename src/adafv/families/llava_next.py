@@ -23,9 +23,6 @@ class LlavaNext(Llava):
     name = "LLaVA-NeXT"
     model_classes = ("LlavaNextForConditionalGeneration",)
 
-    def count(self, images: Mapping[str, Any]) -> int:
-        return len(images["image_sizes"])
-
     def take(self, model: Any, images: Mapping[str, Any], wanted: list[int]) -> dict[str, Any]:
         pixel_values, sizes = images["pixel_values"], torch.as_tensor(images["image_sizes"])
         if pixel_values.dim() == 4:  # the crops of all images in one row

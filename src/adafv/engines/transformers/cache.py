@@ -35,21 +35,15 @@ def remember(cache: Any, contents: CacheContents) -> None:
         setattr(cache, _ATTRIBUTE, contents)
 
 
-def is_remembered(cache: Any) -> bool:
-    """Whether it is known what `cache` holds."""
-    return getattr(cache, _ATTRIBUTE, None) is not None
-
-
-def known_tokens(cache: Any) -> Tensor | None:
-    """The tokens of the conversation in `cache`, as far as they are known; see `CacheContents`."""
-    contents: CacheContents | None = getattr(cache, _ATTRIBUTE, None)
-    return None if contents is None or cached_length(cache) == 0 else contents.tokens
+def contents_of(cache: Any) -> CacheContents | None:
+    """What is known of the contents of `cache`; None for an empty cache, or one that adafv has not seen."""
+    return getattr(cache, _ATTRIBUTE, None) if cached_length(cache) > 0 else None
 
 
 def holds_pruned(cache: Any) -> bool:
     """Whether `cache` holds a prompt from which columns were taken out."""
-    contents: CacheContents | None = getattr(cache, _ATTRIBUTE, None)
-    return contents is not None and contents.compaction.changed and cached_length(cache) > 0
+    contents = contents_of(cache)
+    return contents is not None and contents.compaction.changed
 
 
 def cached_length(cache: Any) -> int:
@@ -64,8 +58,8 @@ def cached_prefix(cache: Any, batch: int) -> Compaction:
         CacheError: the cache is of another batch size, or was cut off amid a row's image.
     """
     length = cached_length(cache)
-    contents: CacheContents | None = getattr(cache, _ATTRIBUTE, None)
-    if contents is None or length == 0:
+    contents = contents_of(cache)
+    if contents is None:
         return nothing_removed(batch, length)
     before = contents.compaction
     if before.columns.shape[0] != batch:
@@ -86,12 +80,13 @@ def check_same_conversation(cache: Any, tokens: Tensor, prefix: Compaction) -> N
         raise CacheError(
             f"the cache holds {prefix.length} tokens of the conversation, but the prompt has only {tokens.shape[1]}; {_MEND}"
         )
-    contents: CacheContents | None = getattr(cache, _ATTRIBUTE, None)
+    contents = contents_of(cache)
     if contents is None or contents.tokens is None:
         return
     known = min(prefix.length, contents.tokens.shape[1])
     kept = torch.zeros(tokens.shape[0], prefix.length + 1, dtype=torch.bool)
-    kept.scatter_(1, prefix.columns.cpu().where(prefix.columns.cpu() >= 0, prefix.length), True)
+    columns = prefix.columns.cpu()
+    kept.scatter_(1, columns.where(columns >= 0, prefix.length), True)
     differs = (tokens[:, :known] != contents.tokens[:, :known]) & kept[:, :known]
     if differs.any():
         row, column = (int(place) for place in differs.nonzero()[0])

@@ -74,13 +74,12 @@ def choose_tokens(
             features = _tokens(encoded.features[i], layout.source, filler)
             choices[i] = Choice(everything, everything, layout, features)
             continue
-        layout = image.published if isinstance(image, PublishedImage) else layout
+        layout = image.fed
         groups.setdefault((layout.tokens, layout.crops, layout.rows, layout.columns, keep, grids[i]), []).append(i)
 
     for (_, crops, rows, columns, keep, grid), members in groups.items():
-        layouts = [_fed_layout(placed[i]) for i in members]
         device = encoded.features[members[0]].device
-        source = torch.stack([layout.source for layout in layouts]).to(device)
+        source = torch.stack([placed[i].fed.source for i in members]).to(device)
         parts = [encoded.features[i] for i in members]
         if grid is None:
             parts = [_tokens(part, order, filler) for part, order in zip(parts, source, strict=True)]
@@ -96,12 +95,8 @@ def choose_tokens(
     return choices
 
 
-def _fed_layout(image: PlacedImage) -> ImageLayout:
-    return image.published if isinstance(image, PublishedImage) else image.layout
-
-
 def _choice(kept: Kept, place: int, features: Tensor, saliency: Tensor | None, image: PlacedImage) -> Choice:
-    layout = _fed_layout(image)
+    layout = image.fed
     indices = kept.indices[place]
     chosen = features[indices] if kept.features is None else kept.features[place]
     places = torch.arange(indices.numel()) if isinstance(image, PublishedImage) else indices

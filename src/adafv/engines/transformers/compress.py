@@ -15,9 +15,8 @@ from adafv.core import ImageLayout, tokens_to_keep
 from adafv.engines.transformers.cache import (
     CacheContents,
     cached_length,
+    contents_of,
     holds_pruned,
-    is_remembered,
-    known_tokens,
     remember,
 )
 from adafv.engines.transformers.choice import Choice, choose_tokens, encode_images
@@ -79,7 +78,7 @@ def compress(
     """
     settings = Settings.of(method, keep, positions, text, processor, **parameters)
     cache = inputs.get("past_key_values")
-    if cached_length(cache) > 0 and not is_remembered(cache):
+    if cached_length(cache) > 0 and contents_of(cache) is None:
         raise UnsupportedCallError("compress() cannot tell what this cache holds; to continue a conversation use AdaFV")
     with torch.no_grad():
         result = compress_call(model, family_of(model), settings, inputs, whole_conversation=True)
@@ -143,11 +142,13 @@ def compress_call(
             stays[image.row, columns] = False
             stays[image.row, columns[choice.places.to(call.device)]] = True
         compaction = compact(call.prompt.attended, dropped, stays)
-        _take_out(model, result, call, compaction, settings.positions, whole_conversation)
+        result.compaction = call.prefix.then(compaction)
+        _take_out(model, result, call, result.compaction, compaction, settings.positions, whole_conversation)
         if placed:
             result["mm_encoder_outputs"] = {"image": _by_prompt(placed, choices)}
-    result.compaction = call.prefix.then(compaction)
-    result.contents = CacheContents(result.compaction, known_tokens(cache) if call.tokens is None else call.tokens)
+    cached = contents_of(cache)
+    tokens = cached.tokens if call.tokens is None and cached is not None else call.tokens
+    result.contents = CacheContents(result.compaction, tokens)
     if placed:
         result.record = _record(model, call, placed, choices, result.compaction, seconds)
     return result
@@ -169,13 +170,18 @@ def _take_out(
     model: Any,
     result: dict[str, Any],
     call: Conversation,
+    whole: Compaction,
     compaction: Compaction,
     positions: str,
     whole_conversation: bool,
 ) -> None:
-    """Take the dropped columns out of everything that runs along the prompt."""
+    """Take the dropped columns out of everything that runs along the prompt.
+
+    Args:
+        whole: over the cached columns and the new ones.
+        compaction: over the new ones alone.
+    """
     batch, new = call.prompt.tokens.shape
-    whole = call.prefix.then(compaction)
     fills = {
         "input_ids": _padding_id(model),
         "inputs_embeds": 0.0,

@@ -8,8 +8,16 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.engines.transformers.cache import cached_prefix, check_same_conversation
-from adafv.engines.transformers.prompt import Compaction, PlacedImage, Prompt, place_images, read_prompt
-from adafv.errors import CacheError, PromptError, UnsupportedCallError
+from adafv.engines.transformers.prompt import (
+    Compaction,
+    PlacedImage,
+    Prompt,
+    check_mask,
+    given_prompt,
+    place_images,
+    read_prompt,
+)
+from adafv.errors import CacheError, PromptError
 from adafv.families import Family
 from adafv.methods import Method
 
@@ -32,10 +40,7 @@ class Conversation:
 
     @classmethod
     def read(cls, model: Any, inputs: dict[str, Any], cache: Any, whole_conversation: bool) -> "Conversation":
-        given = inputs.get("input_ids")
-        given = inputs.get("inputs_embeds") if given is None or given.shape[1] == 0 else given
-        if given is None:
-            raise PromptError("there is no prompt: give input_ids or inputs_embeds beside the images")
+        given = given_prompt(inputs)
         prefix = cached_prefix(cache, given.shape[0])
         mask = inputs.get("attention_mask")
         if prefix.length and whole_conversation and isinstance(mask, Tensor) and mask.shape[1] != given.shape[1]:
@@ -63,9 +68,7 @@ class Conversation:
 def _new_part_of_mask(mask: Any, new: int, prefix: Compaction) -> Any:
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise UnsupportedCallError("attention_mask must be a tensor [batch, length]; custom 4-D masks cannot be pruned")
-    if mask.shape[1] not in (new, prefix.length + new, prefix.columns.shape[1] + new):
+    if check_mask(mask).shape[1] not in (new, prefix.length + new, prefix.columns.shape[1] + new):
         raise CacheError(
             f"attention_mask covers {mask.shape[1]} tokens, but {prefix.length} are cached and {new} are new; the mask must "
             "cover both, or the new ones alone"
@@ -112,3 +115,7 @@ class PublishedImage(PlacedImage):
     """An image whose tokens are fed in the layout of the published code."""
 
     published: ImageLayout
+
+    @property
+    def fed(self) -> ImageLayout:
+        return self.published

@@ -21,22 +21,16 @@ CHUNKED_PREFILL_KEEPS_IMAGES = hasattr(transformers.generation.utils, "_slice_mm
 
 def refuse_unsupported(model: Any, arguments: dict[str, Any]) -> None:
     """Raise UnsupportedCallError for ways of generating that cannot be made to fit."""
-    config = arguments.get("generation_config")
-
-    def setting(name: str) -> Any:
-        value = arguments.get(name)
-        return getattr(config, name, None) if value is None else value
-
     if isinstance(arguments.get("custom_generate"), str):
         raise UnsupportedCallError("custom_generate recipes replace the decoding loop and are not supported")
-    if setting("token_healing"):
+    if _setting(model, arguments, "token_healing"):
         raise UnsupportedCallError("token_healing writes the prompt anew and loses its images; leave it out")
-    implementation = str(setting("cache_implementation") or "")
+    implementation = str(_setting(model, arguments, "cache_implementation") or "")
     if implementation.startswith("paged") or str(model.config._attn_implementation).startswith("paged"):
         raise UnsupportedCallError(
             "continuous batching (paged caches) takes no images; use another cache_implementation"
         )
-    if setting("prefill_chunk_size") and not CHUNKED_PREFILL_KEEPS_IMAGES:
+    if _setting(model, arguments, "prefill_chunk_size") and not CHUNKED_PREFILL_KEEPS_IMAGES:
         raise UnsupportedCallError(
             "this release of transformers loses the images in chunked prefill; leave prefill_chunk_size out, or run: "
             "pip install --upgrade transformers"

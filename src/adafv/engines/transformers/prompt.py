@@ -44,6 +44,11 @@ class PlacedImage:
     """[N] long, the columns of its placeholders, ascending."""
     layout: ImageLayout
 
+    @property
+    def fed(self) -> ImageLayout:
+        """The layout in which its tokens are fed to the language model."""
+        return self.layout
+
 
 def read_prompt(model: Any, inputs: Mapping[str, Any]) -> Prompt:
     """Read `input_ids` (or `inputs_embeds`) and `attention_mask`.
@@ -55,28 +60,45 @@ def read_prompt(model: Any, inputs: Mapping[str, Any]) -> Prompt:
         PromptError: ids and mask differ in shape.
     """
     image, ends, specials = special_tokens(model)
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if ids is not None and ids.shape[1] > 0:
-        tokens = ids.cpu()
-    elif embeds is not None:
-        tokens = torch.full(embeds.shape[:2], -1)
+    given = given_prompt(inputs)
+    if given.dim() == 2:
+        tokens = given.cpu()
+    else:
+        tokens = torch.full(given.shape[:2], -1)
         table = model.get_input_embeddings()
         for token in {image, *specials}:
-            embedding = table(torch.tensor(token, device=embeds.device)).to(embeds.dtype)
-            tokens[(embeds == embedding).all(-1).cpu()] = token
-    else:
-        raise PromptError("there is no prompt: give input_ids or inputs_embeds beside the images")
+            embedding = table(torch.tensor(token, device=given.device)).to(given.dtype)
+            tokens[(given == embedding).all(-1).cpu()] = token
     mask = inputs.get("attention_mask")
     if mask is None:
         attended = torch.ones_like(tokens, dtype=torch.bool)
-    elif not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise UnsupportedCallError("attention_mask must be a tensor [batch, length]; custom 4-D masks cannot be pruned")
-    elif mask.shape != tokens.shape:
+    elif check_mask(mask).shape != tokens.shape:
         raise PromptError(f"attention_mask is {list(mask.shape)}, but the prompt is {list(tokens.shape)}")
     else:
         attended = mask.cpu() != 0
     is_special, is_end = (torch.isin(tokens, torch.tensor(sorted(group or {-2}))) for group in (specials, ends))
     return Prompt(tokens, attended, tokens == image, is_end, is_special)
+
+
+def given_prompt(inputs: Mapping[str, Any]) -> Tensor:
+    """`input_ids` [B, S], or where there are none `inputs_embeds` [B, S, D].
+
+    Raises:
+        PromptError: there is neither.
+    """
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if ids is not None and ids.shape[1] > 0:
+        return ids
+    if embeds is None:
+        raise PromptError("there is no prompt: give input_ids or inputs_embeds beside the images")
+    return embeds
+
+
+def check_mask(mask: Any) -> Tensor:
+    """Return `mask`, or raise UnsupportedCallError where it is not [batch, length]."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise UnsupportedCallError("attention_mask must be a tensor [batch, length]; custom 4-D masks cannot be pruned")
+    return mask
 
 
 def special_tokens(model: Any) -> tuple[int, set[int], set[int]]:

@@ -54,14 +54,10 @@ class Record:
     """Wall time per stage: "tower" (with the projector), "selection", "compaction", "model" (the call of the stock
     model). On an accelerator work is queued, so without synchronising it is the time to queue it."""
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        with timed(self.seconds, stage):
-            yield
-
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the wall time of the block to `seconds[stage]`."""
     start = time.perf_counter()
     try:
         yield

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 from adafv.engines.transformers.cache import CacheContents, remember
 from adafv.engines.transformers.compress import CompressedInputs, compress_call
 from adafv.engines.transformers.generation import PromptRestorer, fill_in_mask, refuse_unsupported, shift_lengths
-from adafv.engines.transformers.record import Record
+from adafv.engines.transformers.record import Record, timed
 from adafv.engines.transformers.settings import Settings
 from adafv.errors import AlreadyEnabledError, UnsupportedCallError
 from adafv.families import family_of
@@ -204,7 +204,7 @@ class PrunedModel:
         if record is None:
             return function(**call)
         self._latest = self._own.record = record
-        with record.timed("model"):
+        with timed(record.seconds, "model"):
             return function(**call)
 
     def _remember(self, call: CompressedInputs, output: Any, given_cache: Any) -> None:
