@@ -1,0 +1,104 @@
+"""Does the premise of the method hold? Two areas under the curve, after every stage of training.
+
+    python -m training.alignment training/run/tower.pt training/run/projector.pt training/run/together.pt
+
+- word: the similarity of an object's word (its input embedding) with the projected visual tokens, against its box.
+- question: the same for the method's own text-to-image attention of a whole question that names the object.
+- saliency: the attention of [CLS], against the boxes of large and of small, faint objects; patches of other objects
+  are left out.
+
+0.5 is chance, 1 is perfect. Scenes are those of validation, with objects that are the only ones of their kind. Intervals
+count scenes.
+"""
+
+import argparse
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from adafv.core import text_to_image_attention
+from adafv.families.llava import Llava
+from training.architecture import SIDE
+from training.batches import normalised, patches_in, pixels
+from training.conversations import encode
+from training.stages import Pupil
+from training.world.scenes import sample_scene
+
+
+def area(positive: Tensor, negative: Tensor) -> float:
+    """Area under the ROC curve: how often a positive scores above a negative; ties count half."""
+    above = (positive[:, None] > negative[None]).double() + 0.5 * (positive[:, None] == negative[None]).double()
+    return above.mean().item()
+
+
+@torch.no_grad()
+def areas(pupil: Pupil, scenes: int, split: str = "validation") -> dict[str, list[tuple[int, float]]]:
+    """Of every measure: (scene, area) for each object measured."""
+    from random import Random
+
+    found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    embed = pupil.words.weight
+    for number in range(scenes):
+        scene = sample_scene(split, number)
+        images, [boxes] = pixels([scene], Random(number))
+        encoded = Llava().encode(pupil.llava, {"pixel_values": normalised(images)}, saliency=True)
+        assert encoded.saliency is not None
+        visual, saliency = encoded.features[0], encoded.saliency[0]
+        inside = [patches_in(box, SIDE) for box in boxes]
+        nothing = ~torch.stack(inside).any(0)
+        for thing, there in zip(scene.things, inside, strict=True):
+            size = "faint" if thing.faint else "large"
+            found[f"saliency, {size}"].append((number, area(saliency[there], saliency[nothing])))
+            if len(scene.of(thing.kind)) > 1:
+                continue
+            word = embed[encode(thing.kind)]
+            similarity = (normalize(visual, dim=-1) @ normalize(word, dim=-1).T)[:, 0]
+            found[f"word, {size}"].append((number, area(similarity[there], similarity[~there])))
+            text = embed[encode(f"what colour is the {thing.kind}?")]
+            attention = text_to_image_attention(text, visual)
+            found[f"question, {size}"].append((number, area(attention[there], attention[~there])))
+    for measure in ("word", "question"):
+        found[measure] = found[f"{measure}, large"] + found[f"{measure}, faint"]
+    return found
+
+
+def summary(values: list[tuple[int, float]]) -> str:
+    """Mean with its 95 % interval, scenes as what is independent."""
+    mean = sum(value for _, value in values) / len(values)
+    deviations: dict[int, float] = defaultdict(float)
+    for scene, value in values:
+        deviations[scene] += value - mean
+    half = 1.96 * math.sqrt(sum(deviation**2 for deviation in deviations.values())) / len(values)
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+MEASURES = ("word", "word, large", "word, faint", "question", "saliency, large", "saliency, faint")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Alignment of words with patches, and of saliency with objects.")
+    parser.add_argument("weights", type=Path, nargs="*", help="weights after a stage; none: before training")
+    parser.add_argument("--scenes", type=int, default=200)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    table = Table(title=f"AUC on {options.scenes} validation scenes, with 95 % intervals")
+    for heading in ("after", *MEASURES):
+        table.add_column(heading)
+    for path in (None, *options.weights):
+        pupil = Pupil()
+        pupil.llava.set_attn_implementation("sdpa")
+        if path is not None:
+            pupil.load_state_dict(torch.load(path, weights_only=True), strict=False)
+        found = areas(pupil.eval(), options.scenes)
+        table.add_row("nothing" if path is None else path.stem, *(summary(found[measure]) for measure in MEASURES))
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

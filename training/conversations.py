@@ -1,0 +1,95 @@
+"""Conversations about scenes as token ids: the visual tokens first, then questions with their answers.
+
+Several questions share one picture, as in LLaVA's own data: most of the work is reading the picture.
+"""
+
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+
+from training.architecture import VISUAL_TOKENS
+from training.vocabulary import ASSISTANT, END, IMAGE, PAD, UNKNOWN, USER, describe, tokenizer
+from training.world.objects import KINDS
+from training.world.questions import ask, caption, plural
+from training.world.scenes import Scene
+
+QUESTIONS = 7
+"""Questions a picture."""
+IGNORED = -100
+
+_tokenizer = tokenizer()
+_KIND_IDS = {_tokenizer.convert_tokens_to_ids(kind) for kind in (*KINDS, *map(plural, KINDS))} - {UNKNOWN}
+
+
+@dataclass(frozen=True)
+class Conversations:
+    ids: Tensor
+    """[scenes, length] int64, padded on the right."""
+    labels: Tensor
+    """[scenes, length]: the token to be said at this place, already shifted; IGNORED elsewhere."""
+    captions: Tensor
+    """[scenes, length] bool: labels that belong to a caption."""
+    kinds: list[list[tuple[int, str, bool]]]
+    """Of every scene: (place of the answer's first label, kind of question, about a faint object)."""
+
+
+def converse(
+    scenes: list[Scene], random: Random, visual_tokens: int = VISUAL_TOKENS, *, early: bool = False
+) -> Conversations:
+    """A conversation about each scene: questions of all kinds in random order, with a caption at the end of some.
+
+    Args:
+        early: label the answer also in the question, from the last object it names on. "What colour is the key" is then
+            asked of the word "key" itself, which is one step of attention away from the key; the first word of the
+            answer is two, and a model that has neither step learns both only after long.
+    """
+    rows, labels, captions, kinds = [], [], [], []
+    for scene in scenes:
+        row, said, asked = [USER] + [IMAGE] * visual_tokens, [], []
+        described: set[int] = set()
+        for number in range(QUESTIONS):
+            question = ask(scene, random)
+            assert question is not None
+            if number:
+                row.append(USER)
+            words = encode(question.text)
+            named = max((place for place, word in enumerate(words) if word in _KIND_IDS), default=len(words) - 1)
+            if early:
+                said += [(len(row) + place, encode(question.answer)[0]) for place in range(named, len(words) + 1)]
+            row += [*words, END, ASSISTANT]
+            asked.append((len(row) - 1, question.kind, question.faint))
+            said += _say(row, encode(question.answer))
+        if random.random() < 0.2:
+            row += [USER, *encode(describe(random)), END, ASSISTANT]
+            text = _say(row, encode(caption(scene, random)))
+            described = {place for place, _ in text}
+            said += text
+        rows.append(row)
+        labels.append(dict(said))
+        captions.append(described)
+        kinds.append(asked)
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), PAD)
+    wanted = torch.full_like(ids, IGNORED)
+    is_caption = torch.zeros_like(ids, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        for place, token in labels[number].items():
+            wanted[number, place] = token
+            is_caption[number, place] = place in captions[number]
+    return Conversations(ids, wanted, is_caption, kinds)
+
+
+def _say(row: list[int], answer: list[int]) -> list[tuple[int, int]]:
+    """Append the answer and its end to the row. Returns (place, token): a token is said by the place before it."""
+    said = []
+    for token in (*answer, END):
+        said.append((len(row) - 1, token))
+        row.append(token)
+    return said
+
+
+def encode(text: str) -> list[int]:
+    return _tokenizer.encode(text, add_special_tokens=False)

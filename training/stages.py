@@ -1,0 +1,200 @@
+"""The four stages of training: what each one trains, on which batches, for what.
+
+The recipe is LLaVA's: a tower that has learned from captions, a language model that has learned from text, the
+projector alone between them, then all together. The first two do not need each other and run side by side.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+
+from training import attention
+from training.architecture import SIDE, VISUAL_TOKENS, WIDTH, llava_config, llava_next_config
+from training.batches import normalised, pixels
+from training.conversations import Conversations, converse
+from training.language import GridEmbedding, SceneText, scene_grid, scene_list
+from training.losses import Alignment, Shown, answer_loss, shown
+from training.world.scenes import Scene
+
+SEED = 20251
+
+
+class Pupil(nn.Module):
+    """The model, and what only training needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.llava = LlavaForConditionalGeneration(llava_config())
+        self.newline = nn.Parameter(torch.randn(WIDTH) * WIDTH**-0.5)
+        self.alignment = Alignment()
+        self.grid = GridEmbedding()
+        self.words = self.llava.model.language_model.embed_tokens
+        nn.init.normal_(self.words.weight, std=WIDTH**-0.5)
+        # Queries and keys start alike, so that from the first step a word attends to what resembles it: "key" in a
+        # question to the patches that hold "key". Otherwise that match alone takes a large share of the steps.
+        for layer in self.llava.model.language_model.layers:
+            nn.init.normal_(layer.self_attn.q_proj.weight, std=WIDTH**-0.5)
+            layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
+        self.llava.set_attn_implementation(
+            {"text_config": attention.NAME, "vision_config": attention.NAME, "": "eager"}
+        )
+        # The twin's own code packs its crops; its weights are not used.
+        with torch.device("meta"):
+            self._next = [LlavaNextForConditionalGeneration(llava_next_config())]
+
+    def see(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected visual tokens [images, patches, WIDTH] and pooled [CLS] [images, WIDTH] of uint8 pictures."""
+        output = self.llava.model.vision_tower(normalised(images))
+        return self.llava.model.multi_modal_projector(output.last_hidden_state[:, 1:]), output.pooler_output
+
+    def pack(self, crops: Tensor) -> Tensor:
+        """The visual tokens of LLaVA-NeXT [images, tokens, WIDTH] from those of 1 + 4 crops [images, 5, patches, WIDTH]."""
+        sizes = torch.tensor([[2 * SIDE, 2 * SIDE]] * len(crops))
+        packed, _ = self._next[0].model.pack_image_features(list(crops), sizes, "default", self.newline.to(crops.dtype))
+        return torch.stack(list(packed))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    loss: Tensor
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    summary: str
+    size: int
+    """Scenes a batch."""
+    steps: int
+    trained: tuple[str, ...]
+    """Prefixes of the parameters of `Pupil` that are trained."""
+    make: Callable[[list[Scene], Random], Any]
+    learn: Callable[[Pupil, Any], Outcome]
+    rate: float = 2e-3
+    needs: tuple[str, ...] = ()
+    """Stages whose weights it starts from."""
+
+    def parameters(self, pupil: Pupil) -> Iterable[tuple[str, nn.Parameter]]:
+        for name, parameter in pupil.named_parameters():
+            parameter.requires_grad_(name.startswith(self.trained))
+        return pupil.named_parameters()
+
+
+LANGUAGE, TOWER, PROJECTOR = "llava.model.language_model.layers", "llava.model.vision_tower", "llava.model.multi_modal"
+NORM, WORDS = "llava.model.language_model.norm", "llava.model.language_model.embed"
+
+
+def _language(pupil: Pupil, text: SceneText) -> Outcome:
+    visual = pupil.grid(text, pupil.words)
+    loss, figures = _answers(pupil, visual, text.conversations)
+    return Outcome(loss, figures)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    images: Tensor
+    shown: Shown
+
+
+def _pictures(scenes: list[Scene], random: Random) -> Pictures:
+    images, boxes = pixels(scenes, random)
+    return Pictures(images, shown(scenes, boxes, random))
+
+
+def _tower(pupil: Pupil, batch: Pictures) -> Outcome:
+    visual, pooled = pupil.see(batch.images)
+    patch_loss, class_loss = pupil.alignment(pupil.words.weight, visual, pooled, batch.shown)
+    return Outcome(patch_loss + 0.1 * class_loss, {"patches": patch_loss.item(), "class": class_loss.item()})
+
+
+@dataclass(frozen=True)
+class Lesson:
+    images: Tensor
+    """[scenes, 3, SIDE, SIDE], or [scenes, 5, 3, SIDE, SIDE] with crops."""
+    shown: Shown | None
+    talk: Conversations
+
+
+NEXT_EVERY = 8
+"""One batch in so many teaches the twin with several crops."""
+
+
+def _lesson(scenes: list[Scene], random: Random) -> Lesson:
+    if random.random() < 1 / NEXT_EVERY:
+        scenes = scenes[: len(scenes) // 6]
+        images, _ = pixels(scenes, random, 2 * SIDE)
+        quarters = images.unfold(2, SIDE, SIDE).unfold(3, SIDE, SIDE).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+        small = images.view(len(scenes), 3, SIDE, 2, SIDE, 2).float().mean((3, 5)).round().to(torch.uint8)
+        crops = torch.cat((small[:, None], quarters), dim=1)
+        return Lesson(crops, None, converse(scenes, random, NEXT_TOKENS, early=True))
+    images, boxes = pixels(scenes, random)
+    return Lesson(images, shown(scenes, boxes, random), converse(scenes, random, early=True))
+
+
+NEXT_TOKENS = VISUAL_TOKENS + 4 * VISUAL_TOKENS + 2 * int(VISUAL_TOKENS**0.5)
+"""The thumbnail, four crops, and a newline at the end of every row of theirs."""
+
+
+def _together(pupil: Pupil, lesson: Lesson) -> Outcome:
+    if lesson.images.dim() == 5:
+        visual, _ = pupil.see(lesson.images.flatten(0, 1))
+        loss, figures = _answers(pupil, pupil.pack(visual.unflatten(0, lesson.images.shape[:2])), lesson.talk)
+        return Outcome(loss, {f"next {name}": figure for name, figure in figures.items()})
+    visual, pooled = pupil.see(lesson.images)
+    loss, figures = _answers(pupil, visual, lesson.talk)
+    assert lesson.shown is not None
+    patch_loss, class_loss = pupil.alignment(pupil.words.weight, visual, pooled, lesson.shown)
+    figures |= {"patches": patch_loss.item(), "class": class_loss.item()}
+    return Outcome(loss + 0.3 * patch_loss + 0.05 * class_loss, figures)
+
+
+def _answers(pupil: Pupil, visual: Tensor, talk: Conversations) -> tuple[Tensor, dict[str, float]]:
+    loss, right, chosen = answer_loss(pupil.llava.model.language_model, pupil.words, visual, talk)
+    places = torch.full(chosen.shape, -1)
+    places[chosen] = torch.arange(int(chosen.sum()))
+    by_kind: dict[str, list[bool]] = {}
+    for row, asked in enumerate(talk.kinds):
+        for place, kind, _ in asked:
+            by_kind.setdefault(kind, []).append(bool(right[places[row, place]]))
+    figures = {kind: sum(found) / len(found) for kind, found in by_kind.items()}
+    return loss, {"answers": loss.item(), **figures}
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "tower", "tower and projector, with captions", 64, 1400, (TOWER, PROJECTOR, "alignment"), _pictures, _tower
+        ),
+        Stage("list", "language model, on scenes as lists", 32, 750, (LANGUAGE, NORM, "grid"), scene_list, _language),
+        Stage(
+            "grid",
+            "language model, on scenes as grids",
+            32,
+            450,
+            (LANGUAGE, NORM, "grid"),
+            scene_grid,
+            _language,
+            needs=("list",),
+        ),
+        Stage("projector", "projector alone", 32, 200, (PROJECTOR,), _lesson, _together, needs=("tower", "grid")),
+        Stage(
+            "together",
+            "all together",
+            32,
+            5000,
+            (LANGUAGE, NORM, WORDS, TOWER, PROJECTOR, "alignment", "newline"),
+            _lesson,
+            _together,
+            rate=1e-3,
+            needs=("projector",),
+        ),
+    )
+}
