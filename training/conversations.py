@@ -18,6 +18,8 @@ from training.world.scenes import Scene
 QUESTIONS = 7
 """Questions a picture."""
 IGNORED = -100
+WEIGHTS = {"presence": 3, "colour": 3, "counting": 4, "place": 5, "relation": 6, "size": 2, "background": 1}
+"""How often each kind of question is put in training: the harder, the more. With all alike, "where" was not learned."""
 
 _tokenizer = tokenizer()
 _KIND_IDS = {_tokenizer.convert_tokens_to_ids(kind) for kind in (*KINDS, *map(plural, KINDS))} - {UNKNOWN}
@@ -50,8 +52,10 @@ def converse(
         row, said, asked = [USER] + [IMAGE] * visual_tokens, [], []
         described: set[int] = set()
         for number in range(QUESTIONS):
-            question = ask(scene, random)
-            assert question is not None
+            question = None
+            while question is None:
+                [kind] = random.choices([*WEIGHTS], [*WEIGHTS.values()])
+                question = ask(scene, random, kind)
             if number:
                 row.append(USER)
             words = encode(question.text)

@@ -173,23 +173,23 @@ STAGES = {
         Stage(
             "tower", "tower and projector, with captions", 64, 1400, (TOWER, PROJECTOR, "alignment"), _pictures, _tower
         ),
-        Stage("list", "language model, on scenes as lists", 32, 750, (LANGUAGE, NORM, "grid"), scene_list, _language),
+        Stage("list", "language model, on scenes as lists", 32, 650, (LANGUAGE, NORM, "grid"), scene_list, _language),
         Stage(
             "grid",
             "language model, on scenes as grids",
             32,
-            450,
+            300,
             (LANGUAGE, NORM, "grid"),
             scene_grid,
             _language,
             needs=("list",),
         ),
-        Stage("projector", "projector alone", 32, 200, (PROJECTOR,), _lesson, _together, needs=("tower", "grid")),
+        Stage("projector", "projector alone", 32, 120, (PROJECTOR,), _lesson, _together, needs=("tower", "grid")),
         Stage(
             "together",
             "all together",
             32,
-            5000,
+            3200,
             (LANGUAGE, NORM, WORDS, TOWER, PROJECTOR, "alignment", "newline"),
             _lesson,
             _together,
