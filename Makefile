@@ -10,7 +10,7 @@ MODEL   := .testbed/model
 .PHONY: help demo test test-fast check format testbed benchmark oldest clean
 
 help:
-	@echo "make demo       ask a real question about a real photo, full and pruned (needs the testbed)"
+	@echo "make demo       ask the bundled model about a picture, full and pruned, and draw what was kept"
 	@echo "make test       all tests"
 	@echo "make test-fast  without the slow ones"
 	@echo "make check      ruff, format, types, all tests"
@@ -22,7 +22,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adafv needs Python 3.11 or newer; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,page]'
 	touch $@
 
 # Assemble the testbed's model where the testbed is present; elsewhere, or where that fails, its tests are skipped.
@@ -38,16 +38,9 @@ $(MODEL)/config.json: | $(VENV)/installed
 
 testbed: $(MODEL)/config.json
 
-demo: $(VENV)/installed $(MODEL)/config.json
-	@if [ -f $(MODEL)/config.json ]; then set -x; \
-		$(BIN)/adafv ask $(TESTBED)/images/000000001268.jpg "What is in the picture?" \
-			--model $(MODEL) --dtype float32 --keep 0.1 --compare --picture demo.png; \
-	else \
-		echo "make demo needs a model to ask, and no model comes with adafv yet. Either"; \
-		echo "  - put the project's testbed where TESTBED points ($(TESTBED)), or"; \
-		echo "  - where a model hub can be reached, run:"; \
-		echo "      $(BIN)/adafv ask PHOTO.jpg \"What is in the picture?\" --model llava-hf/llava-1.5-7b-hf --keep 0.1 --compare"; \
-	fi
+# The model and the picture come with adafv; drawn beside its question, what was kept is in demo.png.
+demo: $(VENV)/installed
+	$(BIN)/adafv ask src/adafv/bundled/samples/bird.png "What color is the banana?" --keep 10% --compare --picture demo.png
 
 # With the testbed, some tests ask the real model; without it they are skipped.
 test: $(VENV)/installed $(MODEL)/config.json

@@ -13,10 +13,10 @@ from cli_checkpoint import TOKENS, save_llava
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-import adafv.cli.session
+import adafv.asking.session
+from adafv.asking.failures import UsageError
 from adafv.cli import app
 from adafv.cli.ask import parse_keep
-from adafv.cli.failures import UsageError
 
 QUESTION = "What is in the picture?"
 Ask = Callable[..., Result]
@@ -171,6 +171,46 @@ class TestAnswer:
         assert Image.open(picture).width > 1000
 
 
+class TestModel:
+    """Which one answers, and what it knows."""
+
+    @pytest.mark.parametrize("named", [[], ["--model", ""], ["--model", "bundled"], ["--model", "bundled-next"]])
+    def test_bundled(self, photo: Path, named: list[str]) -> None:
+        plain = run("ask", photo, "what is the background?", *named, "--max-new-tokens", 2, "--device", "cpu")
+        assert plain.exit_code == 0, plain.stderr
+        name = named[1] if named and named[1] else "bundled"
+        assert f"answered by {name}, a small model that knows 80 words" in plain.stderr
+        assert "warning" not in plain.stderr
+
+    def test_another_model_is_named(self, ask: Ask, checkpoint: Path) -> None:
+        said = ask().stderr
+        assert f"answered by {checkpoint}\n" in said
+        assert "small model" not in said
+
+    def test_the_environment_comes_before_the_bundled_model(
+        self, checkpoint: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("ADAFV_MODEL", str(checkpoint))
+        assert f"answered by {checkpoint}" in run("ask", photo, QUESTION, "--max-new-tokens", 2).stderr
+
+    def test_unknown_words_are_named(self, photo: Path) -> None:
+        question = "Is there a zebra, or a zebra's key?"
+        result = run("ask", photo, question, "--json", "--max-new-tokens", 2, "--device", "cpu")
+        assert result.exit_code == 0, result.stderr
+        said = json.loads(result.stdout)
+        assert (said["model"], said["unknown_words"]) == ("bundled", ["zebra", "zebra's"])
+        assert "does not know the words 'zebra', 'zebra's'; it reads <unk> in their place" in result.stderr
+        assert "It knows: a, above," in result.stderr
+
+    def test_known_words_are_not(self, photo: Path) -> None:
+        result = run("ask", photo, "How many Bananas are there?", "--json", "--max-new-tokens", 2, "--device", "cpu")
+        assert json.loads(result.stdout)["unknown_words"] == []
+        assert result.stderr == ""
+
+    def test_bytes_know_every_word(self, ask: Ask) -> None:
+        assert json.loads(ask("--json", question="Zebra\u00e9 \u732b?").stdout)["unknown_words"] == []
+
+
 class TestPicture:
     @pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
     def test_drawn(self, ask: Ask, tmp_path: Path, kind: str) -> None:
@@ -227,9 +267,6 @@ class TestMistakes:
     def test_placeholder_in_the_question(self, ask: Ask) -> None:
         refused(ask(question="What is <image>?"), 2, "stands for an image")
 
-    def test_no_model(self, photo: Path) -> None:
-        refused(run("ask", photo, QUESTION), 2, "no model was named", "ADAFV_MODEL")
-
     def test_no_image(self, ask: Ask, tmp_path: Path) -> None:
         refused(ask(image=tmp_path / "nowhere.png"), 1, "error: there is no file")
         (tmp_path / "text.png").write_text("hello")
@@ -271,7 +308,7 @@ class TestMistakes:
         def fail(*args: object, **kwargs: object) -> None:
             raise error
 
-        monkeypatch.setattr(adafv.cli.session.Session, "ask", fail)
+        monkeypatch.setattr(adafv.asking.session.Session, "ask", fail)
         refused(ask(), code, message)
 
     def test_traceback_on_request(self, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,9 +383,9 @@ class TestProcess:
         assert done.stderr == ""
 
     def test_mistake(self, photo: Path) -> None:
-        done = self.start("ask", photo, QUESTION)
+        done = self.start("ask", photo, "")
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("error: no model was named")
+        assert done.stderr.startswith("error: the question is empty")
 
 
 @pytest.mark.skipif(

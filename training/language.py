@@ -38,10 +38,10 @@ class SceneText:
     """[scenes, places]: 0 on the background, else 1 to SIZES."""
 
 
-def scene_grid(scenes: list[Scene], random: Random) -> SceneText:
-    """Every patch of the grid."""
+def scene_grid(scenes: list[Scene], random: Random, visual_tokens: int = GRID**2) -> SceneText:
+    """Every patch of the grid; `visual_tokens` is what the conversations make room for."""
     places = torch.arange(GRID**2).expand(len(scenes), -1)
-    return SceneText(converse(scenes, random, early=True), places, *_patches(scenes))
+    return SceneText(converse(scenes, random, visual_tokens, early=True), places, *_patches(scenes))
 
 
 LISTED = 12

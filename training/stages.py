@@ -16,10 +16,10 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 from training import attention
 from training.architecture import SIDE, VISUAL_TOKENS, WIDTH, llava_config, llava_next_config
 from training.batches import normalised, pixels
-from training.conversations import Conversations, converse
+from training.conversations import Conversations
 from training.language import GridEmbedding, SceneText, scene_grid, scene_list
 from training.losses import Alignment, Shown, answer_loss, shown
-from training.world.scenes import Scene
+from training.world.scenes import Scene, sample_scene
 
 SEED = 20251
 
@@ -78,8 +78,13 @@ class Stage:
     make: Callable[[list[Scene], Random], Any]
     learn: Callable[[Pupil, Any], Outcome]
     rate: float = 2e-3
+    """Peak learning rate of matrices inside layers."""
+    other_rate: float = 2e-3
+    """Of embeddings, norms and biases."""
     needs: tuple[str, ...] = ()
     """Stages whose weights it starts from."""
+    prepare: Callable[[Pupil], None] = lambda pupil: None
+    """Done once, before the first step."""
 
     def parameters(self, pupil: Pupil) -> Iterable[tuple[str, nn.Parameter]]:
         for name, parameter in pupil.named_parameters():
@@ -118,8 +123,8 @@ def _tower(pupil: Pupil, batch: Pictures) -> Outcome:
 class Lesson:
     images: Tensor
     """[scenes, 3, SIDE, SIDE], or [scenes, 5, 3, SIDE, SIDE] with crops."""
-    shown: Shown | None
-    talk: Conversations
+    shown: Shown
+    text: SceneText
 
 
 NEXT_EVERY = 8
@@ -128,31 +133,57 @@ NEXT_EVERY = 8
 
 def _lesson(scenes: list[Scene], random: Random) -> Lesson:
     if random.random() < 1 / NEXT_EVERY:
-        scenes = scenes[: len(scenes) // 6]
-        images, _ = pixels(scenes, random, 2 * SIDE)
+        scenes = scenes[: max(1, len(scenes) // 6)]
+        images, boxes = pixels(scenes, random, 2 * SIDE)
+        boxes = [[tuple(edge // 2 for edge in box) for box in found] for found in boxes]  # type: ignore[misc]
         quarters = images.unfold(2, SIDE, SIDE).unfold(3, SIDE, SIDE).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
         small = images.view(len(scenes), 3, SIDE, 2, SIDE, 2).float().mean((3, 5)).round().to(torch.uint8)
         crops = torch.cat((small[:, None], quarters), dim=1)
-        return Lesson(crops, None, converse(scenes, random, NEXT_TOKENS, early=True))
+        text = scene_grid(scenes, random, NEXT_TOKENS)
+        return Lesson(crops, shown(scenes, boxes, random), text)
+    return _plain_lesson(scenes, random)
+
+
+def _plain_lesson(scenes: list[Scene], random: Random) -> Lesson:
     images, boxes = pixels(scenes, random)
-    return Lesson(images, shown(scenes, boxes, random), converse(scenes, random, early=True))
+    return Lesson(images, shown(scenes, boxes, random), scene_grid(scenes, random))
 
 
 NEXT_TOKENS = VISUAL_TOKENS + 4 * VISUAL_TOKENS + 2 * int(VISUAL_TOKENS**0.5)
 """The thumbnail, four crops, and a newline at the end of every row of theirs."""
 
 
+@torch.no_grad()
+def _to_scale(pupil: Pupil) -> None:
+    """Shrink the visual tokens to the length of the words.
+
+    Contrast asks for directions alone and leaves tokens twenty times as long as words, beside which nothing that a layer
+    adds would count.
+    """
+    scenes = [sample_scene("train", number) for number in range(32)]
+    lesson = _plain_lesson(scenes, Random(SEED))
+    visual, _ = pupil.see(lesson.images)
+    written = pupil.grid(lesson.text, pupil.words)
+    factor = written.norm(dim=-1).mean() / visual.norm(dim=-1).mean()
+    last = pupil.llava.model.multi_modal_projector.linear_2
+    last.weight *= factor
+    last.bias *= factor
+
+
 def _together(pupil: Pupil, lesson: Lesson) -> Outcome:
     if lesson.images.dim() == 5:
         visual, _ = pupil.see(lesson.images.flatten(0, 1))
-        loss, figures = _answers(pupil, pupil.pack(visual.unflatten(0, lesson.images.shape[:2])), lesson.talk)
+        crops = visual.unflatten(0, lesson.images.shape[:2])
+        loss, figures = _answers(pupil, pupil.pack(crops), lesson.text.conversations)
         return Outcome(loss, {f"next {name}": figure for name, figure in figures.items()})
     visual, pooled = pupil.see(lesson.images)
-    loss, figures = _answers(pupil, visual, lesson.talk)
-    assert lesson.shown is not None
+    loss, figures = _answers(pupil, visual, lesson.text.conversations)
     patch_loss, class_loss = pupil.alignment(pupil.words.weight, visual, pooled, lesson.shown)
-    figures |= {"patches": patch_loss.item(), "class": class_loss.item()}
-    return Outcome(loss + 0.3 * patch_loss + 0.05 * class_loss, figures)
+    # What the language model has learned to read.
+    written = pupil.grid(lesson.text, pupil.words).detach()
+    distance = (visual - written).square().sum(-1).mean()
+    figures |= {"patches": patch_loss.item(), "class": class_loss.item(), "distance": distance.item()}
+    return Outcome(loss + 0.3 * patch_loss + 0.05 * class_loss + 0.5 * distance, figures)
 
 
 def _answers(pupil: Pupil, visual: Tensor, talk: Conversations) -> tuple[Tensor, dict[str, float]]:
@@ -184,16 +215,27 @@ STAGES = {
             _language,
             needs=("list",),
         ),
-        Stage("projector", "projector alone", 32, 120, (PROJECTOR,), _lesson, _together, needs=("tower", "grid")),
+        Stage(
+            "projector",
+            "projector alone",
+            32,
+            120,
+            (PROJECTOR,),
+            _lesson,
+            _together,
+            needs=("tower", "grid"),
+            prepare=_to_scale,
+        ),
         Stage(
             "together",
             "all together",
             32,
-            3200,
+            2400,
             (LANGUAGE, NORM, WORDS, TOWER, PROJECTOR, "alignment", "newline"),
             _lesson,
             _together,
-            rate=1e-3,
+            rate=7e-4,
+            other_rate=2e-4,
             needs=("projector",),
         ),
     )

@@ -39,9 +39,11 @@ def train_stage(stage: Stage, folder: Path, steps: int) -> None:
     pupil = Pupil()
     for earlier in stage.needs:
         pupil.load_state_dict(torch.load(folder / f"{earlier}.pt", weights_only=True), strict=False)
-    optimiser = Optimiser(stage.parameters(pupil), steps=steps, matrix_rate=stage.rate, other_rate=stage.rate)
+    optimiser = Optimiser(stage.parameters(pupil), steps=steps, matrix_rate=stage.rate, other_rate=stage.other_rate)
     first, spent = 0, 0.0
-    if checkpoint.exists():
+    if not checkpoint.exists():
+        stage.prepare(pupil)
+    else:
         saved = torch.load(checkpoint, weights_only=True)
         pupil.load_state_dict(saved["weights"], strict=False)
         optimiser.load_state_dict(saved["optimiser"])

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -29,8 +30,9 @@ TIMEOUT = 20.0
 TOTAL_TIMEOUT = 120.0
 """Seconds a whole download may take, so that a server that drips cannot hold us for ever."""
 
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000")
-_USE = "give a JPEG, PNG, WebP, GIF, TIFF or BMP image"
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000")
+"""What is opened, by Pillow's names."""
+_WELL_KNOWN = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP"}
 _CHUNK = 1 << 16
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -60,14 +62,22 @@ def load_image(source: str) -> Image.Image:
     return read_image(_from_file(source), source)
 
 
-def read_image(data: bytes, name: str) -> Image.Image:
-    """The image in `data`, as `load_image` returns it; `name` is what messages call it."""
+def read_image(data: bytes, name: str, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """The image in `data`, as `load_image` returns it.
+
+    Args:
+        name: what messages call it.
+        formats: those of `FORMATS` that are opened.
+
+    Raises:
+        ImageError: it cannot be read safely.
+    """
     if not data:
-        raise ImageError(f"{name} is empty; {_USE}")
+        raise ImageError(f"{name} is empty; {_use(formats)}")
     if len(data) > MAX_BYTES:
         raise _too_many_bytes(name)
     try:
-        with _opened(data, name) as image:
+        with _opened(data, name, formats) as image:
             _check_size(image.size, name)
             try:
                 image.load()
@@ -85,11 +95,11 @@ def read_image(data: bytes, name: str) -> Image.Image:
         raise ImageError(f"{name} cannot be read as RGB ({_reason(error)}); save it as PNG or JPEG first") from error
 
 
-def _opened(data: bytes, name: str) -> Image.Image:
+def _opened(data: bytes, name: str, formats: Sequence[str]) -> Image.Image:
     """The image with its header read and no pixel decoded."""
     Image.init()
     try:
-        return Image.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN])
+        return Image.open(io.BytesIO(data), formats=[name for name in formats if name in Image.OPEN])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_many_pixels(name, "far more pixels") from error
     except Exception as error:
@@ -99,8 +109,13 @@ def _opened(data: bytes, name: str) -> Image.Image:
         elif start.startswith((b"<!doctype html", b"<html")):
             mend = "it is a web page: give the address of the picture itself"
         else:
-            mend = _USE
+            mend = _use(formats)
         raise ImageError(f"{name} is not an image that can be read, or its header is damaged; {mend}") from error
+
+
+def _use(formats: Sequence[str]) -> str:
+    *others, last = [shown for name, shown in _WELL_KNOWN.items() if name in formats]
+    return f"give a {', '.join(others)} or {last} image"
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
@@ -170,7 +185,7 @@ def _upright(image: Image.Image, original: Image.Image) -> Image.Image:
 
 def _from_file(path: str) -> bytes:
     if not path.strip():
-        raise ImageError(f"no image was named; {_USE}")
+        raise ImageError(f"no image was named; {_use(FORMATS)}")
     try:
         with open(path, "rb") as file:
             return _read(file, path)

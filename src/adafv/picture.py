@@ -70,9 +70,47 @@ def draw(
         question, answer: for the footer.
         width: of the whole picture, in pixels, about.
     """
+    count = max(len(_maps(record, index)), 3)
+    drawn = panels(record, index, crops, width=(width - 2 * _MARGIN - (count - 1) * _GAP) // count)
+    return _page([_panel(panel) for panel in drawn], _footer(record, index, question, answer), heat=len(drawn) > 1)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the drawings of `draw`, without its lettering."""
+
+    title: str
+    subtitle: str
+    drawings: list[tuple[Image.Image, str]]
+    """Each with its label; two for an image in several crops, of which neither label is empty."""
+
+
+def panels(record: Record, index: int, crops: Any, *, width: int) -> list[Panel]:
+    """The panels of `draw` one by one, for whoever lays them out otherwise.
+
+    Args:
+        record, index, crops: see `draw`.
+        width: of each drawing in pixels, or a little less: patches are squares of whole pixels.
+    """
     layout = record.layouts[index]
     views = _views(layout, _crops(crops, layout))
     shown, kept = _shown_and_kept(record, index)
+    # Whole pixels per patch in the finest view, and all views of one width.
+    finest = max(view.patches.shape[1] for view in views)
+    width = max(2, width // finest) * finest
+    drawn = []
+    for title, subtitle, scores in _maps(record, index):
+        level = None if scores is None else _level(scores)
+        outlined = scores is None or title == "both"
+        drawn.append(
+            Panel(title, subtitle, [_drawn(view, shown, kept, level, outlined, width) for view in views]),
+        )
+    return drawn
+
+
+def _maps(record: Record, index: int) -> list[tuple[str, str, Tensor | None]]:
+    """Title, subtitle and score per patch of every panel; the first one shows no score."""
+    layout = record.layouts[index]
     saliency, text = (_by_patch(scores[index], layout) for scores in (record.saliency, record.text_attention))
     maps: list[tuple[str, str, Tensor | None]] = [
         (f"kept {record.tokens_after[index]} of {record.tokens_before[index]}", "what the language model reads", None)
@@ -82,19 +120,9 @@ def draw(
     if text is not None:
         maps.append(("text attention", "what the question asks for", text))
     if saliency is not None and text is not None:
+        _, kept = _shown_and_kept(record, index)
         maps.append(("both", "what the search ranks by", _mixture(text, saliency, kept)))
-
-    panel_width = (width - 2 * _MARGIN - (max(len(maps), 3) - 1) * _GAP) // max(len(maps), 3)
-    # Whole pixels per patch in the finest view, and all views of one width.
-    finest = max(view.patches.shape[1] for view in views)
-    panel_width = max(2, panel_width // finest) * finest
-    panels = []
-    for title, subtitle, scores in maps:
-        level = None if scores is None else _level(scores)
-        outlined = scores is None or title == "both"
-        pieces = [_drawn(view, shown, kept, level, outlined, panel_width) for view in views]
-        panels.append(_panel(title, subtitle, pieces))
-    return _page(panels, _footer(record, index, question, answer), heat=len(maps) > 1)
+    return maps
 
 
 @dataclass(frozen=True)
@@ -244,24 +272,25 @@ def _outline(image: Image.Image, kept: Tensor, side: int, colour: tuple[int, int
             pen.rectangle((right - thin, top, right, bottom), fill=colour)
 
 
-def _panel(title: str, subtitle: str, pieces: list[tuple[Image.Image, str]]) -> Image.Image:
+def _panel(panel: Panel) -> Image.Image:
     """Title, subtitle and the drawings, one below the other."""
+    pieces = panel.drawings
     width = max(image.width for image, _ in pieces)
-    heading = _text_block([(title, 22, _INK), (subtitle, 15, _PALE_INK)], width)
+    heading = _text_block([(panel.title, 22, _INK), (panel.subtitle, 15, _PALE_INK)], width)
     labels = [_text_block([(label, 14, _PALE_INK)], width) if label else None for _, label in pieces]
     height = heading.height + 8 + sum(image.height for image, _ in pieces)
     height += sum(label.height + 6 for label in labels if label) + 12 * (len(pieces) - 1)
-    panel = Image.new("RGB", (width, height), _PAPER)
-    panel.paste(heading, (0, 0))
+    drawn = Image.new("RGB", (width, height), _PAPER)
+    drawn.paste(heading, (0, 0))
     top = heading.height + 8
     for (image, _), label in zip(pieces, labels, strict=True):
-        panel.paste(image, ((width - image.width) // 2, top))
+        drawn.paste(image, ((width - image.width) // 2, top))
         top += image.height
         if label:
-            panel.paste(label, (0, top + 6))
+            drawn.paste(label, (0, top + 6))
             top += label.height + 6
         top += 12
-    return panel
+    return drawn
 
 
 def _footer(record: Record, index: int, question: str, answer: str) -> list[tuple[str, int, tuple[int, int, int]]]:

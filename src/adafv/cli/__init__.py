@@ -1,4 +1,4 @@
-"""The command line: `adafv ask`, `adafv methods`, `adafv families`.
+"""The command line: `adafv ask`, `adafv page`, `adafv methods`, `adafv families`.
 
 torch and transformers take seconds to import, so a command imports them once its options are known to be sound.
 Answers go to standard output, everything else to standard error; no error ends in a traceback.
@@ -12,15 +12,18 @@ import typer
 
 from adafv.cli.ask import ask
 from adafv.cli.failures import INTERRUPTED, failures_as_messages
+from adafv.cli.page import page
 
 app = typer.Typer(
     name="adafv",
-    help="Keep the visual tokens that matter for the question: training-free pruning for vision-language models.",
+    help="Keep the visual tokens that matter for the question: training-free pruning for vision-language models. "
+    "A small model comes along, so that all of it can be tried without a download.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.command("ask")(ask)
+app.command("page")(page)
 
 
 def _show_version(wanted: bool) -> None:

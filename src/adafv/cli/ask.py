@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adafv.cli.failures import UsageError, failures_as_messages
+from adafv.asking.failures import UsageError
+from adafv.asking.models import about, checked_model, unknown_words, unknown_words_warning
+from adafv.cli.failures import failures_as_messages
+from adafv.cli.options import ModelOption
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from adafv.cli.session import Session, Timing
+    from adafv.asking.session import Session, Timing
     from adafv.engines.transformers import Pruner, Record
 
 PICTURE_KINDS = (".png", ".jpg", ".jpeg", ".webp")
@@ -33,9 +36,7 @@ _OUTPUT = "What to show"
 def ask(
     image: Annotated[str, typer.Argument(help="Path or http(s) URL of the image; - reads standard input.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    model: Annotated[
-        str, typer.Option(envvar="ADAFV_MODEL", help="Folder of a checkpoint, or its id on the Hugging Face Hub.")
-    ] = "",
+    model: ModelOption = "",
     keep: Annotated[
         str,
         typer.Option(
@@ -81,7 +82,8 @@ def ask(
 ) -> None:
     """Ask a question about an image, with most visual tokens pruned.
 
-    The answer goes to standard output, everything else to standard error.
+    The answer goes to standard output, everything else to standard error. Without --model, a small model answers that
+    comes with adafv and knows only simple drawings.
 
         adafv ask photo.jpg "What is the man holding?" --model llava-hf/llava-1.5-7b-hf --keep 64
     """
@@ -89,7 +91,7 @@ def ask(
         wish = _Wish(
             image=image,
             question=_checked_question(question),
-            model=_checked_model(model),
+            model=checked_model(model),
             keep=parse_keep(keep),
             method=method,
             parameters={
@@ -98,7 +100,7 @@ def ask(
             text=text,
             positions=positions,
             max_new_tokens=max_new_tokens,
-            dtype=_one_of("--dtype", dtype, DTYPES),
+            dtype=one_of("--dtype", dtype, DTYPES),
             device=device,
             compare=compare,
             repeats=repeats,
@@ -162,15 +164,6 @@ def _checked_question(question: str) -> str:
     return question.strip()
 
 
-def _checked_model(model: str) -> str:
-    if not model.strip():
-        raise UsageError(
-            "no model was named; give --model with a folder or a Hub id such as llava-hf/llava-1.5-7b-hf, "
-            "or set ADAFV_MODEL"
-        )
-    return model.strip()
-
-
 def _checked_picture(path: Path) -> Path:
     if path.suffix.lower() not in PICTURE_KINDS:
         raise UsageError(f"--picture {path}: the name must end in one of {', '.join(PICTURE_KINDS)}")
@@ -183,7 +176,7 @@ def _checked_picture(path: Path) -> Path:
     return path
 
 
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> str:
+def one_of(option: str, value: str, known: tuple[str, ...]) -> str:
     if value not in known:
         close = difflib.get_close_matches(value, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -200,15 +193,15 @@ def _checked_pruner(wish: _Wish, processor: Any = None) -> "Pruner":
     from adafv.methods import known_methods
 
     methods = known_methods()
-    method = methods[_one_of("--method", wish.method, tuple(methods))]
+    method = methods[one_of("--method", wish.method, tuple(methods))]
     taken = {field.name for field in fields(method)}  # type: ignore[arg-type]
     for name in wish.parameters:
         if name not in taken:
             raise UsageError(f"--{name} does not apply to --method {wish.method}; leave it out")
-    _one_of("--positions", wish.positions, POSITIONS)
+    one_of("--positions", wish.positions, POSITIONS)
     text = wish.text
     if text is not None:
-        _one_of("--text", text, SCOPES)
+        one_of("--text", text, SCOPES)
     if processor is None and text == "question":
         text = "turn"
     if processor is not None and text is None and getattr(processor, "chat_template", None) is None:
@@ -226,7 +219,7 @@ def _checked_pruner(wish: _Wish, processor: Any = None) -> "Pruner":
 def _answer(wish: _Wish) -> None:
     with _progress("starting torch and transformers"):
         _checked_pruner(wish)
-        from adafv.cli.session import Session, check_device
+        from adafv.asking.session import Session, check_device
         from adafv.engines.transformers import Pruner
         from adafv.images import load_image
 
@@ -239,8 +232,12 @@ def _answer(wish: _Wish) -> None:
         session = Session.load(wish.model, wish.dtype, device)
         pruner = _checked_pruner(wish, session.processor)
     loaded = time.perf_counter() - start
+    inputs = session.inputs(image, wish.question)
+    tokenizer = session.processor.tokenizer
+    unknown = unknown_words(tokenizer, wish.question)
+    if unknown:
+        typer.echo(f"warning: {unknown_words_warning(tokenizer, unknown)}", err=True)
     with _progress("answering"):
-        inputs = session.inputs(image, wish.question)
         pruned = session.ask(inputs, pruner, wish.max_new_tokens)
     record = pruned.record
     assert record is not None
@@ -269,6 +266,7 @@ def _answer(wish: _Wish) -> None:
             "keep": wish.keep,
             "model": wish.model,
             "question": wish.question,
+            "unknown_words": unknown,
             "positions": wish.positions,
             "dtype": session.dtype,
             "device": str(session.device),
@@ -280,6 +278,7 @@ def _answer(wish: _Wish) -> None:
         typer.echo(json.dumps(_without_nan(result), allow_nan=False))
         return
     typer.echo(pruned.answer)
+    typer.echo(about(wish.model, tokenizer), err=True)
     if not wish.compare:
         typer.echo(_summary(record, pruned.kv_mib), err=True)
         return

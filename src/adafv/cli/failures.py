@@ -6,11 +6,9 @@ from contextlib import contextmanager
 
 import typer
 
+from adafv.asking.failures import UsageError, out_of_memory
+
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
-
-
-class UsageError(Exception):
-    """An option or argument is wrong; the message names the mend."""
 
 
 @contextmanager
@@ -40,9 +38,9 @@ def _message(error: Exception) -> tuple[str, int]:
 
     if isinstance(error, AdaFVError):
         return str(error), MISUSED if isinstance(error, (BudgetError, OptionError)) else FAILED
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if out_of_memory(error):
         return "out of memory; try --dtype bfloat16, a smaller --keep, --device cpu, or a smaller model", FAILED
+    text = " ".join(str(error).split())
     return (
         f"{type(error).__name__}: {text[:500]} (not foreseen by adafv; ADAFV_TRACEBACK=1 shows where it came from)",
         FAILED,

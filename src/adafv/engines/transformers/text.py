@@ -48,7 +48,7 @@ class ChatTemplate:
         """
         if getattr(processor, "chat_template", None) is None:
             raise OptionError("text='question' needs a processor with a chat template; use text='turn' or 'after'")
-        image, words = {"type": "image"}, ("alpha", "Query")  # nothing in common at either end
+        image, words = {"type": "image"}, _two_words(processor.tokenizer)
         first, second = (_render(processor, [image, {"type": "text", "text": word}]) for word in words)
         placeholder = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
         if placeholder not in first:
@@ -127,6 +127,24 @@ def _render(processor: Any, content: list[dict[str, str]]) -> list[int]:
     chat = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     return processor.tokenizer(text).input_ids
+
+
+def _two_words(tokenizer: Any) -> tuple[str, str]:
+    """Two words whose tokens have nothing in common at either end.
+
+    To a closed vocabulary all words that it lacks are the same token, so there the two are taken from it.
+    """
+    words, unknown = ("alpha", "Query"), getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or not any(unknown in _encoded(tokenizer, word) for word in words):
+        return words
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    whole = (token for token, number in vocabulary if token.isalpha() and _encoded(tokenizer, token) == [number])
+    return next(whole, words[0]), next(whole, words[1])
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
 
 
 def _common_start(first: list[int], second: list[int]) -> tuple[int, ...]:

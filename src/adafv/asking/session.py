@@ -1,5 +1,6 @@
 """A loaded model with its processor, for the command line: questions in, answers and measurements out."""
 
+import contextlib
 import logging
 import statistics
 import time
@@ -13,9 +14,10 @@ import transformers
 from PIL.Image import Image
 from torch import Tensor
 
-from adafv.cli.failures import UsageError
+from adafv.asking.failures import UsageError
+from adafv.asking.models import folder_or_id
 from adafv.engines.transformers import Pruner, Record
-from adafv.errors import AdaFVError, UnsupportedModelError
+from adafv.errors import AdaFVError, OptionError, UnsupportedModelError
 from adafv.families.base import family_of, known_families
 from adafv.picture import tower_view
 
@@ -90,7 +92,7 @@ class Session:
 
     @classmethod
     def load(cls, name: str, dtype: str, device: torch.device) -> "Session":
-        """Load `name`, a folder or a Hub id, quietly.
+        """Load `name`, a folder, a Hub id or the name of a bundled model, quietly.
 
         Raises:
             LoadError: there is no such checkpoint, or it is broken.
@@ -99,13 +101,14 @@ class Session:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        source = folder_or_id(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                config = transformers.AutoConfig.from_pretrained(name)
+                config = transformers.AutoConfig.from_pretrained(source)
                 _check_architecture(config)
-                processor = transformers.AutoProcessor.from_pretrained(name)
-                model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+                processor = transformers.AutoProcessor.from_pretrained(source)
+                model = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
             except (AdaFVError, MemoryError, KeyboardInterrupt):
                 raise
             except Exception as error:  # the Hub, safetensors, tokenizers and JSON raise errors of many kinds
@@ -143,6 +146,13 @@ class Session:
             return f"USER: {self.processor.image_token}\n{question} ASSISTANT:"
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
+
+    def pruner(self, method: str, keep: int | float) -> Pruner:
+        """A pruner with default options. The text that counts is the question, or the turn where no template tells it."""
+        if getattr(self.processor, "chat_template", None) is not None:
+            with contextlib.suppress(OptionError):  # a template that the question cannot be told from
+                return Pruner(method, keep, processor=self.processor)
+        return Pruner(method, keep, text="turn")
 
     def ask(self, inputs: Any, pruner: Pruner | None, max_new_tokens: int) -> Answer:
         """Answer by greedy decoding; without a pruner, by the stock model."""

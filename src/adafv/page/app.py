@@ -1,0 +1,192 @@
+"""The page: what stands where, and what a click does."""
+
+import os
+import threading
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio
+
+from adafv.methods import known_methods
+from adafv.page.answers import MAX_ANSWER, MAX_BYTES, MEGABYTE, Answers, message
+from adafv.page.render import NOTHING_YET, problem_as_html, results_as_html, warning_as_html
+from adafv.page.samples import Sample
+
+MOST_WAITING = 64
+"""Questions in the queue; whoever comes later is told so at once."""
+_KEPT_FILES = 3600
+"""Seconds after which an uploaded picture is deleted; all are deleted when the page ends."""
+
+
+def build(answers: Answers, about: str, samples: Sequence[Sample]) -> Any:
+    """The page as Gradio blocks.
+
+    Args:
+        about: who answers, as the end of a sentence.
+        samples: to choose from.
+    """
+
+    def check(payload: Any) -> tuple[Any, str]:
+        """Tell at once whether an uploaded picture is one; else take it away again."""
+        try:
+            path = _path(payload)
+            if path is not None:
+                answers.check_picture(path)
+        except Exception as error:
+            return None, _problem(error)
+        return gradio.skip(), ""
+
+    def choose(event: gradio.SelectData) -> tuple[str, Any, str]:
+        """Take a sample with its question; one without a question leaves the user's own."""
+        return event.value["image"]["path"], samples[event.index].question or gradio.skip(), ""
+
+    def ask(payload: Any, question: str, percent: float, first: str, second: str, longest: int) -> tuple[str, str]:
+        try:
+            compared = answers.compare(_path(payload), question, percent, (first, second), longest)
+            return results_as_html(compared.results), warning_as_html(compared.warning)
+        except Exception as error:
+            return NOTHING_YET, _problem(error)
+
+    methods = known_methods()
+    with gradio.Blocks(title="adafv", analytics_enabled=False, delete_cache=(_KEPT_FILES // 4, _KEPT_FILES)) as page:
+        gradio.HTML(
+            f"<h1>adafv</h1><p>Keep the visual tokens that matter for the question. Questions are {escape(about)}.</p>",
+            elem_id="title",
+            js_on_load=None,
+        )
+        notice = gradio.HTML("", elem_id="notice", js_on_load=None, render=False)
+        with gradio.Row():
+            with gradio.Column(scale=2, min_width=300):
+                picture = gradio.Image(
+                    label=f"Picture ({MAX_BYTES // MEGABYTE} MB at most)",
+                    type="filepath",
+                    sources=["upload", "clipboard"],
+                    height=260,
+                    buttons=[],
+                    alt_text="The picture that is asked about",
+                    elem_id="picture",
+                )
+                if samples:
+                    # Not gradio.Examples: its thumbnails have no name that a screen reader could say.
+                    gallery = gradio.Gallery(
+                        [(str(sample.path), sample.path.stem) for sample in samples],
+                        label="Or choose one",
+                        columns=6,
+                        height="auto",
+                        object_fit="cover",
+                        allow_preview=False,
+                        interactive=False,
+                        buttons=[],
+                        elem_id="gallery",
+                    )
+                question = gradio.Textbox(
+                    label="Question", placeholder="What is in the picture?", max_lines=4, elem_id="question"
+                )
+                percent = gradio.Slider(1, 100, value=10, step=1, label="Visual tokens to keep, %", elem_id="percent")
+                with gradio.Row():
+                    first = gradio.Dropdown(
+                        list(methods), value="adafv", label="Method A", min_width=120, elem_id="first"
+                    )
+                    second = gradio.Dropdown(
+                        list(methods), value="saliency", label="Method B", min_width=120, elem_id="second"
+                    )
+                button = gradio.Button("Ask", variant="primary", elem_id="ask")
+                notice.render()
+                with gradio.Accordion("More", open=False):
+                    longest = gradio.Slider(
+                        1, MAX_ANSWER, value=32, step=1, label="Longest answer, in tokens", elem_id="longest"
+                    )
+                    gradio.Markdown("\n".join(f"- **{name}**: {method.summary}" for name, method in methods.items()))
+            with gradio.Column(scale=5, min_width=320):
+                results = gradio.HTML(NOTHING_YET, elem_id="results", js_on_load=None, min_height=160)
+
+        if samples:
+            gallery.select(choose, None, [picture, question, notice], api_visibility="private", show_progress="hidden")
+        # Not preprocessed: Gradio would open the picture itself, and fail without a message where it is none. It does make
+        # sure, in any case, that the path lies in its own folder; all else is checked by `answers`.
+        picture.upload(
+            check,
+            picture,
+            [picture, notice],
+            preprocess=False,
+            api_visibility="private",
+            show_progress="hidden",
+        )
+        gradio.on(
+            [button.click, question.submit],
+            ask,
+            [picture, question, percent, first, second, longest],
+            [results, notice],
+            preprocess=False,
+            api_name="ask",
+            show_progress="full",
+            scroll_to_output=True,
+            concurrency_limit=1,
+        )
+    return page.queue(max_size=MOST_WAITING)
+
+
+def _path(payload: Any) -> str | None:
+    """Where the picture lies that the browser speaks of."""
+    return None if payload is None else payload["path"]
+
+
+def _problem(error: Exception) -> str:
+    """Show a message for a while where it cannot be missed, and return it to be shown for good."""
+    text = message(error)
+    gradio.Warning(escape(text), title="")
+    return problem_as_html(text)
+
+
+def serve(page: Any, host: str, port: int, ready: Any) -> None:
+    """Serve the page until interrupted; nothing is fetched from elsewhere, and nothing is sent there.
+
+    Args:
+        ready: called without arguments once the page can be opened.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    # Gradio asks its own server whether it is up; a proxy for the outside world must not get in between.
+    bypass = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (bypass, "127.0.0.1", "localhost", host)))
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        max_file_size=MAX_BYTES,
+        enable_monitoring=False,
+        run_history=False,
+        mcp_server=False,
+        ssr_mode=False,
+        pwa=False,
+        footer_links=[],
+        # Fonts by name alone are those of the user's own system; Gradio's default would be fetched.
+        theme=gradio.themes.Default(
+            primary_hue="amber",
+            neutral_hue="slate",
+            font=("ui-sans-serif", "system-ui", "sans-serif"),
+            font_mono=("ui-monospace", "monospace"),
+        ).set(
+            # Gradio's own are too pale to be read by everyone.
+            body_text_color_subdued="*neutral_600",
+            body_text_color_subdued_dark="*neutral_400",
+            input_placeholder_color="*neutral_500",
+            button_primary_background_fill="*primary_700",
+            button_primary_background_fill_hover="*primary_800",
+            button_primary_background_fill_dark="*primary_700",
+            button_primary_background_fill_hover_dark="*primary_800",
+        ),
+        css_paths=Path(__file__).with_name("style.css"),
+    )
+    try:
+        ready()
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        page.close(verbose=False)

@@ -1,0 +1,616 @@
+"""The page: answers as they would be given alone, messages instead of crashes, and all of it in a real browser."""
+
+import html
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_checkpoint import TOKENS, save_llava
+from PIL import Image
+from processors import photo, processor, speaking_model
+from typer.testing import CliRunner
+
+from adafv.asking.failures import UsageError
+from adafv.asking.session import Answer, Session, Timing
+from adafv.cli import app
+from adafv.errors import AdaFVError, ImageError
+from adafv.methods import known_methods
+from adafv.page.answers import MAX_ANSWER, MAX_BYTES, MAX_QUESTION, UNPRUNED, Answers, Result, message
+from adafv.page.render import problem_as_html, results_as_html
+from adafv.page.samples import MOST, Sample, SamplesError, bundled_samples, samples_in
+
+QUESTION = "What is in the picture?"
+SAMPLE_QUESTION = "How many colours are there?"
+LONGEST = 32
+"""Tokens of an answer, as the page has it when it opens."""
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    return Session(speaking_model("llava"), processor("llava"))
+
+
+@pytest.fixture(scope="module")
+def answers(session: Session) -> Answers:
+    return Answers(session)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+    photo(1).save(path)
+    return path
+
+
+def claims(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds one pixel."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(4))) + chunk(b"IEND", b"")
+
+
+def truncated(picture: Path) -> bytes:
+    return picture.read_bytes()[: picture.stat().st_size // 2]
+
+
+def alone(session: Session, path: Path, question: str, percent: float, method: str | None, longest: int) -> Answer:
+    """What one user gets with nobody else about, without any code of the page."""
+    pruner = None if method is None else session.pruner(method, percent / 100)
+    return session.ask(session.inputs(Image.open(path).convert("RGB"), question), pruner, longest)
+
+
+class TestAnswers:
+    def test_unpruned_and_both_methods(self, answers: Answers, session: Session, picture: Path) -> None:
+        results = answers.compare(str(picture), QUESTION, 25, ("adafv", "saliency"), 6).results
+        assert [result.timing.name for result in results] == [UNPRUNED, "adafv", "saliency"]
+        for result, method in zip(results, (None, "adafv", "saliency"), strict=True):
+            expected = alone(session, picture, QUESTION, 25, method, 6)
+            assert result.timing.answer == expected.answer
+            assert result.timing.kv_mib == pytest.approx(expected.kv_mib)
+            assert result.timing.tokens == (TOKENS if method is None else TOKENS // 4)
+            assert result.tokens_before == TOKENS
+            assert result.timing.median > 0
+
+    def test_what_is_drawn(self, answers: Answers, picture: Path) -> None:
+        unpruned, both, random = answers.compare(str(picture), QUESTION, 25, ("adafv", "random"), 2).results
+        assert unpruned.panels == []
+        assert [panel.title for panel in both.panels] == ["kept 4 of 16", "saliency", "text attention", "both"]
+        assert [panel.title for panel in random.panels] == ["kept 4 of 16"]
+        assert all(image.width <= 448 for panel in both.panels for image, _ in panel.drawings)
+
+    def test_images_in_crops_are_drawn_twice(self, picture: Path) -> None:
+        next_answers = Answers(Session(speaking_model("llava-next"), processor("llava-next")))
+        _, result = next_answers.compare(str(picture), QUESTION, 10, ("adafv",), 2).results
+        assert [len(panel.drawings) for panel in result.panels] == [2] * 4
+
+    @pytest.mark.parametrize("method", sorted(known_methods()))
+    def test_every_method(self, answers: Answers, picture: Path, method: str) -> None:
+        _, result = answers.compare(str(picture), QUESTION, 25, (method, method), 2).results
+        assert result.timing.tokens == 4
+        assert result.panels
+
+    def test_keeping_all_is_the_unpruned_answer(self, answers: Answers, picture: Path) -> None:
+        unpruned, kept = answers.compare(str(picture), QUESTION, 100, ("adafv",), 6).results
+        assert kept.timing.answer == unpruned.timing.answer
+        assert kept.timing.tokens == TOKENS
+
+    def test_without_a_chat_template(self, picture: Path) -> None:
+        made = processor("llava")
+        made.chat_template = made.tokenizer.chat_template = None
+        compared = Answers(Session(speaking_model("llava"), made)).compare(str(picture), QUESTION, 25, ("adafv",), 2)
+        assert compared.results[1].timing.tokens == 4
+
+    def test_words_that_the_model_does_not_know(self, picture: Path) -> None:
+        bundled = Answers(Session.load("bundled", "auto", torch.device("cpu")))
+        known, unknown = (
+            bundled.compare(str(picture), f"Is there a {word}?", 25, ("adafv",), 2) for word in ("bird", "zebra")
+        )
+        assert known.warning == ""
+        assert "'zebra'" in unknown.warning
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"path": None}, "choose or upload a picture"),
+            ({"question": "  "}, "type a question"),
+            ({"question": None}, "type a question"),
+            ({"question": "x" * (MAX_QUESTION + 1)}, f"shorten it to {MAX_QUESTION}"),
+            ({"question": "What is <image>?"}, "<image>"),
+            ({"percent": 0}, "1 to 100"),
+            ({"percent": 101}, "1 to 100"),
+            ({"percent": float("nan")}, "1 to 100"),
+            ({"percent": "many"}, "1 to 100"),
+            ({"longest": MAX_ANSWER + 1}, f"1 to {MAX_ANSWER}"),
+            ({"longest": None}, f"1 to {MAX_ANSWER}"),
+            ({"methods": ("adafv", "guess")}, "guess"),
+            ({"methods": ("adafv", None)}, "None"),
+        ],
+    )
+    def test_refused(self, answers: Answers, picture: Path, changes: dict[str, Any], said: str) -> None:
+        wish = {"path": str(picture), "question": QUESTION, "percent": 10, "methods": ("adafv",), "longest": 2}
+        with pytest.raises((UsageError, AdaFVError), match=re.escape(said)):
+            answers.compare(**{**wish, **changes})
+
+    def test_twenty_threads(self, answers: Answers, session: Session, tmp_path: Path) -> None:
+        wishes = twenty_wishes(tmp_path)
+        expected = [wish.alone(session) for wish in wishes]
+        assert len({tuple(answer.values()) for answer in expected}) > 15
+        with ThreadPoolExecutor(20) as users:
+            given = list(users.map(lambda wish: wish.of(answers), wishes))
+        assert given == expected
+
+
+class TestPictures:
+    def broken(self, picture: Path) -> dict[str, bytes]:
+        return {
+            "empty": b"",
+            "no image": b"I am a text.",
+            "truncated": truncated(picture),
+            "bomb": claims(60_000, 60_000),
+            "large": claims(9_000, 9_000),
+            "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+        }
+
+    @pytest.mark.parametrize(
+        ("kind", "said"),
+        [
+            ("empty", "is empty"),
+            ("no image", "not an image"),
+            ("truncated", "cut short"),
+            ("bomb", "far more pixels"),
+            ("large", "9000 x 9000 pixels"),
+            ("svg", "export it as PNG"),
+        ],
+    )
+    def test_broken(self, answers: Answers, picture: Path, tmp_path: Path, kind: str, said: str) -> None:
+        path = tmp_path / "broken.png"
+        path.write_bytes(self.broken(picture)[kind])
+        with pytest.raises(ImageError, match=f"the picture .*{said}"):
+            answers.check_picture(str(path))
+        with pytest.raises(ImageError, match=f"the picture .*{said}"):
+            answers.compare(str(path), QUESTION, 10, ("adafv",), 2)
+
+    @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "bmp"])
+    def test_kinds(self, answers: Answers, tmp_path: Path, kind: str) -> None:
+        path = tmp_path / f"picture.{kind}"
+        photo(1).save(path)
+        answers.check_picture(str(path))
+
+    def test_kinds_that_browsers_do_not_show(self, answers: Answers, tmp_path: Path) -> None:
+        path = tmp_path / "picture.tiff"
+        photo(1).save(path)
+        with pytest.raises(ImageError, match="give a JPEG, PNG, WebP, GIF or BMP image"):
+            answers.check_picture(str(path))
+
+    def test_too_large(self, answers: Answers, tmp_path: Path) -> None:
+        path = tmp_path / "large.png"
+        path.write_bytes(bytes(MAX_BYTES + 1))
+        with pytest.raises(ImageError, match="larger than 10 MB"):
+            answers.check_picture(str(path))
+
+    def test_gone(self, answers: Answers, tmp_path: Path) -> None:
+        with pytest.raises(ImageError, match="no longer there"):
+            answers.check_picture(str(tmp_path / "gone.png"))
+
+    def test_bundled_samples(self, answers: Answers) -> None:
+        for sample in bundled_samples():
+            answers.check_picture(str(sample.path))
+            assert sample.question
+
+    def test_samples_of_a_folder(self, tmp_path: Path) -> None:
+        for number in range(MOST + 2):
+            photo(number).save(tmp_path / f"{number:02}.png")
+        (tmp_path / "notes.txt").write_text("no picture")
+        assert samples_in(tmp_path) == [Sample(tmp_path / f"{number:02}.png") for number in range(MOST)]
+        (tmp_path / "samples.json").write_text(json.dumps([{"picture": "01.png", "question": QUESTION}]))
+        assert [sample.question for sample in samples_in(tmp_path)[:3]] == ["", QUESTION, ""]
+
+    @pytest.mark.parametrize("content", ["no JSON", "7", "[7]", '[{"picture": "01.png"}]'])
+    def test_broken_questions(self, tmp_path: Path, content: str) -> None:
+        photo().save(tmp_path / "01.png")
+        (tmp_path / "samples.json").write_text(content)
+        with pytest.raises(SamplesError, match="mend it"):
+            samples_in(tmp_path)
+
+    def test_no_samples(self, tmp_path: Path) -> None:
+        with pytest.raises(SamplesError, match="holds no pictures"):
+            samples_in(tmp_path)
+        with pytest.raises(SamplesError, match="no folder"):
+            samples_in(tmp_path / "missing")
+
+
+class TestMessages:
+    def test_ours_are_shown(self) -> None:
+        assert message(UsageError("type a question first")) == "Type a question first."
+        assert message(ImageError("is it an image?")) == "Is it an image?"
+
+    def test_memory(self) -> None:
+        assert "out of memory" in message(MemoryError())
+        assert "out of memory" in message(torch.OutOfMemoryError("CUDA"))
+
+    def test_what_nobody_foresaw_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        said = message(KeyError("secret"))
+        assert "KeyError" in said
+        assert "secret" not in said
+        assert "secret" in caplog.text
+
+    def test_everything_is_escaped(self) -> None:
+        nasty = "<script>alert(1)</script>"
+        timing = Timing(nasty, nasty, 4, [0.1], 1.0)
+        said = results_as_html([Result(timing, 16, [])]) + problem_as_html(nasty)
+        assert "<script" not in said
+        assert said.count(html.escape(nasty)) == 4
+
+    def test_savings(self) -> None:
+        before, after = Timing(UNPRUNED, "yes", 16, [2.0], 4.0), Timing("adafv", "", 4, [1.0], 5.0)
+        said = results_as_html([Result(before, 16, []), Result(after, 16, [])])
+        assert re.findall(r'class="change">(.*?)<', said) == ["&minus;75 %", "&minus;50 %", "+25 %"]
+        assert "no words" in said
+
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("ADAFV_MODEL", raising=False)
+        monkeypatch.delenv("ADAFV_TRACEBACK", raising=False)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+    def refused(self, code: int, said: str, *options: object) -> None:
+        result = CliRunner().invoke(app, ["page", *map(str, options)])
+        assert result.exit_code == code, result.output
+        assert result.stdout == ""
+        assert len(result.stderr.splitlines()) == 1
+        assert said in result.stderr
+
+    def test_without_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        self.refused(1, "pip install 'adafv[page]'", "--model", "m")
+
+    def test_port_taken(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            self.refused(1, "is taken", "--model", "m", "--port", taken.getsockname()[1])
+
+    def test_no_such_address(self) -> None:
+        self.refused(1, "cannot listen", "--model", "m", "--host", "192.0.2.1", "--port", 7999)
+
+    def test_no_pictures(self, tmp_path: Path) -> None:
+        self.refused(1, "holds no pictures", "--model", "m", "--examples", tmp_path)
+
+    def test_wrong_dtype(self) -> None:
+        self.refused(2, "did you mean float16", "--model", "m", "--dtype", "float61")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What one of twenty users wants."""
+
+    picture: Path
+    question: str
+    percent: int
+    methods: tuple[str, str]
+    longest: int = 8
+
+    def alone(self, session: Session) -> dict[str, str]:
+        return {
+            method or UNPRUNED: alone(session, self.picture, self.question, self.percent, method, self.longest).answer
+            for method in (None, *self.methods)
+        }
+
+    def of(self, answers: Answers) -> dict[str, str]:
+        compared = answers.compare(str(self.picture), self.question, self.percent, self.methods, self.longest)
+        return {result.timing.name: result.timing.answer for result in compared.results}
+
+
+def twenty_wishes(folder: Path) -> list[Wish]:
+    names = sorted(known_methods())
+    wishes = []
+    for number in range(20):
+        path = folder / f"user{number}.png"
+        photo(number).save(path)
+        methods = (names[number % len(names)], names[(number + 1 + number // len(names)) % len(names)])
+        wishes.append(Wish(path, f"Question number {number}?", 10 + 4 * number, methods))
+    return wishes
+
+
+# From here on: the real command, over HTTP and in a real browser.
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LACKING = [
+    what
+    for what, there in (
+        ("gradio", importlib.util.find_spec("gradio")),
+        ("playwright", importlib.util.find_spec("playwright")),
+        ("Chromium", CHROMIUM),
+    )
+    if not there
+]
+in_browser = pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)}")
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    session: Session
+    """The same model, to ask it without the page."""
+    samples: Path
+    log: Path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`adafv page` on a free port. Its way to the outside world is a proxy that does not exist."""
+    folder = tmp_path_factory.mktemp("page")
+    checkpoint, samples = save_llava(folder / "model"), folder / "samples"
+    samples.mkdir()
+    for number in (1, 2):
+        photo(number).save(samples / f"sample{number}.png")
+    (samples / "samples.json").write_text(json.dumps([{"picture": "sample2.png", "question": SAMPLE_QUESTION}]))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    # One thread, as in these tests: sums in another order could come to another answer.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    environment |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    environment.pop("no_proxy", None)
+    environment.pop("NO_PROXY", None)
+    command = [sys.executable, "-m", "adafv", "page", "--model", str(checkpoint), "--device", "cpu"]
+    command += ["--port", str(port), "--examples", str(samples)]
+    with (folder / "log").open("w+") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            assert url == f"http://127.0.0.1:{port}", (folder / "log").read_text()
+            session = Session.load(str(checkpoint), "auto", torch.device("cpu"))
+            yield Server(url, session, samples, folder / "log")
+        finally:
+            process.terminate()
+            code = process.wait(60)
+    assert code == 0
+    assert not list(folder.glob("adafv-page-*")), "uploads were left behind"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    flags = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
+    flags += ("disable-component-update", "disable-sync")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{flag}" for flag in flags])
+        yield started
+        started.close()
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Someone in front of the page."""
+
+    tab: Any
+
+    def upload(self, path: Path) -> None:
+        self.tab.locator("#picture input[type=file]").set_input_files(path)
+
+    def type(self, question: str) -> None:
+        self.tab.get_by_label("Question").fill(question)
+
+    def keep(self, percent: int) -> None:
+        number = self.tab.locator("#percent input[type=number]")
+        number.fill(str(percent))
+        number.press("Tab")
+
+    def choose(self, label: str, method: str) -> None:
+        box = self.tab.get_by_role("combobox", name=label)
+        box.click()
+        options = self.tab.locator(f"[id='{box.get_attribute('aria-controls')}']")
+        options.get_by_role("option", name=method, exact=True).click()
+
+    def ask(self) -> None:
+        self.tab.get_by_role("button", name="Ask", exact=True).click()
+
+    def wait_for_picture(self) -> None:
+        self.tab.get_by_alt_text("The picture that is asked about").wait_for()
+
+    def answers(self) -> dict[str, str]:
+        """Wait for the answers and read them."""
+        self.tab.locator("#results article").first.wait_for()
+        return {
+            card.get_attribute("data-name"): card.locator(".answer").text_content()
+            for card in self.tab.locator("#results article").all()
+        }
+
+    def problem(self) -> str:
+        alert = self.tab.locator("#notice [role=alert]")
+        alert.wait_for()
+        return alert.inner_text()
+
+
+@pytest.fixture
+def visitor(server: Server, browser: Any) -> Iterator[Visitor]:
+    """A fresh tab; afterwards nothing may have gone wrong in it, or been asked of anyone but the page's own server."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(60_000)  # the machine may be busy
+    tab = context.new_page()
+    asked, failures = set(), []
+    tab.on("request", lambda request: asked.add(request.url))
+    tab.on("pageerror", lambda error: failures.append(str(error)))
+    tab.goto(server.url)
+    yield Visitor(tab)
+    context.close()
+    assert failures == []
+    assert "Traceback" not in server.log.read_text()
+    assert {url for url in asked if not url.startswith((server.url, "data:", "blob:"))} == set()
+
+
+def as_shown(answers: dict[str, str]) -> dict[str, str]:
+    """Answers as a browser shows them: random models write control characters, which HTML does not have."""
+    return {
+        name: re.sub(r"\r\n?", "\n", answer).replace("\0", "\N{REPLACEMENT CHARACTER}") or "no words"
+        for name, answer in answers.items()
+    }
+
+
+@in_browser
+@pytest.mark.slow
+class TestInBrowser:
+    def test_upload_type_click_read(self, visitor: Visitor, server: Server, picture: Path) -> None:
+        visitor.upload(picture)
+        visitor.wait_for_picture()
+        visitor.type(QUESTION)
+        visitor.ask()
+        expected = Wish(picture, QUESTION, 10, ("adafv", "saliency"), LONGEST).alone(server.session)
+        assert visitor.answers() == as_shown(expected)
+        assert visitor.tab.locator("#results figure img").count() == 6
+        for drawing in visitor.tab.locator("#results figure img").all():
+            assert drawing.evaluate("image => image.complete && image.naturalWidth > 100")
+            assert drawing.get_attribute("alt")
+        assert "2 of 16" in visitor.tab.locator("#results article").nth(1).inner_text()
+
+    def test_choose_a_sample_and_compare_two_methods(self, visitor: Visitor, server: Server) -> None:
+        visitor.tab.get_by_role("button", name="Thumbnail 2 of 2").click()
+        visitor.wait_for_picture()
+        visitor.keep(50)
+        visitor.choose("Method A", "uniform")
+        visitor.choose("Method B", "text")
+        visitor.tab.get_by_label("Question").press("Enter")
+        wish = Wish(server.samples / "sample2.png", SAMPLE_QUESTION, 50, ("uniform", "text"), LONGEST)
+        assert visitor.answers() == as_shown(wish.alone(server.session))
+        headings = visitor.tab.locator("#results section h3").all_inner_texts()
+        assert [heading.split(":")[0] for heading in headings] == ["uniform", "text"]
+        assert visitor.tab.get_by_text("kept 8 of 16").count() == 2
+
+    @pytest.mark.parametrize("kind", ["no image", "truncated", "bomb"])
+    def test_broken_upload(self, visitor: Visitor, server: Server, picture: Path, tmp_path: Path, kind: str) -> None:
+        contents = {"no image": b"I am a text.", "truncated": truncated(picture), "bomb": claims(60_000, 60_000)}
+        broken = tmp_path / "broken.png"
+        broken.write_bytes(contents[kind])
+        visitor.upload(broken)
+        said = {"no image": "not an image", "truncated": "damaged or cut short", "bomb": "pixels"}
+        assert said[kind] in visitor.problem()
+        assert "Traceback" not in visitor.tab.content()
+        visitor.upload(picture)  # the page goes on
+        visitor.wait_for_picture()
+        visitor.type(QUESTION)
+        visitor.ask()
+        assert set(visitor.answers()) == {UNPRUNED, "adafv", "saliency"}
+        assert visitor.tab.locator("#notice [role=alert]").count() == 0
+
+    def test_too_large_upload(self, visitor: Visitor, tmp_path: Path) -> None:
+        large = tmp_path / "large.png"
+        large.write_bytes(bytes(MAX_BYTES + 1))
+        visitor.upload(large)
+        visitor.tab.get_by_text("exceed the maximum allowed size").first.wait_for()
+
+    def test_nothing_to_ask(self, visitor: Visitor, picture: Path) -> None:
+        visitor.ask()
+        assert "upload a picture first" in visitor.problem()
+        visitor.upload(picture)
+        visitor.wait_for_picture()
+        visitor.ask()
+        visitor.tab.get_by_text("Type a question first").first.wait_for()
+        visitor.type("x" * (MAX_QUESTION + 1))
+        visitor.ask()
+        visitor.tab.get_by_text("shorten it").first.wait_for()
+
+    def test_everything_has_a_name(self, visitor: Visitor) -> None:
+        visitor.tab.get_by_role("button", name="Ask", exact=True).wait_for()
+        unnamed = visitor.tab.evaluate(
+            """() => [...document.querySelectorAll("button, input:not([type=file]), textarea, img")].filter(
+                   e => e.checkVisibility() && !(e.ariaLabel || e.innerText || e.alt || e.title || e.labels?.length)
+               ).map(e => e.outerHTML)"""
+        )
+        assert unnamed == []
+
+    def test_phone(self, visitor: Visitor, picture: Path) -> None:
+        visitor.tab.set_viewport_size({"width": 390, "height": 844})
+        visitor.upload(picture)
+        visitor.wait_for_picture()
+        visitor.type(QUESTION)
+        visitor.ask()
+        visitor.answers()
+        assert visitor.tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+    def test_dark(self, server: Server, browser: Any) -> None:
+        colours = []
+        for scheme in ("light", "dark"):
+            tab = browser.new_page(color_scheme=scheme)
+            tab.goto(server.url)
+            tab.locator(".nothing-yet").wait_for()
+            colours.append(tab.evaluate("getComputedStyle(document.querySelector('.nothing-yet')).color"))
+            tab.close()
+        assert colours[0] != colours[1]
+
+
+@pytest.fixture(scope="module")
+def connect(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
+    """Another user, without a browser."""
+    from gradio_client import Client
+
+    downloads = str(tmp_path_factory.mktemp("downloads"))
+    return lambda: Client(server.url, verbose=False, download_files=downloads)
+
+
+@pytest.fixture(scope="module")
+def client(connect: Callable[[], Any]) -> Any:
+    return connect()
+
+
+@in_browser
+@pytest.mark.slow
+class TestOverHttp:
+    def test_twenty_users_at_once(self, server: Server, connect: Callable[[], Any], tmp_path: Path) -> None:
+        from gradio_client import handle_file
+
+        wishes = twenty_wishes(tmp_path)
+        expected = [wish.alone(server.session) for wish in wishes]
+        assert len({tuple(answer.values()) for answer in expected}) > 15
+
+        def ask(wish: Wish) -> dict[str, str]:
+            results, notice = connect().predict(
+                handle_file(wish.picture), wish.question, wish.percent, *wish.methods, wish.longest, api_name="/ask"
+            )
+            assert notice == ""
+            cards = re.findall(r'<article class="card" data-name="(.*?)".*?<p class="answer">(.*?)</p>', results, re.S)
+            return {name: html.unescape(answer.replace("<em>no words</em>", "")) for name, answer in cards}
+
+        with ThreadPoolExecutor(20) as users:
+            assert list(users.map(ask, wishes)) == expected
+
+    @pytest.mark.parametrize("elsewhere", ["/etc/hostname", "http://127.0.0.1:9/picture.png", "../../etc/hostname"])
+    def test_files_of_the_server_cannot_be_asked_about(self, client: Any, elsewhere: str) -> None:
+        payload = {"path": elsewhere, "meta": {"_type": "gradio.FileData"}}
+        said = ""
+        try:
+            results, said = client.predict(payload, QUESTION, 10, "adafv", "text", 2, api_name="/ask")
+            assert "<article" not in results
+        except Exception as error:  # Gradio's own refusal
+            said = str(error)
+        assert said
+
+    @pytest.mark.parametrize("wrong", [(None, "adafv", 4), ("much", "adafv", 4), (10, "guess", 4), (10, "adafv", 9999)])
+    def test_values_that_the_page_does_not_offer(self, client: Any, picture: Path, wrong: tuple[Any, str, int]) -> None:
+        from gradio_client import handle_file
+
+        percent, method, longest = wrong
+        results, said = client.predict(
+            handle_file(picture), QUESTION, percent, method, "text", longest, api_name="/ask"
+        )
+        assert "<article" not in results
+        assert 'role="alert"' in said
+        assert "not foresee" not in said
