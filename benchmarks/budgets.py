@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -146,18 +147,25 @@ def majority(asked: list[Asked]) -> list[bool]:
     return [question.answer == counts[question.kind].most_common(1)[0][0] for question in asked]
 
 
-def _part(
-    job: tuple[list[tuple[Scene, Question]], str, Path | None, list[tuple[str, float]], int],
-) -> dict[str, list[bool]]:
-    questions, family, folder, configurations, number = job
+@dataclass(frozen=True)
+class _Job:
+    number: int
+    questions: list[tuple[Scene, Question]]
+    configurations: list[tuple[str, float]]
+    family: str
+    folder: Path | None
+    dtype: str
+
+
+def _part(job: _Job) -> dict[str, list[bool]]:
     torch.set_num_threads(1)
     start = time.monotonic()
 
     def progress(done: int) -> None:
         if done % (10 * BATCH) == 0:
-            print(f"part {number}: {done} of {len(questions)}, {time.monotonic() - start:.0f} s", flush=True)
+            print(f"part {job.number}: {done} of {len(job.questions)}, {time.monotonic() - start:.0f} s", flush=True)
 
-    return run(questions, Answerer(family, folder), configurations, progress)
+    return run(job.questions, Answerer(job.family, job.folder, job.dtype), job.configurations, progress)
 
 
 def _percent(values: list[float], scenes: list[str], sign: str = "") -> str:
@@ -217,6 +225,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--family", choices=("llava", "llava-next"), default="llava")
     parser.add_argument("--model", type=Path, help="another folder with a model of this world")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--no-photos", action="store_true", help="no photographic backgrounds; they need scikit-image")
     parser.add_argument("--json", type=Path, help="write every question and whether each run was right")
@@ -227,11 +236,14 @@ def main() -> None:
     configurations = [(name, keep) for keep in options.keep for name in options.only]
     parts = [range(len(questions))[n :: options.processes] for n in range(options.processes)]
     jobs = [
-        ([questions[i] for i in part], options.family, options.model, configurations, number)
+        _Job(number, [questions[i] for i in part], configurations, options.family, options.model, options.dtype)
         for number, part in enumerate(parts, 1)
     ]
-    with ProcessPoolExecutor(options.processes) as pool:
-        results = list(pool.map(_part, jobs))
+    if len(jobs) == 1:
+        results = [_part(jobs[0])]
+    else:
+        with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+            results = list(pool.map(_part, jobs))
     right: dict[str, list[bool]] = {"majority": majority(asked)}
     for name in results[0]:
         right[name] = [False] * len(questions)

@@ -13,6 +13,7 @@ class Optimiser:
     Args:
         parameters: name and parameter, of everything to train.
         matrix_rate, other_rate: peak learning rates of the two.
+        position_rate: of position embeddings, where another one.
         steps: length of the schedule: linear warm-up, then linear decay over the last `decay` share.
     """
 
@@ -23,12 +24,18 @@ class Optimiser:
         steps: int,
         matrix_rate: float = 2e-3,
         other_rate: float = 2e-3,
+        position_rate: float | None = None,
         warmup: int = 100,
         decay: float = 0.4,
     ) -> None:
         named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
         hidden = [parameter for name, parameter in named if _is_hidden_matrix(name, parameter)]
-        other = [parameter for name, parameter in named if not _is_hidden_matrix(name, parameter)]
+        positions = [parameter for name, parameter in named if position_rate and "position_embedding" in name]
+        other = [
+            parameter
+            for name, parameter in named
+            if not _is_hidden_matrix(name, parameter) and not (position_rate and "position_embedding" in name)
+        ]
         self.parts: list[torch.optim.Optimizer] = []
         if hidden:
             self.parts.append(
@@ -36,7 +43,11 @@ class Optimiser:
             )
         if other:
             self.parts.append(torch.optim.AdamW(other, lr=other_rate, betas=(0.9, 0.98), weight_decay=0.0))
-        self.all = hidden + other
+        if positions:
+            self.parts.append(
+                torch.optim.AdamW(positions, lr=position_rate or 0.0, betas=(0.9, 0.98), weight_decay=0.0)
+            )
+        self.all = hidden + other + positions
         self.steps, self.warmup, self.decay = steps, warmup, decay
         self.peaks = [part.param_groups[0]["lr"] for part in self.parts]
 

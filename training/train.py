@@ -24,7 +24,7 @@ from training.batches import batches
 from training.optimiser import Optimiser
 from training.stages import STAGES, Pupil, Stage
 
-SIDE_BY_SIDE = ((("tower",), ("list", "grid")), (("projector",),), (("together",),))
+SIDE_BY_SIDE = ((("tower",), ("list", "grid")), (("projector", "together"),))
 """Stages after one another; in each, rows of stages that run at the same time."""
 CHECKPOINT_SECONDS = 120
 REPORT_STEPS = 25
@@ -39,7 +39,13 @@ def train_stage(stage: Stage, folder: Path, steps: int) -> None:
     pupil = Pupil()
     for earlier in stage.needs:
         pupil.load_state_dict(torch.load(folder / f"{earlier}.pt", weights_only=True), strict=False)
-    optimiser = Optimiser(stage.parameters(pupil), steps=steps, matrix_rate=stage.rate, other_rate=stage.other_rate)
+    optimiser = Optimiser(
+        stage.parameters(pupil),
+        steps=steps,
+        matrix_rate=stage.rate,
+        other_rate=stage.other_rate,
+        position_rate=stage.position_rate,
+    )
     first, spent = 0, 0.0
     if not checkpoint.exists():
         stage.prepare(pupil)
