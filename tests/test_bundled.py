@@ -26,18 +26,18 @@ from adafv.errors import OptionError
 from training.world.questions import Question, ask
 from training.world.scenes import render, sample_scene
 
-# FILL IN AFTER TRAINING, both: what the shipped weights reach, less a few questions for other machines' rounding.
+# What the shipped weights reach (0.985, 0.970, 0.930; 0.967), less a few questions for other machines' rounding.
 FLOORS = {
     # (model, share of the visual tokens kept): accuracy on scenes of the test split
-    ("llava", 1.0): 1.0,
-    ("llava", 0.25): 1.0,
-    ("llava", 0.1): 1.0,
-    ("llava-next", 1.0): 1.0,
+    ("llava", 1.0): 0.97,
+    ("llava", 0.25): 0.95,
+    ("llava", 0.1): 0.9,
+    ("llava-next", 1.0): 0.93,
 }
 ANSWERED = {
     # share kept: samples that must be answered right on the command line
     "all": ("bird", "boats", "cars", "key", "mushrooms", "tree"),
-    "10%": ("bird", "cars", "key"),
+    "10%": ("bird", "cars", "key", "mushrooms", "tree"),
 }
 
 QUESTIONS = {"llava": 200, "llava-next": 60}

@@ -48,6 +48,8 @@ def export(pupil: Pupil, folder: Path) -> None:
     files = dict.fromkeys(weights, f"../llava/{WEIGHTS}") | dict.fromkeys(newline, "newline.safetensors")
     size = sum(value.numel() * 2 for value in (*weights.values(), *newline.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    for path in folder.glob("*/*.safetensors"):
+        path.chmod(0o644)  # as all other files; safetensors writes for the owner alone
     (folder / "llava-next" / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
