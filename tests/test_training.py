@@ -132,9 +132,10 @@ class TestGoingOn:
 
     @pytest.mark.slow
     def test_all_stages_in_order(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        for together in training.train.SIDE_BY_SIDE:
-            for name in together:
-                train_stage(dataclasses.replace(STAGES[name], size=6), tmp_path, 1)
+        rows = [row for side_by_side in training.train.SIDE_BY_SIDE for row in side_by_side]
+        assert sorted(name for row in rows for name in row) == sorted(STAGES)
+        for name in (name for row in rows for name in row):
+            train_stage(dataclasses.replace(STAGES[name], size=6), tmp_path, 1)
         saved = torch.load(tmp_path / "together.pt", weights_only=True)
         pupil = Pupil()
         found = pupil.load_state_dict(saved, strict=False)
@@ -169,6 +170,20 @@ class TestConversations:
             assert [place for place, _, _ in talk.kinds[row]] == asked
         assert captions
         assert not talk.captions[talk.labels == IGNORED].any()
+
+    def test_early_labels_are_the_answer_too(self) -> None:
+        """From the word that names the object on; nothing else changes."""
+        late, early = (converse(scenes(10), Random(0), early=early) for early in (False, True))
+        assert torch.equal(late.ids, early.ids)
+        places = (early.labels != IGNORED) & (late.labels == IGNORED)
+        assert torch.equal(early.labels[~places], late.labels[~places])
+        for row, ids in enumerate(late.ids.tolist()):
+            for question, answer, first in turns(ids):
+                if question.startswith(("describe", "what is in")):
+                    continue
+                # "?" and <end>, which stand before <assistant> in every question, know all of it.
+                assert places[row, first - 2 : first].all()
+                assert set(early.labels[row, first - 2 : first].tolist()) == {encoded(answer)[0]}
 
     def test_padding_is_on_the_right(self) -> None:
         for row in converse(scenes(10), Random(0)).ids.tolist():
