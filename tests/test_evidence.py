@@ -111,6 +111,20 @@ class TestBudgets:
         assert "+100.0 ± 0.0" in console.export_text()
 
 
+def test_curves_of_the_shipped_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["curves", str(Path(curves.__file__).parent / "shipped-run")])
+    curves.main()
+    shown = capsys.readouterr().out
+    assert "together: 1450 steps" in shown
+    assert "tower: 1400 steps" in shown
+
+
+def test_curves_of_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["curves", str(tmp_path)])
+    with pytest.raises(SystemExit, match="train first"):
+        curves.main()
+
+
 def test_a_curve_rises_where_its_values_rise() -> None:
     assert curves.curve([0.0, 1.0, 2.0, 3.0]) == "▁▃▆█"
     assert len(curves.curve([1.0] * 500)) == curves.WIDTH

@@ -11,8 +11,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from training.stages import STAGES
-
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 60
 
@@ -34,10 +32,11 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="?", default=Path("training/run"))
     options = parser.parse_args()
     console = Console(width=130)
-    for stage in STAGES:
-        log = options.run / f"log-{stage}.jsonl"
-        if not log.exists():
-            continue
+    logs = sorted(options.run.glob("log-*.jsonl"))
+    if not logs:
+        raise SystemExit(f"{options.run} holds no log-*.jsonl; train first, or give training/shipped-run")
+    for log in logs:
+        stage = log.stem.removeprefix("log-")
         entries = [json.loads(line) for line in log.read_text().splitlines()]
         figures: dict[str, list[float]] = defaultdict(list)
         for entry in entries:
