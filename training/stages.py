@@ -15,11 +15,11 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 
 from training import attention
 from training.architecture import SIDE, VISUAL_TOKENS, WIDTH, llava_config, llava_next_config
-from training.batches import normalised, pixels
+from training.batches import Batches, normalised, pixels
 from training.conversations import Conversations
 from training.language import GridEmbedding, SceneText, scene_grid, scene_list
 from training.losses import Alignment, Shown, answer_loss, shown
-from training.world.scenes import Scene, sample_scene
+from training.world.scenes import Scene
 
 SEED = 20251
 
@@ -162,8 +162,7 @@ def _to_scale(pupil: Pupil) -> None:
     Contrast asks for directions alone and leaves tokens twenty times as long as words, beside which nothing that a layer
     adds would count.
     """
-    scenes = [sample_scene("train", number) for number in range(32)]
-    lesson = _plain_lesson(scenes, Random(SEED))
+    lesson = Batches(_plain_lesson, size=32, count=1, first=0, split="train")[0]
     visual, _ = pupil.see(lesson.images)
     written = pupil.grid(lesson.text, pupil.words)
     factor = written.norm(dim=-1).mean() / visual.norm(dim=-1).mean()
