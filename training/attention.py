@@ -1,4 +1,4 @@
-"""Attention for training on a CPU: at these lengths plain products with their backward take half of SDPA's time there."""
+"""Attention for training on a CPU: a step of the tower took 0.65 s with plain products and 0.98 s with SDPA."""
 
 from typing import Any
 

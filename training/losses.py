@@ -57,9 +57,9 @@ class Alignment(nn.Module):
     ("red key") is the sum of its words.
 
     The patches' part is late interaction with grounded captions: a phrase comes with the box that it speaks of, and a
-    patch belongs to the phrases of the box it lies in. Captions without boxes work too, at ten times the number of
-    pictures or more, which two cores do not see in two hours. [CLS] has to find its words by itself: it knows no boxes,
-    and of the faint objects captions name one in two.
+    patch belongs to the phrases of the box it lies in. Captions without boxes had localised nothing after 150 batches
+    (AUC 0.50), where these had reached 0.77. [CLS] has to find its words by itself: it knows no boxes, and of the faint
+    objects captions name one in two.
     """
 
     def __init__(self) -> None:

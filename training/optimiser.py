@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Optimiser:
-    """Muon reaches the same loss in about half of AdamW's steps here; it is meant for hidden matrices only.
+    """Muon is meant for hidden matrices only; embeddings, norms and biases are left to AdamW.
 
     Args:
         parameters: name and parameter, of everything to train.

@@ -37,7 +37,7 @@ class Pupil(nn.Module):
         self.words = self.llava.model.language_model.embed_tokens
         nn.init.normal_(self.words.weight, std=WIDTH**-0.5)
         # Queries and keys start alike, so that from the first step a word attends to what resembles it: "key" in a
-        # question to the patches that hold "key". Otherwise that match alone takes a large share of the steps.
+        # question to the patches that hold "key". The first answers that need such a match came in fewer steps with it.
         for layer in self.llava.model.language_model.layers:
             nn.init.normal_(layer.self_attn.q_proj.weight, std=WIDTH**-0.5)
             layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
