@@ -16,12 +16,15 @@ import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from adafv import Pruner
 from adafv.images import load_image
@@ -43,19 +46,35 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def interval(values: list[float], images: list[str]) -> tuple[float, float]:
+def interval(values: Sequence[float], images: Sequence[Hashable]) -> tuple[float, float]:
     """Mean over all questions and half the width of its 95 % interval.
 
     Questions on one image go right and wrong together, so images, not questions, are what is independent: the variance
     is that of the images' summed deviations.
     """
     mean = sum(values) / len(values)
-    deviations: dict[str, float] = defaultdict(float)
+    deviations: dict[Hashable, float] = defaultdict(float)
     for value, image in zip(values, images, strict=True):
         deviations[image] += value - mean
     clusters = len(deviations)
     variance = sum(deviation**2 for deviation in deviations.values()) * clusters / max(1, clusters - 1)
     return mean, 1.96 * math.sqrt(variance) / len(values)
+
+
+def batch_of(processor: Any, images: Sequence[Any], questions: Sequence[str]) -> Any:
+    """One prompt per image and question, padded on the side that the processor pads on."""
+    chats = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for question in questions
+    ]
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    return processor(images=list(images), text=texts, padding=True, return_tensors="pt")
+
+
+@torch.no_grad()
+def first_answer_logits(model: Any, inputs: dict[str, Any], pruner: Pruner | None) -> Tensor:
+    """[batch, vocabulary], of the first token of each answer; prompts must be padded on the left."""
+    with nullcontext() if pruner is None else pruner(model):
+        return model(**inputs, logits_to_keep=1).logits[:, -1]
 
 
 class Asker:
@@ -73,23 +92,12 @@ class Asker:
 
     def inputs(self, name: str, questions: list[str]) -> dict[str, Any]:
         """All questions on one image, as one batch."""
-        chats = [
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question + SUFFIX}]}]
-            for question in questions
-        ]
-        texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-        image = load_image(str(self.images / name))
-        inputs = self.processor(images=[image] * len(texts), text=texts, padding=True, return_tensors="pt")
+        images = [load_image(str(self.images / name))] * len(questions)
+        inputs = batch_of(self.processor, images, [question + SUFFIX for question in questions])
         return dict(inputs.to(self.model.dtype))
 
     def says_yes(self, inputs: dict[str, Any], pruner: Pruner | None) -> list[bool]:
-        with torch.no_grad():
-            if pruner is None:
-                logits = self.model(**inputs, logits_to_keep=1).logits
-            else:
-                with pruner(self.model):
-                    logits = self.model(**inputs, logits_to_keep=1).logits
-        yes, no = logits[:, -1, self.answers].unbind(-1)
+        yes, no = first_answer_logits(self.model, inputs, pruner)[:, self.answers].unbind(-1)
         return (yes > no).tolist()
 
 

@@ -27,22 +27,28 @@ from rich.table import Table
 
 from adafv import Pruner
 from adafv.bundled import bundled_model
-from benchmarks.accuracy import interval
+from benchmarks import accuracy
+from benchmarks.accuracy import batch_of, first_answer_logits, interval
 from training.world.questions import QUESTION_KINDS, Question, ask
 from training.world.scenes import Scene, render, sample_scene
 
 QUESTIONS_PER_SCENE = 2
 BATCH = 20
 
-CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "adafv (joint)": ("adafv", {}),
-    "adafv, split": ("adafv", {"objective": "split"}),
-    "adafv, published": ("adafv", {"variant": "published"}),
-    "saliency": ("saliency", {}),
-    "text": ("text", {}),
-    "random": ("random", {}),
-    "uniform": ("uniform", {}),
-    "downsample": ("downsample", {}),
+CONFIGURATIONS = {
+    "adafv (joint)": accuracy.CONFIGURATIONS["adafv"],
+    **{
+        name: accuracy.CONFIGURATIONS[name]
+        for name in (
+            "adafv, split",
+            "adafv, published",
+            "saliency",
+            "text",
+            "random",
+            "uniform",
+            "downsample",
+        )
+    },
 }
 
 
@@ -92,24 +98,14 @@ class Answerer:
         self.side = self.model.config.vision_config.image_size * (2 if family == "llava-next" else 1)
 
     def inputs(self, batch: list[tuple[Scene, Question]]) -> dict[str, Any]:
-        chats = [
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
-            for _, question in batch
-        ]
-        texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
         images = [render(scene, self.side)[0] for scene, _ in batch]
-        inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
+        inputs = batch_of(self.processor, images, [question.text for _, question in batch])
         return dict(inputs.to(self.model.dtype))
 
     def answers(self, inputs: dict[str, Any], pruner: Pruner | None = None) -> list[str]:
         """The first word of each answer."""
-        with torch.no_grad():
-            if pruner is None:
-                logits = self.model(**inputs, logits_to_keep=1).logits
-            else:
-                with pruner(self.model):
-                    logits = self.model(**inputs, logits_to_keep=1).logits
-        return [self.processor.decode([token]) for token in logits[:, -1].argmax(-1).tolist()]
+        logits = first_answer_logits(self.model, inputs, pruner)
+        return [self.processor.decode([token]) for token in logits.argmax(-1).tolist()]
 
 
 def run(
@@ -168,7 +164,7 @@ def _part(job: _Job) -> dict[str, list[bool]]:
     return run(job.questions, Answerer(job.family, job.folder, job.dtype), job.configurations, progress)
 
 
-def _percent(values: list[float], scenes: list[str], sign: str = "") -> str:
+def _percent(values: list[float], scenes: list[int], sign: str = "") -> str:
     mean, half = interval(values, scenes)
     return f"{100 * mean:{sign}.1f} ± {100 * half:.1f}"
 
@@ -176,7 +172,7 @@ def _percent(values: list[float], scenes: list[str], sign: str = "") -> str:
 def report(asked: list[Asked], right: dict[str, list[bool]], console: Console) -> None:
     def cell(name: str, chosen: list[int], minus: str | None = None) -> str:
         values = [float(right[name][i]) - (float(right[minus][i]) if minus else 0.0) for i in chosen]
-        return _percent(values, [str(asked[i].scene) for i in chosen], "+" if minus else "")
+        return _percent(values, [asked[i].scene for i in chosen], "+" if minus else "")
 
     everything = list(range(len(asked)))
     faint = [i for i in everything if asked[i].faint]

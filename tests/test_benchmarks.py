@@ -3,15 +3,12 @@
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import overhead
 from benchmarks.overhead import Options, Row, Shapes, gate, main, over_pairs

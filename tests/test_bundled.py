@@ -23,6 +23,7 @@ from adafv.bundled import MODELS, bundled_model, sample_pictures
 from adafv.cli import app
 from adafv.engines.transformers.text import ChatTemplate
 from adafv.errors import OptionError
+from benchmarks.accuracy import batch_of
 from training.world.questions import Question, ask
 from training.world.scenes import render, sample_scene
 
@@ -58,17 +59,6 @@ def loaded(name: str) -> tuple[Any, Any]:
         AutoModelForImageTextToText.from_pretrained(bundled_model(name)).eval(),
         AutoProcessor.from_pretrained(bundled_model(name)),
     )
-
-
-def batch(processor: Any, pictures: list[Image.Image], questions: list[str]) -> Any:
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-            add_generation_prompt=True,
-        )
-        for question in questions
-    ]
-    return processor(images=pictures, text=texts, padding=True, return_tensors="pt")
 
 
 def generate(model: Any, inputs: Any, tokens: int = 2) -> torch.Tensor:
@@ -161,7 +151,7 @@ def accuracy(name: str, keep: float, size: int = 20) -> float:
         for start in range(0, len(questions), size):
             some = questions[start : start + size]
             pictures = [render(sample_scene("test", number, photos=False), SIDES[name])[0] for number, _ in some]
-            inputs = batch(processor, pictures, [question.text for _, question in some])
+            inputs = batch_of(processor, pictures, [question.text for _, question in some])
             said = processor.tokenizer.batch_decode(generate(model, inputs), skip_special_tokens=True)
             right += sum(answer.strip() == question.answer for answer, (_, question) in zip(said, some, strict=True))
     return right / len(questions)
@@ -181,7 +171,7 @@ class TestAccuracy:
 def test_is_the_same_after_use(name: str) -> None:
     model, processor = loaded(name)
     picture = Image.open(sample_pictures()[0])
-    inputs = batch(processor, [picture], ["describe the picture."])
+    inputs = batch_of(processor, [picture], ["describe the picture."])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     use = partial(generate, model, inputs, 8)
     stock = use()

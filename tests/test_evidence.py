@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from benchmarks import budgets
+from benchmarks import alignment, budgets
+from benchmarks.alignment import MEASURES, area, areas, summary
 from benchmarks.budgets import Answerer, Asked, held_out_questions, majority, report, run
 from training import curves
-from training.alignment import MEASURES, area, areas, summary
 from training.stages import Pupil
 from training.world.questions import QUESTION_KINDS
 from training.world.scenes import HELD_OUT
@@ -37,12 +38,7 @@ class TestArea:
         assert float(apart.split()[-1]) < float(together.split()[-1])
 
     def test_untrained_words_find_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from functools import partial
-
-        import training.alignment
-
-        sample = partial(training.alignment.sample_scene, photos=False)
-        monkeypatch.setattr(training.alignment, "sample_scene", sample)
+        monkeypatch.setattr(alignment, "sample_scene", partial(alignment.sample_scene, photos=False))
         found = areas(Pupil().eval(), scenes=12)
         assert set(MEASURES) <= found.keys()
         mean = sum(value for _, value in found["word"]) / len(found["word"])

@@ -167,7 +167,7 @@ class TestConversations:
                     assert answer == right_answer(scene, question), place
                     asked.append(first)
             assert {place: label for place, label in enumerate(labels) if label != IGNORED} == said
-            assert [place for place, _, _ in talk.kinds[row]] == asked
+            assert [place for place, _ in talk.kinds[row]] == asked
         assert captions
         assert not talk.captions[talk.labels == IGNORED].any()
 

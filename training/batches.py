@@ -15,28 +15,24 @@ from training.world.scenes import Box, Scene, render, sample_scene
 
 
 class Batches(Dataset):
-    """Batch `number` holds the scenes number * size to number * size + size - 1 of a split, made into tensors."""
+    """Batch `number` holds the scenes number * size to number * size + size - 1 of training, made into tensors."""
 
-    def __init__(
-        self, make: Callable[[list[Scene], Random], Any], size: int, count: int, first: int, split: str
-    ) -> None:
-        self.make, self.size, self.count, self.first, self.split = make, size, count, first, split
+    def __init__(self, make: Callable[[list[Scene], Random], Any], size: int, count: int, first: int = 0) -> None:
+        self.make, self.size, self.count, self.first = make, size, count, first
 
     def __len__(self) -> int:
         return self.count - self.first
 
     def __getitem__(self, index: int) -> Any:
         number = self.first + index
-        scenes = [sample_scene(self.split, number * self.size + place) for place in range(self.size)]
-        return self.make(scenes, Random(f"adafv batch {self.split} {number}"))
+        scenes = [sample_scene("train", number * self.size + place) for place in range(self.size)]
+        return self.make(scenes, Random(f"adafv batch train {number}"))
 
 
-def batches(
-    make: Callable[[list[Scene], Random], Any], *, size: int, count: int, first: int = 0, split: str = "train"
-) -> Iterator[Any]:
+def batches(make: Callable[[list[Scene], Random], Any], *, size: int, count: int, first: int = 0) -> Iterator[Any]:
     """Batches number `first` to `count` - 1, drawn by one process beside the training."""
     loader = DataLoader(
-        Batches(make, size, count, first, split),
+        Batches(make, size, count, first),
         batch_size=None,
         num_workers=1,
         prefetch_factor=4,
@@ -66,10 +62,10 @@ def pixels(scenes: list[Scene], random: Random, side: int = SIDE) -> tuple[Tenso
     return torch.stack(made).permute(0, 3, 1, 2).contiguous(), boxes
 
 
-def normalised(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def normalised(images: Tensor) -> Tensor:
     """uint8 pictures as the processor would hand them to the tower."""
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
-    return ((images.float() / 255 - mean) / deviation).to(dtype)
+    return (images.float() / 255 - mean) / deviation
 
 
 def patches_in(box: Box, side: int = SIDE) -> Tensor:

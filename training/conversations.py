@@ -33,8 +33,8 @@ class Conversations:
     """[scenes, length]: the token to be said at this place, already shifted; IGNORED elsewhere."""
     captions: Tensor
     """[scenes, length] bool: labels that belong to a caption."""
-    kinds: list[list[tuple[int, str, bool]]]
-    """Of every scene: (place of the answer's first label, kind of question, about a faint object)."""
+    kinds: list[list[tuple[int, str]]]
+    """Of every scene: (place of the answer's first label, kind of question)."""
 
 
 def converse(
@@ -63,7 +63,7 @@ def converse(
             if early:
                 said += [(len(row) + place, encode(question.answer)[0]) for place in range(named, len(words) + 1)]
             row += [*words, END, ASSISTANT]
-            asked.append((len(row) - 1, question.kind, question.faint))
+            asked.append((len(row) - 1, question.kind))
             said += _say(row, encode(question.answer))
         if random.random() < 0.2:
             row += [USER, *encode(describe(random)), END, ASSISTANT]

@@ -24,16 +24,14 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def export(pupil: Pupil, folder: Path) -> None:
     metadata = {"format": "pt"}
-    for name, config, processor in (
-        ("llava", llava_config(), llava_processor()),
-        ("llava-next", llava_next_config(), llava_next_processor()),
+    for name, architecture, config, processor in (
+        ("llava", "LlavaForConditionalGeneration", llava_config(), llava_processor()),
+        ("llava-next", "LlavaNextForConditionalGeneration", llava_next_config(), llava_next_processor()),
     ):
         target = folder / name
         target.mkdir(parents=True, exist_ok=True)
         config.dtype = torch.float32  # what `dtype="auto"` computes in; the file is half as large
-        config.architectures = [
-            {"llava": "LlavaForConditionalGeneration", "llava-next": "LlavaNextForConditionalGeneration"}[name]
-        ]
+        config.architectures = [architecture]
         config.save_pretrained(target)
         processor.save_pretrained(target)
         GenerationConfig(eos_token_id=END, pad_token_id=PAD, max_new_tokens=60, do_sample=False).save_pretrained(target)

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from training.architecture import GRID, WIDTH
 from training.batches import patches_in
 from training.conversations import Conversations, converse
-from training.vocabulary import PAD, words
+from training.vocabulary import IDS, PAD
 from training.world.scenes import LARGE, SMALL, Scene
 
 SIZES = 12
-_IDS = {word: number for number, word in enumerate(words())}
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,10 @@ class SceneText:
     """[scenes, places]: 0 on the background, else 1 to SIZES."""
 
 
-def scene_grid(scenes: list[Scene], random: Random, visual_tokens: int = GRID**2) -> SceneText:
-    """Every patch of the grid; `visual_tokens` is what the conversations make room for."""
+def scene_grid(scenes: list[Scene], random: Random) -> SceneText:
+    """Every patch of the grid."""
     places = torch.arange(GRID**2).expand(len(scenes), -1)
-    return SceneText(converse(scenes, random, visual_tokens, early=True), places, *_patches(scenes))
+    return SceneText(converse(scenes, random, early=True), places, *_patches(scenes))
 
 
 LISTED = 12
@@ -64,12 +63,12 @@ def _patches(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
     """Kinds, colours and sizes of all patches, as in `SceneText`."""
     kinds, colours, sizes = (torch.full((len(scenes), GRID**2), PAD) for _ in range(3))
     for number, scene in enumerate(scenes):
-        kinds[number] = _IDS[scene.background]
+        kinds[number] = IDS[scene.background]
         for thing in scene.things:
             half = thing.size / 2
             box = [round(edge * 1000) for edge in (thing.x - half, thing.y - half, thing.x + half, thing.y + half)]
             there = patches_in(tuple(box), 1000)  # type: ignore[arg-type]
-            kinds[number, there], colours[number, there] = _IDS[thing.kind], _IDS[thing.colour]
+            kinds[number, there], colours[number, there] = IDS[thing.kind], IDS[thing.colour]
             share = (thing.size - SMALL[0]) / (LARGE[1] - SMALL[0])
             sizes[number, there] = 1 + min(SIZES - 1, int(share * SIZES))
     return kinds, colours, sizes

@@ -11,16 +11,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from training.architecture import GRID, WIDTH
 from training.batches import patches_in
 from training.conversations import IGNORED, Conversations
-from training.vocabulary import IMAGE, words
+from training.vocabulary import IDS, IMAGE
 from training.world.backgrounds import BACKGROUNDS
 from training.world.objects import COLOURS, KINDS
 from training.world.scenes import Box, Scene
 
-_IDS = {word: number for number, word in enumerate(words())}
 _PAINT_NAMES = tuple(COLOURS)
-THINGS = [_IDS[word] for word in (*KINDS, *BACKGROUNDS)]
+THINGS = [IDS[word] for word in (*KINDS, *BACKGROUNDS)]
 """Token ids of what a patch can show."""
-PAINTS = [_IDS[word] for word in _PAINT_NAMES]
+PAINTS = [IDS[word] for word in _PAINT_NAMES]
 
 CAPTION_WEIGHT = 0.2
 """Of a caption's token against an answer's: which faint objects a caption names, and in which order, is chance."""

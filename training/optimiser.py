@@ -30,24 +30,19 @@ class Optimiser:
     ) -> None:
         named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
         hidden = [parameter for name, parameter in named if _is_hidden_matrix(name, parameter)]
-        positions = [parameter for name, parameter in named if position_rate and "position_embedding" in name]
-        other = [
-            parameter
-            for name, parameter in named
-            if not _is_hidden_matrix(name, parameter) and not (position_rate and "position_embedding" in name)
-        ]
+        other: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in named:
+            if not _is_hidden_matrix(name, parameter):
+                rate = position_rate if position_rate and "position_embedding" in name else other_rate
+                other.setdefault(rate, []).append(parameter)
         self.parts: list[torch.optim.Optimizer] = []
         if hidden:
             self.parts.append(
                 torch.optim.Muon(hidden, lr=matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
             )
-        if other:
-            self.parts.append(torch.optim.AdamW(other, lr=other_rate, betas=(0.9, 0.98), weight_decay=0.0))
-        if positions:
-            self.parts.append(
-                torch.optim.AdamW(positions, lr=position_rate or 0.0, betas=(0.9, 0.98), weight_decay=0.0)
-            )
-        self.all = hidden + other + positions
+        for rate, parameters_at in other.items():
+            self.parts.append(torch.optim.AdamW(parameters_at, lr=rate, betas=(0.9, 0.98), weight_decay=0.0))
+        self.all = [parameter for _, parameter in named]
         self.steps, self.warmup, self.decay = steps, warmup, decay
         self.peaks = [part.param_groups[0]["lr"] for part in self.parts]
 

@@ -1,4 +1,4 @@
-"""The four stages of training: what each one trains, on which batches, for what.
+"""The stages of training: what each one trains, on which batches, for what.
 
 The recipe is LLaVA's: a tower that has learned from captions, a language model that has learned from text, the
 projector alone between them, then all together. The first two do not need each other and run side by side.
@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 from training import attention
 from training.architecture import SIDE, VISUAL_TOKENS, WIDTH, llava_config, llava_next_config
 from training.batches import Batches, normalised, pixels
-from training.conversations import Conversations
+from training.conversations import Conversations, converse
 from training.language import GridEmbedding, SceneText, scene_grid, scene_list
 from training.losses import Alignment, Shown, answer_loss, shown
 from training.world.scenes import Scene
@@ -124,25 +124,32 @@ def _tower(pupil: Pupil, batch: Pictures) -> Outcome:
 @dataclass(frozen=True)
 class Lesson:
     images: Tensor
-    """[scenes, 3, SIDE, SIDE], or [scenes, 5, 3, SIDE, SIDE] with crops."""
+    """[scenes, 3, SIDE, SIDE] uint8."""
     shown: Shown
     text: SceneText
+
+
+@dataclass(frozen=True)
+class LessonInCrops:
+    """For the twin: answers alone are learned from it."""
+
+    images: Tensor
+    """[scenes, 5, 3, SIDE, SIDE] uint8: the thumbnail, then the quarters."""
+    talk: Conversations
 
 
 NEXT_EVERY = 8
 """One batch in so many teaches the twin with several crops."""
 
 
-def _lesson(scenes: list[Scene], random: Random) -> Lesson:
+def _lesson(scenes: list[Scene], random: Random) -> Lesson | LessonInCrops:
     if random.random() < 1 / NEXT_EVERY:
         scenes = scenes[: max(1, len(scenes) // 6)]
-        images, boxes = pixels(scenes, random, 2 * SIDE)
-        boxes = [[tuple(edge // 2 for edge in box) for box in found] for found in boxes]  # type: ignore[misc]
+        images, _ = pixels(scenes, random, 2 * SIDE)
         quarters = images.unfold(2, SIDE, SIDE).unfold(3, SIDE, SIDE).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
         small = images.view(len(scenes), 3, SIDE, 2, SIDE, 2).float().mean((3, 5)).round().to(torch.uint8)
         crops = torch.cat((small[:, None], quarters), dim=1)
-        text = scene_grid(scenes, random, NEXT_TOKENS)
-        return Lesson(crops, shown(scenes, boxes, random), text)
+        return LessonInCrops(crops, converse(scenes, random, NEXT_TOKENS, early=True))
     return _plain_lesson(scenes, random)
 
 
@@ -162,7 +169,7 @@ def _to_scale(pupil: Pupil) -> None:
     Contrast asks for directions alone and leaves tokens twenty times as long as words, beside which nothing that a layer
     adds would count.
     """
-    lesson = Batches(_plain_lesson, size=32, count=1, first=0, split="train")[0]
+    lesson = Batches(_plain_lesson, size=32, count=1)[0]
     visual, _ = pupil.see(lesson.images)
     written = pupil.grid(lesson.text, pupil.words)
     factor = written.norm(dim=-1).mean() / visual.norm(dim=-1).mean()
@@ -171,11 +178,11 @@ def _to_scale(pupil: Pupil) -> None:
     last.bias *= factor
 
 
-def _together(pupil: Pupil, lesson: Lesson) -> Outcome:
-    if lesson.images.dim() == 5:
+def _together(pupil: Pupil, lesson: Lesson | LessonInCrops) -> Outcome:
+    if isinstance(lesson, LessonInCrops):
         visual, _ = pupil.see(lesson.images.flatten(0, 1))
         crops = visual.unflatten(0, lesson.images.shape[:2])
-        loss, figures = _answers(pupil, pupil.pack(crops), lesson.text.conversations)
+        loss, figures = _answers(pupil, pupil.pack(crops), lesson.talk)
         return Outcome(loss, {f"next {name}": figure for name, figure in figures.items()})
     visual, pooled = pupil.see(lesson.images)
     loss, figures = _answers(pupil, visual, lesson.text.conversations)
@@ -193,7 +200,7 @@ def _answers(pupil: Pupil, visual: Tensor, talk: Conversations) -> tuple[Tensor,
     places[chosen] = torch.arange(int(chosen.sum()))
     by_kind: dict[str, list[bool]] = {}
     for row, asked in enumerate(talk.kinds):
-        for place, kind, _ in asked:
+        for place, kind in asked:
             by_kind.setdefault(kind, []).append(bool(right[places[row, place]]))
     figures = {kind: sum(found) / len(found) for kind, found in by_kind.items()}
     return loss, {"answers": loss.item(), **figures}

@@ -40,9 +40,12 @@ def words() -> list[str]:
     return [*SPECIAL, *sorted(known)]
 
 
+IDS = {word: number for number, word in enumerate(words())}
+"""Token id of every word."""
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
-    ids = {word: number for number, word in enumerate(words())}
-    made = Tokenizer(models.WordPiece(ids, unk_token="<unk>", max_input_chars_per_word=40))
+    made = Tokenizer(models.WordPiece(IDS, unk_token="<unk>", max_input_chars_per_word=40))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.decoder = decoders.WordPiece()

@@ -70,8 +70,9 @@ def draw(
         question, answer: for the footer.
         width: of the whole picture, in pixels, about.
     """
-    count = max(len(_maps(record, index)), 3)
-    drawn = panels(record, index, crops, width=(width - 2 * _MARGIN - (count - 1) * _GAP) // count)
+    maps = _maps(record, index)
+    count = max(len(maps), 3)
+    drawn = _panels(record, index, crops, maps, (width - 2 * _MARGIN - (count - 1) * _GAP) // count)
     return _page([_panel(panel) for panel in drawn], _footer(record, index, question, answer), heat=len(drawn) > 1)
 
 
@@ -92,6 +93,14 @@ def panels(record: Record, index: int, crops: Any, *, width: int) -> list[Panel]
         record, index, crops: see `draw`.
         width: of each drawing in pixels, or a little less: patches are squares of whole pixels.
     """
+    return _panels(record, index, crops, _maps(record, index), width)
+
+
+_Maps = list[tuple[str, str, Tensor | None]]
+"""Title, subtitle and score per patch of every panel; the first one shows no score."""
+
+
+def _panels(record: Record, index: int, crops: Any, maps: _Maps, width: int) -> list[Panel]:
     layout = record.layouts[index]
     views = _views(layout, _crops(crops, layout))
     shown, kept = _shown_and_kept(record, index)
@@ -99,7 +108,7 @@ def panels(record: Record, index: int, crops: Any, *, width: int) -> list[Panel]
     finest = max(view.patches.shape[1] for view in views)
     width = max(2, width // finest) * finest
     drawn = []
-    for title, subtitle, scores in _maps(record, index):
+    for title, subtitle, scores in maps:
         level = None if scores is None else _level(scores)
         outlined = scores is None or title == "both"
         drawn.append(
@@ -108,11 +117,10 @@ def panels(record: Record, index: int, crops: Any, *, width: int) -> list[Panel]
     return drawn
 
 
-def _maps(record: Record, index: int) -> list[tuple[str, str, Tensor | None]]:
-    """Title, subtitle and score per patch of every panel; the first one shows no score."""
+def _maps(record: Record, index: int) -> _Maps:
     layout = record.layouts[index]
     saliency, text = (_by_patch(scores[index], layout) for scores in (record.saliency, record.text_attention))
-    maps: list[tuple[str, str, Tensor | None]] = [
+    maps: _Maps = [
         (f"kept {record.tokens_after[index]} of {record.tokens_before[index]}", "what the language model reads", None)
     ]
     if saliency is not None:

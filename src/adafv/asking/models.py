@@ -50,7 +50,9 @@ def unknown_words(tokenizer: Any, text: str) -> list[str]:
 
 
 def unknown_words_warning(tokenizer: Any, words: list[str]) -> str:
-    """One sentence that names the words, and those that the model does know where they are few."""
+    """One sentence that names the words, and those that the model does know where they are few; empty for no words."""
+    if not words:
+        return ""
     named = ", ".join(f"'{word}'" for word in words)
     one = len(words) == 1
     text = (

@@ -1,6 +1,5 @@
 """A loaded model with its processor, for the command line: questions in, answers and measurements out."""
 
-import contextlib
 import logging
 import statistics
 import time
@@ -147,12 +146,21 @@ class Session:
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
 
-    def pruner(self, method: str, keep: int | float) -> Pruner:
-        """A pruner with default options. The text that counts is the question, or the turn where no template tells it."""
-        if getattr(self.processor, "chat_template", None) is not None:
-            with contextlib.suppress(OptionError):  # a template that the question cannot be told from
-                return Pruner(method, keep, processor=self.processor)
-        return Pruner(method, keep, text="turn")
+    def pruner(self, method: str, keep: int | float, text: str | None = None, **options: Any) -> Pruner:
+        """A pruner for this model; `options` as `Pruner` takes them.
+
+        Where no `text` is asked for, the question counts, or the turn where no template tells the question; the published
+        variant has its own default.
+        """
+        if text is not None or getattr(self.processor, "chat_template", None) is not None:
+            try:
+                return Pruner(method, keep, text=text, processor=self.processor, **options)
+            except OptionError:  # perhaps a template that the question cannot be told from
+                if text is not None:
+                    raise
+        elif options.get("variant") == "published":
+            return Pruner(method, keep, **options)
+        return Pruner(method, keep, text="turn", **options)
 
     def ask(self, inputs: Any, pruner: Pruner | None, max_new_tokens: int) -> Answer:
         """Answer by greedy decoding; without a pruner, by the stock model."""

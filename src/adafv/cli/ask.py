@@ -184,12 +184,11 @@ def one_of(option: str, value: str, known: tuple[str, ...]) -> str:
     return value
 
 
-def _checked_pruner(wish: _Wish, processor: Any = None) -> "Pruner":
-    """The pruner that was asked for. Without a processor, to find mistakes before the model is loaded."""
+def _checked_pruner(wish: _Wish, session: "Session | None" = None) -> "Pruner":
+    """The pruner that was asked for. Without a session, to find mistakes before the model is loaded."""
     from adafv.engines.transformers import Pruner
     from adafv.engines.transformers.settings import POSITIONS
     from adafv.engines.transformers.text import SCOPES
-    from adafv.errors import OptionError
     from adafv.methods import known_methods
 
     methods = known_methods()
@@ -202,18 +201,10 @@ def _checked_pruner(wish: _Wish, processor: Any = None) -> "Pruner":
     text = wish.text
     if text is not None:
         one_of("--text", text, SCOPES)
-    if processor is None and text == "question":
-        text = "turn"
-    if processor is not None and text is None and getattr(processor, "chat_template", None) is None:
-        # No template whose tokens could be told from the question's. The published variant has its own default.
-        processor, text = None, "turn" if wish.parameters.get("variant") != "published" else None
     options: dict[str, Any] = {"positions": wish.positions, **wish.parameters}
-    try:
-        return Pruner(wish.method, wish.keep, text=text, processor=processor, **options)
-    except OptionError:
-        if processor is None or wish.text is not None:
-            raise
-        return Pruner(wish.method, wish.keep, text="turn", **options)
+    if session is not None:
+        return session.pruner(wish.method, wish.keep, text, **options)
+    return Pruner(wish.method, wish.keep, text="turn" if text == "question" else text, **options)
 
 
 def _answer(wish: _Wish) -> None:
@@ -230,7 +221,7 @@ def _answer(wish: _Wish) -> None:
     start = time.perf_counter()
     with _progress(f"loading {wish.model}"):
         session = Session.load(wish.model, wish.dtype, device)
-        pruner = _checked_pruner(wish, session.processor)
+        pruner = _checked_pruner(wish, session)
     loaded = time.perf_counter() - start
     inputs = session.inputs(image, wish.question)
     tokenizer = session.processor.tokenizer

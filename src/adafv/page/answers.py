@@ -109,8 +109,7 @@ class Answers:
             timings = session.compare(inputs, modes, int(longest), ROUNDS, answers)
             crops = session.tower_view(inputs)
             tokenizer = session.processor.tokenizer
-            unknown = unknown_words(tokenizer, question)
-            warning = unknown_words_warning(tokenizer, unknown) if unknown else ""
+            warning = unknown_words_warning(tokenizer, unknown_words(tokenizer, question))
         before = timings[0].tokens
         results = [Result(timing, before, _drawn(answers[timing.name].record, crops)) for timing in timings]
         return Comparison(results, as_sentence(warning))

@@ -1,6 +1,6 @@
 """Does the premise of the method hold? Two areas under the curve, after every stage of training.
 
-    python -m training.alignment training/run/tower.pt training/run/projector.pt training/run/together.pt
+    python -m benchmarks.alignment training/run/tower.pt training/run/projector.pt training/run/together.pt
 
 - word: the similarity of an object's word (its input embedding) with the projected visual tokens, against its box.
 - question: the same for the method's own text-to-image attention of a whole question that names the object.
@@ -12,9 +12,9 @@ count scenes.
 """
 
 import argparse
-import math
 from collections import defaultdict
 from pathlib import Path
+from random import Random
 
 import torch
 from rich.console import Console
@@ -24,6 +24,7 @@ from torch.nn.functional import normalize
 
 from adafv.core import text_to_image_attention
 from adafv.families.llava import Llava
+from benchmarks.accuracy import interval
 from training.architecture import SIDE
 from training.batches import normalised, patches_in, pixels
 from training.conversations import encode
@@ -38,14 +39,12 @@ def area(positive: Tensor, negative: Tensor) -> float:
 
 
 @torch.no_grad()
-def areas(pupil: Pupil, scenes: int, split: str = "validation") -> dict[str, list[tuple[int, float]]]:
+def areas(pupil: Pupil, scenes: int) -> dict[str, list[tuple[int, float]]]:
     """Of every measure: (scene, area) for each object measured."""
-    from random import Random
-
     found: dict[str, list[tuple[int, float]]] = defaultdict(list)
     embed = pupil.words.weight
     for number in range(scenes):
-        scene = sample_scene(split, number)
+        scene = sample_scene("validation", number)
         images, [boxes] = pixels([scene], Random(number))
         encoded = Llava().encode(pupil.llava, {"pixel_values": normalised(images)}, saliency=True)
         assert encoded.saliency is not None
@@ -70,11 +69,7 @@ def areas(pupil: Pupil, scenes: int, split: str = "validation") -> dict[str, lis
 
 def summary(values: list[tuple[int, float]]) -> str:
     """Mean with its 95 % interval, scenes as what is independent."""
-    mean = sum(value for _, value in values) / len(values)
-    deviations: dict[int, float] = defaultdict(float)
-    for scene, value in values:
-        deviations[scene] += value - mean
-    half = 1.96 * math.sqrt(sum(deviation**2 for deviation in deviations.values())) / len(values)
+    mean, half = interval([value for _, value in values], [scene for scene, _ in values])
     return f"{mean:.3f} ± {half:.3f}"
 
 
