@@ -42,11 +42,13 @@ def area(positive: Tensor, negative: Tensor) -> float:
 def areas(pupil: Pupil, scenes: int) -> dict[str, list[tuple[int, float]]]:
     """Of every measure: (scene, area) for each object measured."""
     found: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    embed = pupil.words.weight
+    embed, family = pupil.words.weight, Llava()
     for number in range(scenes):
         scene = sample_scene("validation", number)
         images, [boxes] = pixels([scene], Random(number))
-        encoded = Llava().encode(pupil.llava, {"pixel_values": normalised(images)}, saliency=True)
+        visuals = {"pixel_values": normalised(images)}
+        layouts = family.layouts(pupil.llava, "image", visuals, [])
+        encoded = family.encode(pupil.llava, "image", visuals, layouts, saliency=True)
         assert encoded.saliency is not None
         visual, saliency = encoded.features[0], encoded.saliency[0]
         inside = [patches_in(box, SIDE) for box in boxes]

@@ -1,9 +1,11 @@
 """Small models with random weights, of the stock classes, and prompts for them.
 
 Weights are large enough that every visual token matters to the logits; a test whose model ignored its image could not
-fail. `FAMILIES` is the table that all model tests run over: one row per family.
+fail. `FAMILIES` is the table that all model tests run over: one row per family, one file per row in `rows/`.
 """
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +22,9 @@ from transformers import (
 )
 
 VOCABULARY = 120
-IMAGE, PAD, BEGIN, END = 119, 0, 1, 2
+IMAGE, VIDEO, PAD, BEGIN, END = 119, 118, 0, 1, 2
+MARKERS = range(110, 118)
+"""Tokens that models put around images."""
 SIDE, PATCH = 56, 14
 
 
@@ -95,34 +99,58 @@ def llava_next(seed: int = 0, dtype: torch.dtype = torch.float32, tower: str = "
 
 
 def llava_images(model: Any, sizes: list[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    return {"pixel_values": torch.randn(len(sizes), 3, SIDE, SIDE, generator=generator)}
+    return {"pixel_values": torch.stack([noise(seed + number, 3, SIDE, SIDE) for number in range(len(sizes))])}
 
 
 def llava_next_images(model: Any, sizes: list[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-    generator = torch.Generator().manual_seed(seed)
     crops = [image_size_to_num_patches(size, model.config.image_grid_pinpoints, SIDE) for size in sizes]
     pixels = torch.zeros(len(sizes), max(crops), 3, SIDE, SIDE)
-    for image, count in zip(pixels, crops, strict=True):
-        image[:count] = torch.randn(count, 3, SIDE, SIDE, generator=generator)
+    for number, count in enumerate(crops):
+        pixels[number, :count] = noise(seed + number, count, 3, SIDE, SIDE)
     return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+
+
+def noise(seed: int, *shape: int) -> torch.Tensor:
+    """Pixels of one image; each image has a seed of its own, so that it is the same image in whatever batch."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
+
+
+Visuals = tuple[dict[str, Any], list[list[int]]]
+"""Entries of the inputs, and for each image (or video) the tokens that stand for it in the prompt, markers included."""
 
 
 @dataclass(frozen=True)
 class FamilyRow:
+    """A row of the test table: a small random model of the stock class, and inputs as its processor would make them."""
+
     name: str
     build: Callable[..., Any]
-    images: Callable[..., dict[str, Any]]
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    """(height, width) of four images; what the family cannot tell apart does not matter to it."""
+    """(seed=0, dtype=float32, **config options) -> model"""
+    images: Callable[[Any, list[list[tuple[int, int]]], int], Visuals]
+    """(model, sizes (height, width) of the images of each prompt, seed) -> visuals. Image i is drawn from seed + i."""
+    sizes: list[tuple[int, int]]
+    """Of four images; what the family cannot tell apart does not matter to it."""
+    videos: Callable[[Any, list[list[int]], int], Visuals] | None = None
+    """The same for videos of so many frames; None where the family has none."""
+    clips: tuple[int, ...] = (4, 2)
+    """Frames of two videos."""
+    token_types: dict[str, dict[int, int]] = field(default_factory=dict)
+    """Entries along the prompt that tell kinds of tokens apart: name -> token -> number (0 for all others)."""
+    joined: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+    """(entries of one image, of another) -> of both in one prompt; None: joined along the first axis."""
+    rotary: bool = False
+    """Positions in time, height and width (M-RoPE)."""
+    deep: bool = False
+    """Whether the tests of the wrapper itself, which do not depend on the family, run over it too."""
 
 
-FAMILIES = [
-    FamilyRow("llava", llava, llava_images, [(56, 56)] * 4),
-    FamilyRow("llava-next", llava_next, llava_next_images, [(90, 100), (56, 130), (120, 40), (64, 64)]),
-]
+def _every_row() -> list[FamilyRow]:
+    import rows
+
+    names = sorted(module.name for module in pkgutil.iter_modules(rows.__path__))
+    return [importlib.import_module(f"rows.{name}").ROW for name in names]
 
 
 def image_lengths(model: Any, images: dict[str, Any]) -> list[int]:
@@ -133,21 +161,38 @@ def image_lengths(model: Any, images: dict[str, Any]) -> list[int]:
 
 def words(count: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCABULARY - 1, (count,), generator=generator).tolist()
+    return torch.randint(3, MARKERS.start, (count,), generator=generator).tolist()
 
 
 def make_inputs(
-    row: FamilyRow, model: Any, images_per_prompt: list[int], padding: str = "left", seed: int = 0
+    row: FamilyRow,
+    model: Any,
+    images_per_prompt: list[int],
+    padding: str = "left",
+    seed: int = 0,
+    videos_per_prompt: list[int] | None = None,
 ) -> dict[str, Any]:
-    """A batch of prompts with the given numbers of images, texts of different lengths, padded on one side."""
-    count = sum(images_per_prompt)
-    inputs: dict[str, Any] = row.images(model, (row.sizes * count)[:count], seed) if count else {}
-    lengths = iter(image_lengths(model, inputs) if count else [])
+    """A batch of prompts with the given numbers of images and videos, texts of different lengths, padded on one side."""
+    clips_per_prompt = [0] * len(images_per_prompt) if videos_per_prompt is None else videos_per_prompt
+    inputs: dict[str, Any] = {}
+    shown: list[list[list[int]]] = []
+    for count, draw, kinds in (
+        (images_per_prompt, row.images, row.sizes),
+        (clips_per_prompt, row.videos, list(row.clips)),
+    ):
+        tokens: list[list[int]] = []
+        if sum(count):
+            kinds_in_order = iter((kinds * sum(count))[: sum(count)])
+            entries, tokens = draw(model, [[next(kinds_in_order) for _ in range(n)] for n in count], seed)
+            inputs |= entries
+        shown.append(tokens)
+    images, videos = (iter(tokens) for tokens in shown)
     prompts = []
-    for number, images in enumerate(images_per_prompt):
+    for number, (stills, clips) in enumerate(zip(images_per_prompt, clips_per_prompt, strict=True)):
         prompt = [BEGIN, *words(3 + number, seed + 10 * number)]
-        for place in range(images):
-            prompt += [IMAGE] * next(lengths) + words(2 + 2 * number + place, seed + 10 * number + place + 1)
+        for place in range(stills + clips):
+            prompt += next(images if place < stills else videos)
+            prompt += words(2 + 2 * number + place, seed + 10 * number + place + 1)
         prompts.append(prompt + words(4, seed + 99 + number))
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), PAD)
@@ -155,4 +200,18 @@ def make_inputs(
     for number, prompt in enumerate(prompts):
         columns = slice(longest - len(prompt), None) if padding == "left" else slice(len(prompt))
         ids[number, columns], mask[number, columns] = torch.tensor(prompt), 1
-    return {"input_ids": ids, "attention_mask": mask, **inputs}
+    return {"input_ids": ids, "attention_mask": mask, **token_types(row, ids), **inputs}
+
+
+def token_types(row: FamilyRow, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The entries along the prompt that the processor of the family would add."""
+    found = {}
+    for name, kinds in row.token_types.items():
+        found[name] = torch.zeros_like(ids)
+        for token, kind in kinds.items():
+            found[name][ids == token] = kind
+    return found
+
+
+FAMILIES = _every_row()
+DEEP = [row for row in FAMILIES if row.deep]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from models import IMAGE, VIDEO, FamilyRow
 from packaging.version import Version
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -16,14 +17,50 @@ STOCK_MIXES_UP_IMAGES = Version(transformers.__version__) < Version("5.23")
 """Older releases repeat several images of one prompt in the wrong order for beams and return sequences."""
 
 
-def masked_inputs(inputs: dict[str, Any], keep_mask: Tensor, positions: str = "compact") -> dict[str, Any]:
-    """Inputs for the stock model under which it sees exactly the kept tokens."""
+def masked_inputs(
+    inputs: dict[str, Any],
+    keep_mask: Tensor,
+    positions: str = "compact",
+    row: FamilyRow | None = None,
+    model: Any = None,
+    generates: bool = False,
+) -> dict[str, Any]:
+    """Inputs for the stock model under which it sees exactly the kept tokens.
+
+    With `row` and `model` for any family; without, for those that count positions along the prompt.
+    """
     given = inputs.get("attention_mask")
     given = torch.ones_like(keep_mask, dtype=torch.long) if given is None else given
     mask = given * keep_mask
+    if row is not None and row.rotary:
+        return {
+            **inputs,
+            "attention_mask": mask,
+            "position_ids": rotary_positions(row, model, inputs, given, mask if generates else None),
+        }
     counted = mask if positions == "compact" else given
     position_ids = (counted.cumsum(-1) - 1).clamp_min(0)
     return {**inputs, "attention_mask": mask, "position_ids": position_ids}
+
+
+def rotary_positions(
+    row: FamilyRow, model: Any, inputs: dict[str, Any], given: Tensor, counted: Tensor | None
+) -> Tensor:
+    """Positions in time, height and width as the stock model gives them to the full prompt.
+
+    With `counted`, as `generate` wants them: behind a row that counts along the prompt.
+    """
+    sizes = {name: inputs[name] for name in inputs if name.endswith(("_grid_thw", "second_per_grid_ts"))}
+    if sizes:
+        [kinds] = (inputs[name] for name in row.token_types)
+        positions, _ = model.model.get_rope_index(
+            inputs["input_ids"], mm_token_type_ids=kinds, attention_mask=given, **sizes
+        )
+    else:
+        positions = (given.cumsum(-1) - 1).clamp_min(0).expand(3, -1, -1)
+    if counted is None:
+        return positions
+    return torch.cat(((counted.cumsum(-1) - 1).clamp_min(0)[None], positions))
 
 
 def kept_logits(logits: Tensor, mask: Tensor) -> list[Tensor]:
@@ -31,12 +68,50 @@ def kept_logits(logits: Tensor, mask: Tensor) -> list[Tensor]:
     return [row[attended.bool()] for row, attended in zip(logits, mask, strict=True)]
 
 
-def encoded_by_prompt(model: Any, inputs: dict[str, Any], image_token: int) -> dict[str, Any]:
+VISUAL_INPUTS = (
+    "pixel_values",
+    "pixel_values_videos",
+    "image_sizes",
+    "image_sizes_videos",
+    "batch_num_images",
+    "pixel_attention_mask",
+    "image_grid_thw",
+    "video_grid_thw",
+    "second_per_grid_ts",
+)
+
+
+def encoded_by_prompt(model: Any, inputs: dict[str, Any], image_token: int = IMAGE) -> dict[str, Any]:
     """`inputs` with all images encoded by the stock model, one entry per prompt: an order that no release mixes up."""
-    images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-    with torch.no_grad():
-        features = torch.cat(list(model.get_image_features(**images).pooler_output))
-    counts = [int(row.sum()) for row in inputs["input_ids"] == image_token]
-    encoded = BaseModelOutputWithPooling(pooler_output=list(features.split([count for count in counts if count])))
-    rest = {name: value for name, value in inputs.items() if name not in images}
-    return {**rest, "mm_encoder_outputs": {"image": encoded}}
+    outputs = {}
+    for modality, token, pixels in (("image", image_token, "pixel_values"), ("video", VIDEO, "pixel_values_videos")):
+        if pixels not in inputs:
+            continue
+        encode = getattr(model.model, f"get_{modality}_features")
+        mine = {
+            name: inputs[name]
+            for name in VISUAL_INPUTS
+            if name in inputs and ("video" in name) == (modality == "video")
+        }
+        mine.pop("image_sizes_videos", None)
+        if mine.pop("second_per_grid_ts", None) is not None and modality == "image":
+            pass
+        with torch.no_grad():
+            encoded = encode(**mine, return_dict=True)
+        features = encoded.pooler_output
+        is_tensor = isinstance(features, Tensor)
+        joined = features.flatten(0, -2) if is_tensor else torch.cat([part.flatten(0, -2) for part in features])
+        counts = [count for count in (int(row.sum()) for row in inputs["input_ids"] == token) if count]
+        parts: Any = list(joined.split(counts))
+        if is_tensor:
+            if len(set(counts)) > 1:
+                raise NotImplementedError("one tensor for prompts with different numbers of visual tokens")
+            parts = torch.stack(parts)
+        outputs[modality] = BaseModelOutputWithPooling(pooler_output=parts)
+        if getattr(encoded, "deepstack_features", None) is not None:
+            outputs[modality] = type(encoded)(
+                pooler_output=parts,
+                deepstack_features=[list(torch.cat(list(layer)).split(counts)) for layer in encoded.deepstack_features],
+            )
+    rest = {name: value for name, value in inputs.items() if name not in VISUAL_INPUTS}
+    return {**rest, "mm_encoder_outputs": outputs}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, FamilyRow, image_lengths, llava, llava_next, llava_next_images, make_inputs
+from models import DEEP, FAMILIES, FamilyRow, image_lengths, llava, llava_next, llava_next_images, make_inputs
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adafv import AdaFV, Pruner
@@ -22,19 +22,23 @@ def images_of(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
 
 
+def layouts_of(model: Any, images: dict[str, Any]) -> list[Any]:
+    return family_of(model).layouts(model, "image", images, [])
+
+
 def test_tokens_are_those_of_the_stock_model(family: FamilyRow, tower: str) -> None:
     """Every kept feature is, bit by bit, the stock feature at the index that `kept` names."""
     model = family.build(tower=tower)
     images = family.images(model, family.sizes)
     with torch.no_grad():
         stock = list(model.get_image_features(**images).pooler_output)
-        encoded = family_of(model).encode(model, images, saliency=True)
-    layouts = family_of(model).layouts(model, images)
+        layouts = layouts_of(model, images)
+        encoded = family_of(model).encode(model, "image", images, layouts, saliency=True)
     assert [layout.tokens for layout in layouts] == [len(features) for features in stock]
     for features, saliency, layout, expected in zip(encoded.features, encoded.saliency, layouts, stock, strict=True):
-        assert features.shape[0] == layout.crops * layout.rows * layout.columns == saliency.shape[0]
+        assert features.shape[0] == layout.tokens == saliency.shape[0]
+        assert torch.equal(features, expected)
         shown = layout.shows_patch
-        assert torch.equal(features[layout.source[shown]], expected[shown])
         if not shown.all():
             assert torch.equal(expected[~shown], model.model.image_newline.expand_as(expected[~shown]))
 
@@ -116,7 +120,7 @@ def test_places_of_kept_tokens() -> None:
     """crop, row and column, checked with images whose patches differ in brightness alone."""
     model = llava_next()
     images = llava_next_images(model, [(90, 100), (56, 130)])
-    layouts = family_of(model).layouts(model, images)
+    layouts = layouts_of(model, images)
     for layout, size in zip(layouts, [(90, 100), (56, 130)], strict=True):
         crop, row, column = layout.place(torch.arange(layout.tokens))
         thumbnail = layout.rows * layout.columns
@@ -141,10 +145,7 @@ def test_flattened_crops_and_lists(family: FamilyRow) -> None:
     model = family.build()
     inputs = make_inputs(family, model, [1, 1])
     flat = torch.cat(
-        [
-            pixels[: layout.crops]
-            for pixels, layout in zip(inputs["pixel_values"], family_of(model).layouts(model, inputs))
-        ]
+        [pixels[: layout.crops] for pixels, layout in zip(inputs["pixel_values"], layouts_of(model, inputs))]
     )
     with torch.no_grad(), AdaFV(keep=0.3)(model), Pruner("downsample", keep=9)(family.build()) as other:
         expected = model(**inputs).logits
@@ -183,7 +184,7 @@ def test_published_features_are_what_the_indices_say() -> None:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     model = llava()
-    inputs = make_inputs(FAMILIES[0], model, [1])
+    inputs = make_inputs(DEEP[0], model, [1])
     with torch.no_grad(), AdaFV(keep=9, variant="published")(model) as adafv:
         pruned = model(**inputs).logits
     kept = adafv.last.kept[0]
@@ -201,17 +202,23 @@ def test_published_features_are_what_the_indices_say() -> None:
 
 
 def test_every_family_names_itself() -> None:
+    """And each has a row in the test table, under its own name."""
     classes = [name for family in known_families() for name in family.model_classes]
-    assert len(classes) == len(set(classes)) == len(FAMILIES)
+    assert len(classes) == len(set(classes))
+    tested = {family_of(row.build()).name for row in FAMILIES}
+    assert tested == {family.name for family in known_families()}
     for row in FAMILIES:
-        assert type(row.build()).__name__ in family_of(row.build()).model_classes
+        model = row.build()
+        assert type(model).__name__ in family_of(model).model_classes
+        assert bool(family_of(model).videos) == (row.videos is not None)
+        assert bool(family_of(model).rotary_axes) == row.rotary
 
 
 def test_a_replaced_forward_inside_the_tower_is_refused() -> None:
     model = llava()
     layer = model.model.vision_tower.encoder.layers[-2]
     layer.forward = layer.forward
-    inputs = make_inputs(FAMILIES[0], llava(), [1])
+    inputs = make_inputs(DEEP[0], llava(), [1])
     with AdaFV(keep=0.3)(model), pytest.raises(UnsupportedModelError, match="replaced"):
         model(**inputs)
 
@@ -242,7 +249,7 @@ def test_record_says_what_was_sent(family: FamilyRow) -> None:
 def test_published_layout_is_the_raster_of_all_crops() -> None:
     model = llava_next()
     images = llava_next_images(model, [(90, 100), (120, 40)])
-    for layout in family_of(model).published_layouts(model, images):
+    for layout in family_of(model).published_layouts(model, images, layouts_of(model, images)):
         patches = layout.rows * layout.columns
         assert torch.equal(layout.source[:patches], torch.arange(patches))
         crop, row, column = layout.place(torch.arange(patches, layout.tokens))

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from models import FAMILIES, FamilyRow, make_inputs
+from models import DEEP, FamilyRow, make_inputs
 from oracle import kept_logits, masked_inputs
 
 from adafv import AdaFV, Kept, Method, Pruner, VisualTokens, compress
@@ -82,7 +82,7 @@ def test_groups_do_not_mix(name: str) -> None:
 
 @pytest.mark.parametrize("batch", [([1], "left"), ([2, 0, 1], "left")], ids=str)
 @pytest.mark.parametrize("name", SELECTING)
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda row: row.name)
+@pytest.mark.parametrize("family", DEEP, ids=lambda row: row.name)
 def test_methods_against_the_oracle(family: FamilyRow, name: str, batch: Any) -> None:
     model = family.build()
     inputs = make_inputs(family, model, *batch)
@@ -133,7 +133,7 @@ def test_uniform_is_even(keep: int, expected: list[int]) -> None:
     assert method_named("uniform").select(tokens(), keep).indices.tolist() == [expected] * 2
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda row: row.name)
+@pytest.mark.parametrize("family", DEEP, ids=lambda row: row.name)
 def test_downsampling_is_the_stock_tower_on_a_smaller_image(family: FamilyRow) -> None:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -154,7 +154,7 @@ def test_downsampling_is_the_stock_tower_on_a_smaller_image(family: FamilyRow) -
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda row: row.name)
+@pytest.mark.parametrize("family", DEEP, ids=lambda row: row.name)
 def test_gradients_reach_the_projector_through_every_method(family: FamilyRow, name: str) -> None:
     model = family.build()
     inputs = make_inputs(family, model, [1])
@@ -166,7 +166,7 @@ def test_gradients_reach_the_projector_through_every_method(family: FamilyRow, n
 
 
 def test_downsampling_shows_one_crop() -> None:
-    row = FAMILIES[1]
+    row = DEEP[1]
     model = row.build()
     inputs = make_inputs(row, model, [1])
     with Pruner("downsample", keep=17)(model), pytest.raises(BudgetError, match="one crop"):
@@ -189,7 +189,7 @@ def test_a_method_of_ones_own_is_one_class() -> None:
             mean = tokens.features.mean(1, keepdim=True).expand(-1, keep, -1)
             return Kept(indices, features=mean)
 
-    row = FAMILIES[0]
+    row = DEEP[0]
     model = row.build()
     inputs = make_inputs(row, model, [1])
     short = compress(model, inputs, 3, method=Corner())
@@ -203,7 +203,7 @@ def test_a_method_of_ones_own_is_one_class() -> None:
 
 def test_same_tokens_whatever_the_batch() -> None:
     """vLLM will send one image at a time: what is kept must not depend on the company."""
-    for row in FAMILIES:
+    for row in DEEP:
         model = row.build()
         inputs = make_inputs(row, model, [1, 1])
         with torch.no_grad(), AdaFV(keep=0.3)(model) as adafv:

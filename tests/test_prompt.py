@@ -94,8 +94,8 @@ def test_images_must_fit_exactly() -> None:
     layout = ImageLayout(torch.arange(3), crops=1, rows=1, columns=3)
     is_image = torch.tensor([[False, True, True, True, True], [True, True, False, False, False]])
     with pytest.raises(PromptError, match="spread over two prompts"):
-        place_images(is_image, [layout, layout])
+        place_images("image", is_image, [layout, layout])
     with pytest.raises(PromptError, match=r"6 image placeholders, but its 1 image\(s\) make 3"):
-        place_images(is_image, [layout])
-    adjacent = place_images(torch.ones(1, 6, dtype=torch.bool), [layout, layout])
+        place_images("image", is_image, [layout])
+    adjacent = place_images("image", torch.ones(1, 6, dtype=torch.bool), [layout, layout])
     assert [image.columns.tolist() for image in adjacent] == [[0, 1, 2], [3, 4, 5]]

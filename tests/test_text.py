@@ -26,8 +26,10 @@ def counted(
     made, model = processor("llava", template), speaking_model("llava", template)
     text = made.apply_chat_template(messages, add_generation_prompt=prompt)
     inputs = made(images=[photo(number) for number in range(images)], text=text, return_tensors="pt")
-    read = read_prompt(model, inputs)
-    placed = place_images(read.is_image, family_of(model).layouts(model, inputs))
+    family = family_of(model)
+    read = read_prompt(model, family, inputs)
+    layouts = family.layouts(model, "image", inputs, read.runs("image"))
+    placed = place_images("image", read.placeholders["image"], layouts)
     scope, learned = resolve_scope(scope, made)
     return [
         made.tokenizer.decode(read.tokens[0, text_columns(read, image, scope, learned)].tolist()) for image in placed

@@ -3,6 +3,7 @@
     budget.py     how many tokens `keep` means for an image
     layout.py     where the visual tokens of an image come from
     scores.py     the two scores of the paper: text-to-image attention and visual saliency
+    received.py   visual saliency of towers without [CLS]
     selection.py  the geometric-mean selection: `split_search`, `joint_search`, `published_search`
 
 Every engine (transformers today, vLLM next) calls these functions; none has an implementation of its own.
@@ -10,6 +11,7 @@ Every engine (transformers today, vLLM next) calls these functions; none has an 
 
 from adafv.core.budget import tokens_to_keep
 from adafv.core.layout import ImageLayout
+from adafv.core.received import received_attention
 from adafv.core.scores import class_attention, text_to_image_attention
 from adafv.core.selection import (
     Selection,
@@ -29,6 +31,7 @@ __all__ = [
     "joint_search",
     "published_search",
     "published_tokens",
+    "received_attention",
     "split_search",
     "text_to_image_attention",
     "tokens_to_keep",

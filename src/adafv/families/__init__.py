@@ -4,6 +4,6 @@ Every module of this package that defines a `Family` is found by itself; adding 
 row in the test table.
 """
 
-from adafv.families.base import Encoded, Family, family_of, known_families
+from adafv.families.base import MODALITIES, Encoded, Family, Run, family_of, known_families
 
-__all__ = ["Encoded", "Family", "family_of", "known_families"]
+__all__ = ["MODALITIES", "Encoded", "Family", "Run", "family_of", "known_families"]

@@ -2,68 +2,151 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.core import ImageLayout
 from adafv.discovery import concrete_subclasses
 from adafv.errors import UnsupportedModelError
 
+MODALITIES = ("image", "video")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of neighbouring placeholders in a prompt; the only trace that some families leave of their tiles."""
+
+    row: int
+    """Prompt of the batch."""
+    start: int
+    """Column of its first placeholder."""
+    length: int
+    before: int
+    """Token in front of it, -1 where there is none or only its embedding is known."""
+
 
 @dataclass
 class Encoded:
-    """What the tower and the projector made of the images: one entry per image, tokens numbered as `source` does."""
+    """What the tower and the projector made of the images (or videos): one entry each, tokens in the layout's order."""
 
     features: list[Tensor]
-    """Per image [C * rows * columns, D], what the language model would read."""
+    """Per image [N, D], what the language model would read."""
     saliency: list[Tensor] | None
-    """Per image [C * rows * columns] float32, see `adafv.core.class_attention`; None where it was not asked for."""
+    """Per image [N] float32, see `adafv.core.class_attention` and `received_attention`; None where not asked for. What
+    stands at tokens that show no patch does not matter."""
+    deepstack: list[Tensor] = field(default_factory=list)
+    """Per image [N, L, D], what L of the language model's layers add to the tokens; empty where the family has none."""
 
 
 class Family(ABC):
     """A class of models that take pre-encoded images through `mm_encoder_outputs`.
 
-    `images` below are the entries of the model's inputs named in `image_inputs`.
+    `modality` is "image" or "video"; a video is one visual input whose crops are its frames. `visuals` are the entries of
+    the model's inputs that describe the images, or the videos: those named in `images`, or `videos`.
     """
 
     name: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
     """Names of the transformers classes; names, so that importing adafv does not import every model."""
-    image_inputs: ClassVar[tuple[str, ...]]
-    """Entries of the inputs that describe the images; they are replaced by the encoded images."""
+    images: ClassVar[tuple[str, ...]]
+    """Entries of the inputs that describe the images, the pixels first; the encoded images replace them."""
+    videos: ClassVar[tuple[str, ...]] = ()
+    """The same for videos; empty where the family has none, or they are not supported."""
+    saliency: ClassVar[str] = "[CLS]"
+    """What the saliency is: the attention of "[CLS]", or the attention "received" where the tower has no [CLS]."""
+    downsamples: ClassVar[bool] = False
+    """Whether `encode` can scale images down (`grid`)."""
+    as_tensor: ClassVar[tuple[str, ...]] = ()
+    """Modalities whose encoded features the stock model reads as one tensor; the others it reads as a list."""
+    rotary_axes: ClassVar[int] = 0
+    """Rows of the positions in a family that gives a visual token a position in time, height and width (M-RoPE); 0 where
+    positions are counted along the prompt. Such a family has `positions`."""
+    limits: ClassVar[str] = ""
+    """One line on what is refused, for the catalogue; empty where nothing is."""
 
     @abstractmethod
     def check(self, model: Any) -> None:
         """Raise UnsupportedModelError where this checkpoint cannot be pruned correctly."""
 
     @abstractmethod
-    def layouts(self, model: Any, images: Mapping[str, Any]) -> list[ImageLayout]:
-        """Layout of every image, known before the tower runs."""
+    def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
+        """Layout of every image, known before the tower runs.
 
-    def published_layouts(self, model: Any, images: Mapping[str, Any]) -> list[ImageLayout]:
-        """Layout in which the published AdaFV code feeds the tokens, where it differs from the model's own."""
-        return self.layouts(model, images)
+        Args:
+            runs: of the placeholders, in reading order; for families whose inputs do not tell which tiles make an image.
+        """
+
+    def published_layouts(
+        self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]
+    ) -> list[ImageLayout]:
+        """Layouts in which the published AdaFV code feeds the tokens of images, where they differ from the model's own."""
+        return layouts
 
     @abstractmethod
     def encode(
-        self, model: Any, images: Mapping[str, Any], *, saliency: bool, grid: tuple[int, int] | None = None
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        *,
+        saliency: bool,
+        grid: tuple[int, int] | None = None,
     ) -> Encoded:
         """Run tower and projector, reading the saliency off the layer that the projector reads.
 
         With `grid` (rows, columns) the image is first scaled down so that the tower sees that many patches, in one
-        crop.
+        crop; the features are then in the order of that grid. Only asked for where `downsamples` says so.
         """
 
     @abstractmethod
-    def take(self, model: Any, images: Mapping[str, Any], wanted: list[int]) -> dict[str, Any]:
+    def take(
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
+    ) -> dict[str, Any]:
         """The same entries for the images at the positions `wanted` alone."""
 
-    def filler(self, model: Any) -> Tensor | None:
-        """[D] embedding of tokens that show no patch (`source` -1), or None where the family has none."""
-        return None
+    def inputs(self, modality: str) -> tuple[str, ...]:
+        """Names of the entries for one modality."""
+        return self.images if modality == "image" else self.videos
+
+    def placeholder(self, model: Any, modality: str) -> int:
+        """The token that stands for a visual token in the prompt."""
+        return int(getattr(model.config, f"{modality}_token_id"))
+
+    def positions(
+        self, model: Any, tokens: Tensor, attended: Tensor, visuals: Mapping[str, Mapping[str, Any]]
+    ) -> Tensor:
+        """[R, B, S] positions of a prompt that begins at zero; asked for where `rotary_axes` (R) is not 0.
+
+        Args:
+            tokens: [B, S] long.
+            attended: [B, S] long, the attention mask.
+            visuals: per modality.
+        """
+        raise NotImplementedError
+
+    def hand_over(self, modality: str, features: list[Tensor], deepstack: list[Tensor]) -> BaseModelOutputWithPooling:
+        """The kept features ([K, D] per prompt that has any) in the shape that the stock model reads them in."""
+        if modality not in self.as_tensor:
+            return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+        if len({len(part) for part in features}) == 1:
+            return BaseModelOutputWithPooling(pooler_output=torch.stack(features))  # type: ignore[arg-type]
+        # A tensor has one length: then every token goes as an image of its own. They are read one after the other.
+        return BaseModelOutputWithPooling(pooler_output=torch.cat(features).unsqueeze(1))  # type: ignore[arg-type]
+
+
+def in_order(patches: Tensor, layout: ImageLayout, filler: Tensor | None = None) -> Tensor:
+    """Values per patch ([C * rows * columns, ...]) -> per token ([N, ...]); `filler` where a token shows no patch."""
+    source = layout.source.to(patches.device)
+    if filler is not None:
+        patches = torch.cat((patches, filler.to(patches).unsqueeze(0)))
+        source = source.where(source >= 0, patches.shape[0] - 1)
+    return patches.index_select(0, source.clamp_min(0))
 
 
 @cache

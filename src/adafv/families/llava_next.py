@@ -14,7 +14,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from adafv.core import ImageLayout
 from adafv.errors import UnsupportedModelError
-from adafv.families.base import Encoded
+from adafv.families.base import Encoded, Run, in_order
 from adafv.families.llava import Llava, feature_options
 from adafv.families.towers import TappedTower, patch_grid, scale_down, twin_of
 
@@ -23,24 +23,28 @@ class LlavaNext(Llava):
     name = "LLaVA-NeXT"
     model_classes = ("LlavaNextForConditionalGeneration",)
 
-    def take(self, model: Any, images: Mapping[str, Any], wanted: list[int]) -> dict[str, Any]:
-        pixel_values, sizes = images["pixel_values"], torch.as_tensor(images["image_sizes"])
+    def take(
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
+    ) -> dict[str, Any]:
+        pixel_values, sizes = visuals["pixel_values"], torch.as_tensor(visuals["image_sizes"])
         if pixel_values.dim() == 4:  # the crops of all images in one row
-            crops = pixel_values.split([_crops(model, size) for size in _sizes(images)])
-            return {**images, "pixel_values": torch.cat([crops[i] for i in wanted]), "image_sizes": sizes[wanted]}
-        return {**images, "pixel_values": pixel_values[wanted], "image_sizes": sizes[wanted]}
+            crops = pixel_values.split([layout.crops for layout in layouts])
+            return {**visuals, "pixel_values": torch.cat([crops[i] for i in wanted]), "image_sizes": sizes[wanted]}
+        return {**visuals, "pixel_values": pixel_values[wanted], "image_sizes": sizes[wanted]}
 
-    def layouts(self, model: Any, images: Mapping[str, Any]) -> list[ImageLayout]:
-        return [self._layout(model, images, size, self._packed) for size in _sizes(images)]
+    def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
+        return [self._layout(model, visuals, size, self._packed) for size in _sizes(visuals)]
 
-    def published_layouts(self, model: Any, images: Mapping[str, Any]) -> list[ImageLayout]:
-        return [self._layout(model, images, size, self._spatial) for size in _sizes(images)]
+    def published_layouts(
+        self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]
+    ) -> list[ImageLayout]:
+        return [self._layout(model, visuals, size, self._spatial) for size in _sizes(visuals)]
 
-    def _layout(self, model: Any, images: Mapping[str, Any], size: list[int], order: Any) -> ImageLayout:
+    def _layout(self, model: Any, visuals: Mapping[str, Any], size: list[int], order: Any) -> ImageLayout:
         side = model.config.vision_config.image_size
         tiling = get_anyres_image_grid_shape(tuple(size), model.config.image_grid_pinpoints, side)
-        crops = _crops(model, size)
-        rows, columns = patch_grid(model.model.vision_tower, *images["pixel_values"].shape[-2:])
+        crops = image_size_to_num_patches(tuple(size), model.config.image_grid_pinpoints, side)
+        rows, columns = patch_grid(model.model.vision_tower, *visuals["pixel_values"].shape[-2:])
         numbers = torch.arange(crops * rows * columns).view(crops, rows * columns)
         source = order(model, numbers, size, (*tiling, rows, columns))
         return ImageLayout(source, crops, rows, columns, tiling)
@@ -61,23 +65,22 @@ class LlavaNext(Llava):
         raster = numbers[1:].view(grid).transpose(1, 2)
         return torch.cat((numbers[0], raster.flatten()))
 
-    def filler(self, model: Any) -> Tensor | None:
-        newline = model.model.image_newline
-        if newline.is_meta:
-            raise UnsupportedModelError(
-                "image_newline of LLaVA-NeXT is offloaded, where the stock model cannot read it either; in device_map keep "
-                "the base model itself on a device, and offload its language model or tower"
-            )
-        return newline
-
     def encode(
-        self, model: Any, images: Mapping[str, Any], *, saliency: bool, grid: tuple[int, int] | None = None
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        *,
+        saliency: bool,
+        grid: tuple[int, int] | None = None,
     ) -> Encoded:
-        layer, strategy = feature_options(model, images)
+        layer, strategy = feature_options(model, visuals)
+        newline = newline_of(model)
         tower = TappedTower(model.model.vision_tower, layer, saliency)
         twin = twin_of(model.model)
         twin.__dict__["vision_tower"] = tower
-        # The stock method, stopped short of packing: tokens are placed later, and only those that stay.
+        # The stock method, stopped short of packing: where the tokens go is what the layouts say.
         crops: list[Tensor] = []
 
         def keep_unpacked(features: Any, *args: Any, **kwargs: Any) -> tuple[Any, None]:
@@ -86,36 +89,44 @@ class LlavaNext(Llava):
 
         twin.__dict__["pack_image_features"] = keep_unpacked
         if grid is not None:  # the image at low resolution is its thumbnail at low resolution
-            pixels = scale_down(self._thumbnails(model, images), model.model.vision_tower, grid)
+            pixels = scale_down(_thumbnails(visuals, layouts), model.model.vision_tower, grid)
             states = tower(pixels, interpolate_pos_encoding=True).hidden_states
             read = [states[index][:, 1:] for index in ([layer] if isinstance(layer, int) else layer)]
             return Encoded(list(model.model.multi_modal_projector(torch.cat(read, dim=-1))), None)
         twin.get_image_features(
-            images["pixel_values"],
-            images["image_sizes"],
+            visuals["pixel_values"],
+            visuals["image_sizes"],
             vision_feature_layer=layer,
             vision_feature_select_strategy=strategy,
             return_dict=True,
         )
-        features = [crop.flatten(0, 1) for crop in crops]
+        features = [in_order(crop.flatten(0, 1), layout, newline) for crop, layout in zip(crops, layouts, strict=True)]
         if not saliency:
             return Encoded(features, None)
-        return Encoded(features, [part.flatten() for part in tower.saliency.split([len(crop) for crop in crops])])
-
-    @staticmethod
-    def _thumbnails(model: Any, images: Mapping[str, Any]) -> Tensor:
-        pixel_values = images["pixel_values"]
-        if pixel_values.dim() == 5:
-            return pixel_values[:, 0]
-        return torch.stack([crops[0] for crops in pixel_values.split([_crops(model, size) for size in _sizes(images)])])
+        scores = tower.saliency.split([layout.crops for layout in layouts])
+        return Encoded(
+            features, [in_order(part.flatten(), layout) for part, layout in zip(scores, layouts, strict=True)]
+        )
 
 
-def _crops(model: Any, size: list[int]) -> int:
-    """Number of crops of an image of `size` (height, width), thumbnail included."""
-    side = model.config.vision_config.image_size
-    return image_size_to_num_patches(tuple(size), model.config.image_grid_pinpoints, side)
+def newline_of(model: Any) -> Tensor:
+    """[D] embedding that ends a row of patches."""
+    newline: Tensor = model.model.image_newline
+    if newline.is_meta:
+        raise UnsupportedModelError(
+            f"image_newline of {type(model).__name__} is offloaded, where the stock model cannot read it either; in "
+            "device_map keep the base model itself on a device, and offload its language model or tower"
+        )
+    return newline
 
 
-def _sizes(images: Mapping[str, Any]) -> list[list[int]]:
+def _thumbnails(visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
+    pixel_values = visuals["pixel_values"]
+    if pixel_values.dim() == 5:
+        return pixel_values[:, 0]
+    return torch.stack([crops[0] for crops in pixel_values.split([layout.crops for layout in layouts])])
+
+
+def _sizes(visuals: Mapping[str, Any]) -> list[list[int]]:
     """(height, width) of every image; a list on the host, as the stock model makes it."""
-    return torch.as_tensor(images["image_sizes"]).tolist()
+    return torch.as_tensor(visuals["image_sizes"]).tolist()

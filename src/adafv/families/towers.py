@@ -1,4 +1,4 @@
-"""Vision towers with a [CLS] token, and how their saliency is read without touching them.
+"""Vision towers, and how their saliency is read without touching them.
 
 For one call a *twin* of the tower is built: new Python objects for the modules on the way to the tapped layer, the same
 parameters, buffers and all other modules. In the twin, layers that nothing reads are left out, the tapped layer's
@@ -22,11 +22,25 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from adafv.core import class_attention
+from adafv.core import class_attention, received_attention
 from adafv.errors import UnsupportedModelError
 
 TAPPED_ATTENTION = "adafv_tapped"
 """Name of our attention function in transformers' registry; only twins ever name it."""
+
+_NOT_ASKED = (
+    "the tower's attention did not run through transformers' attention interface, so there is no saliency; "
+    "was a forward method of the tower replaced?"
+)
+
+
+Score = Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
+"""From query, key [..., H, N, d], scaling and mask of a layer to its saliency [..., N]."""
+
+
+def class_score(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    """Saliency of a tower whose token 0 is [CLS]: see `adafv.core.class_attention`."""
+    return class_attention(query, key, scaling)
 
 
 @dataclass(frozen=True)
@@ -35,33 +49,78 @@ class TowerShape:
 
     layers: str
     attention: str
+    has_class_token: bool = True
+
+    @property
+    def score(self) -> Score:
+        return class_score if self.has_class_token else received_attention
+
+    @property
+    def strategy(self) -> str:
+        """The `vision_feature_select_strategy` with which the tower's tokens are its patches."""
+        return "default" if self.has_class_token else "full"
 
 
 TOWERS = {
     "CLIPVisionModel": TowerShape("encoder.layers", "self_attn"),
     "ViTModel": TowerShape("layers", "attention"),
+    "SiglipVisionModel": TowerShape("encoder.layers", "self_attn", has_class_token=False),
 }
-"""Towers whose token 0 is [CLS] and whose attention goes through transformers' attention interface."""
+"""Towers of one crop after the other, whose attention goes through transformers' attention interface."""
 
 
 def check_tower(tower: nn.Module, feature_layers: int | list[int], strategy: str) -> None:
     """Raise UnsupportedModelError unless the saliency of this tower can be read and its tokens are its patches."""
-    tower = _uncompiled(tower)
+    tower = uncompiled(tower)
     if type(tower).__name__ not in TOWERS:
         raise UnsupportedModelError(
-            f"the vision tower {type(tower).__name__} is not supported: saliency needs a tower with a [CLS] token; "
-            f"supported are: {', '.join(TOWERS)}"
+            f"the vision tower {type(tower).__name__} is not supported; supported are: {', '.join(TOWERS)}"
         )
-    if strategy != "default":
+    expected = TOWERS[type(tower).__name__].strategy
+    if strategy != expected:
+        consequence = (
+            "passes [CLS] to the language model as a visual token"
+            if expected == "default"
+            else "cuts off a patch of a tower that has no [CLS]"
+        )
         raise UnsupportedModelError(
-            f"vision_feature_select_strategy={strategy!r} passes [CLS] to the language model as a visual token; "
-            "only 'default' is supported"
+            f"vision_feature_select_strategy={strategy!r} {consequence}; only {expected!r} is supported with "
+            f"{type(tower).__name__}"
         )
     _read_layers(feature_layers, len(_layers_of(tower)))
 
 
+class Tap:
+    """A twin of a tower in which one layer's attention is tapped; everything else runs as it does in the stock tower.
+
+    For towers of any kind; `TappedTower` also leaves out the layers that nothing reads.
+
+    Args:
+        tower: the model's vision tower; it is not changed.
+        attention: path of the tapped attention module inside it, such as "blocks.31.attn".
+        score: what to make of its query and key.
+
+    Use `tower` in place of the model's; after a call `scores` holds what `score` made of each run of the attention, in
+    the order of the runs (packed towers run it once per image).
+    """
+
+    def __init__(self, tower: nn.Module, attention: str, score: Score) -> None:
+        self._scores: list[Tensor] = []
+        tower = uncompiled(tower)
+        self.tower: Any = _with(
+            tower, attention.split("."), _tapped_twin(tower.get_submodule(attention), score, self._scores)
+        )
+
+    @property
+    def scores(self) -> list[Tensor]:
+        """Raises UnsupportedModelError where the attention was never asked."""
+        if not self._scores:
+            raise UnsupportedModelError(_NOT_ASKED)
+        return self._scores
+
+
 class TappedTower:
-    """Stands in for a model's `vision_tower` during one call: same output, plus the saliency, less the dead layers.
+    """Stands in for a model's `vision_tower` during one call: same hidden states, plus the saliency, less the dead layers.
 
     Args:
         tower: the model's vision tower; it is not changed.
@@ -72,7 +131,7 @@ class TappedTower:
     """
 
     def __init__(self, tower: nn.Module, feature_layers: int | list[int], saliency: bool) -> None:
-        tower = _uncompiled(tower)
+        tower = uncompiled(tower)
         shape = TOWERS[type(tower).__name__]
         layers = list(_layers_of(tower))
         self._states: list[Tensor | None] = [None] * (len(layers) + 1)
@@ -87,8 +146,8 @@ class TappedTower:
             layers[index - 1].register_forward_hook(self._record(index))
         if saliency:
             attention = getattr(layers[deepest - 1], shape.attention)
-            layers[deepest - 1]._modules[shape.attention] = _tapped_twin(attention, self._tapped)
-        self._twin = _with_layers(tower, shape.layers.split("."), layers)
+            layers[deepest - 1]._modules[shape.attention] = _tapped_twin(attention, shape.score, self._tapped)
+        self._twin = _with(tower, shape.layers.split("."), nn.ModuleList(layers))
 
     def _record(self, index: int) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, output: Any) -> None:
@@ -100,10 +159,7 @@ class TappedTower:
         kwargs |= {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
         self._twin(pixel_values, **kwargs)
         if self._wanted and not self._tapped:
-            raise UnsupportedModelError(
-                "the tower's attention did not run through transformers' attention interface, so there is no saliency; "
-                "was a forward method of the tower replaced?"
-            )
+            raise UnsupportedModelError(_NOT_ASKED)
         return BaseModelOutputWithPooling(hidden_states=tuple(self._states))  # type: ignore[arg-type]
 
     @property
@@ -173,11 +229,11 @@ def twin_of(module: nn.Module, **modules: nn.Module) -> Any:
     return twin
 
 
-def _tapped_twin(attention: nn.Module, sink: list[Tensor]) -> nn.Module:
+def _tapped_twin(attention: nn.Module, score: Score, sink: list[Tensor]) -> nn.Module:
     config = attention.config
     default = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
     twin = twin_of(attention)
-    twin.__dict__["adafv_sink"] = sink
+    twin.__dict__["adafv_tap"] = (score, sink)
     twin.__dict__["adafv_attention"] = ALL_ATTENTION_FUNCTIONS.get_interface(
         config._attn_implementation,  # type: ignore[union-attr,arg-type]
         default,  # type: ignore[arg-type]
@@ -187,20 +243,24 @@ def _tapped_twin(attention: nn.Module, sink: list[Tensor]) -> nn.Module:
     return twin
 
 
-def _tapped_attention(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _tapped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Any:
     scaling = kwargs.get("scaling")
+    score, sink = module.adafv_tap
     with torch.no_grad():
-        module.adafv_sink.append(class_attention(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling))
-    return module.adafv_attention(module, query, key, *args, **kwargs)
+        sink.append(score(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask))
+    return module.adafv_attention(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(TAPPED_ATTENTION, _tapped_attention)
 
 
-def _with_layers(module: nn.Module, path: list[str], layers: list[nn.Module]) -> Any:
-    if len(path) == 1:
-        return twin_of(module, **{path[0]: nn.ModuleList(layers)})
-    return twin_of(module, **{path[0]: _with_layers(getattr(module, path[0]), path[1:], layers)})
+def _with(module: nn.Module, path: list[str], replacement: nn.Module) -> Any:
+    """A twin of `module` in which the submodule at `path` is another."""
+    if len(path) > 1:
+        replacement = _with(getattr(module, path[0]), path[1:], replacement)
+    return twin_of(module, **{path[0]: replacement})
 
 
 def _layers_of(tower: nn.Module) -> nn.ModuleList:
@@ -218,6 +278,6 @@ def _read_layers(feature_layers: int | list[int], layers: int) -> list[int]:
     return read
 
 
-def _uncompiled(tower: nn.Module) -> nn.Module:
+def uncompiled(tower: nn.Module) -> nn.Module:
     """The module inside torch.compile(tower); the twin runs uncompiled."""
     return getattr(tower, "_orig_mod", tower)

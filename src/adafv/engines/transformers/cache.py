@@ -27,6 +27,11 @@ class CacheContents:
     """How the prompt became shorter. Columns after it were cached as they were."""
     tokens: Tensor | None
     """[B, >= S] long on the host: the tokens of the conversation as far as they are known, placeholders included."""
+    position_delta: Tensor | None = None
+    """[B] long on the host, where positions are not counted along the prompt (M-RoPE): how far the next one is ahead of
+    the number of attended tokens."""
+    attended: Tensor | None = None
+    """[B] long on the host, that number."""
 
 
 def remember(cache: Any, contents: CacheContents) -> None:
@@ -44,6 +49,12 @@ def holds_pruned(cache: Any) -> bool:
     """Whether `cache` holds a prompt from which columns were taken out."""
     contents = contents_of(cache)
     return contents is not None and contents.compaction.changed
+
+
+def positions_known(cache: Any) -> bool:
+    """Whether positions that are not counted along the prompt were written on `cache`."""
+    contents = contents_of(cache)
+    return contents is not None and contents.position_delta is not None
 
 
 def cached_length(cache: Any) -> int:

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from adafv.core import ImageLayout
-from adafv.engines.transformers.conversation import Conversation, PublishedImage
+from adafv.engines.transformers.conversation import Conversation
 from adafv.engines.transformers.prompt import PlacedImage
-from adafv.families import Encoded, Family
+from adafv.families import Family
 from adafv.methods import Kept, Method, VisualTokens
 
 
@@ -24,82 +24,110 @@ class Choice:
     """[K] distinct indices into the image's placeholders: which of them stay."""
     layout: ImageLayout
     features: Tensor
+    """[K, D]"""
+    deepstack: Tensor | None = None
+    """[K, L, D], what travels with them to the language model's layers."""
     saliency: Tensor | None = None
     text_attention: Tensor | None = None
     objective: float | None = None
     certificate: float | None = None
 
 
+@dataclass
+class EncodedImage:
+    """What the tower made of one image; see `adafv.families.Encoded`."""
+
+    features: Tensor
+    saliency: Tensor | None
+    deepstack: Tensor | None
+
+    def part(self, tokens: Tensor | None) -> "EncodedImage":
+        """Some of its tokens alone; None: all."""
+        if tokens is None:
+            return self
+        tokens = tokens.to(self.features.device)
+        return EncodedImage(
+            *(None if values is None else values[tokens] for values in (self.features, self.saliency, self.deepstack))  # type: ignore[arg-type]
+        )
+
+
 def encode_images(
     model: Any,
     family: Family,
     method: Method,
-    images: dict[str, Any],
+    visuals: dict[str, dict[str, Any]],
+    layouts: dict[str, list[ImageLayout]],
+    placed: list[PlacedImage],
     pruned: list[bool],
     grids: list[tuple[int, int] | None],
-) -> Encoded:
-    sizes = set(grids)
+) -> list[EncodedImage]:
+    """Run the tower once per modality, or where images are scaled down once per grid; one entry per placed image."""
     wants_saliency = method.needs_saliency and any(pruned)
-    if len(sizes) == 1:
-        return family.encode(model, images, saliency=wants_saliency, grid=sizes.pop())
-    # Down-sampling images of different sizes: one run of the tower per grid.
-    features: list[Any] = [None] * len(pruned)
-    for size in sizes:
-        wanted = [i for i, grid in enumerate(grids) if grid == size]
-        part = family.encode(model, family.take(model, images, wanted), saliency=False, grid=size)
-        for i, feature in zip(wanted, part.features, strict=True):
-            features[i] = feature
-    return Encoded(features, None)
+    results: list[Any] = [None] * len(placed)
+    for modality, inputs in visuals.items():
+        members = [i for i, image in enumerate(placed) if image.modality == modality]
+        numbers = {placed[i].number: grids[i] for i in members}
+        encoded: dict[int, EncodedImage] = {}
+        for grid in set(numbers.values()):
+            wanted = [number for number in sorted(numbers) if numbers[number] == grid]
+            some, fed = inputs, layouts[modality]
+            if len(wanted) < len(numbers):
+                some, fed = family.take(model, modality, inputs, fed, wanted), [fed[number] for number in wanted]
+            part = family.encode(model, modality, some, fed, saliency=wants_saliency and grid is None, grid=grid)
+            for place, number in enumerate(wanted):
+                encoded[number] = EncodedImage(
+                    part.features[place],
+                    None if part.saliency is None else part.saliency[place],
+                    part.deepstack[place] if part.deepstack else None,
+                )
+        for i in members:
+            results[i] = encoded[placed[i].number].part(placed[i].part)
+    return results
 
 
 def choose_tokens(
     model: Any,
-    family: Family,
     method: Method,
     placed: list[PlacedImage],
     keeps: list[int],
     grids: list[tuple[int, int] | None],
-    encoded: Encoded,
+    encoded: list[EncodedImage],
     texts: list[Tensor | None],
     call: Conversation,
 ) -> list[Choice]:
     """Run the method on all images; those of one size and budget together."""
     groups: dict[Any, list[int]] = {}
     choices: list[Any] = [None] * len(placed)
-    filler = family.filler(model)
     for i, (image, keep) in enumerate(zip(placed, keeps, strict=True)):
         layout = image.layout
         if keep == layout.tokens:
             everything = torch.arange(keep)
-            features = _tokens(encoded.features[i], layout.source, filler)
-            choices[i] = Choice(everything, everything, layout, features)
+            choices[i] = Choice(everything, everything, layout, encoded[i].features, encoded[i].deepstack)
             continue
         layout = image.fed
         groups.setdefault((layout.tokens, layout.crops, layout.rows, layout.columns, keep, grids[i]), []).append(i)
 
     for (_, crops, rows, columns, keep, grid), members in groups.items():
-        device = encoded.features[members[0]].device
+        device = encoded[members[0]].features.device
         source = torch.stack([placed[i].fed.source for i in members]).to(device)
-        parts = [encoded.features[i] for i in members]
-        if grid is None:
-            parts = [_tokens(part, order, filler) for part, order in zip(parts, source, strict=True)]
+        features = _stack([encoded[i].features for i in members])
         saliency = None
-        if encoded.saliency is not None:
-            saliency = _stack([encoded.saliency[i] for i in members]).gather(1, source.clamp_min(0))
+        if encoded[members[0]].saliency is not None:
+            saliency = _stack([encoded[i].saliency for i in members])  # type: ignore[misc]
             saliency = saliency.masked_fill(source < 0, 0.0)
         text, text_mask = _embedded_text(model, [(placed[i].row, texts[i]) for i in members], call, device)
-        tokens = VisualTokens(_stack(parts), saliency, text, text_mask, source >= 0, source, crops, rows, columns, grid)
+        tokens = VisualTokens(features, saliency, text, text_mask, source >= 0, source, crops, rows, columns, grid)
         kept = method.select(tokens, keep)
         for place, i in enumerate(members):
-            choices[i] = _choice(kept, place, parts[place], saliency, placed[i])
+            choices[i] = _choice(kept, place, encoded[i], saliency, placed[i])
     return choices
 
 
-def _choice(kept: Kept, place: int, features: Tensor, saliency: Tensor | None, image: PlacedImage) -> Choice:
+def _choice(kept: Kept, place: int, encoded: EncodedImage, saliency: Tensor | None, image: PlacedImage) -> Choice:
     layout = image.fed
     indices = kept.indices[place]
-    chosen = features[indices] if kept.features is None else kept.features[place]
-    places = torch.arange(indices.numel()) if isinstance(image, PublishedImage) else indices
+    chosen = encoded.features[indices] if kept.features is None else kept.features[place]
+    places = torch.arange(indices.numel()) if image.published is not None else indices
 
     def scores(values: Tensor | None) -> Tensor | None:
         if values is None:
@@ -112,20 +140,12 @@ def _choice(kept: Kept, place: int, features: Tensor, saliency: Tensor | None, i
         places,
         layout,
         chosen,
+        None if encoded.deepstack is None else encoded.deepstack[indices],
         scores(saliency),
         scores(kept.text_attention),
         None if kept.objective is None else float(kept.objective[place]),
         None if kept.certificate is None else float(kept.certificate[place]),
     )
-
-
-def _tokens(features: Tensor, source: Tensor, filler: Tensor | None) -> Tensor:
-    """Put the features of the patches into the order of the tokens, `filler` where a token shows none. [P, D] -> [N, D]"""
-    source = source.to(features.device)
-    if filler is not None:
-        features = torch.cat((features, filler.to(features).unsqueeze(0)))
-        source = source.where(source >= 0, features.shape[0] - 1)
-    return features.index_select(0, source)
 
 
 def _stack(parts: list[Tensor]) -> Tensor:

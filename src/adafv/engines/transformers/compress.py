@@ -17,10 +17,12 @@ from adafv.engines.transformers.cache import (
     cached_length,
     contents_of,
     holds_pruned,
+    positions_known,
     remember,
 )
 from adafv.engines.transformers.choice import Choice, choose_tokens, encode_images
 from adafv.engines.transformers.conversation import Conversation, new_images
+from adafv.engines.transformers.positions import set_linear_positions, set_rotary_positions
 from adafv.engines.transformers.prompt import (
     Compaction,
     PlacedImage,
@@ -31,7 +33,7 @@ from adafv.engines.transformers.record import Record, kv_bytes_per_token, timed
 from adafv.engines.transformers.settings import Settings
 from adafv.engines.transformers.text import text_columns
 from adafv.errors import PromptError, UnsupportedCallError
-from adafv.families import Encoded, Family, family_of
+from adafv.families import MODALITIES, Family, family_of
 from adafv.methods import Method
 
 _IGNORED_LABEL = -100
@@ -57,6 +59,7 @@ def compress(
     positions: str = "compact",
     text: str | None = None,
     processor: Any = None,
+    video: str = "clip",
     **parameters: Any,
 ) -> CompressedInputs:
     """Prune the visual tokens of `inputs`, as a processor made them, for one call of the stock model.
@@ -71,12 +74,12 @@ def compress(
     Args:
         model: a supported model, wrapped or not. It is not changed.
         inputs: what the processor returned; not changed.
-        keep, method, positions, text, processor, **parameters: see `Pruner`.
+        keep, method, positions, text, processor, video, **parameters: see `Pruner`.
 
     Returns:
         The new inputs; what was kept is in their `record`.
     """
-    settings = Settings.of(method, keep, positions, text, processor, **parameters)
+    settings = Settings.of(method, keep, positions, text, processor, video, **parameters)
     cache = inputs.get("past_key_values")
     if cached_length(cache) > 0 and contents_of(cache) is None:
         raise UnsupportedCallError("compress() cannot tell what this cache holds; to continue a conversation use AdaFV")
@@ -97,18 +100,17 @@ def compress_call(
     """
     seconds: dict[str, float] = {}
     result = CompressedInputs({name: value for name, value in inputs.items() if value is not None})
-    images = {name: result.pop(name) for name in family.image_inputs if name in result}
+    visuals, taken = _visuals(family, result)
     cache = result.get("past_key_values")
     encoded_already = bool(result.get("mm_encoder_outputs"))
-    has_images = images.get("pixel_values") is not None and not encoded_already
-    if not has_images and (encoded_already or not holds_pruned(cache)):
-        result.update(images)
+    if encoded_already or (not visuals and not holds_pruned(cache) and not positions_known(cache)):
+        result.update(taken)
         return result
 
     with timed(seconds, "compaction"):
-        call = Conversation.read(model, result, cache, whole_conversation)
-        placed, images = new_images(model, family, settings.method, images if has_images else {}, call)
-    if not placed and not call.prefix.changed:
+        call = Conversation.read(model, family, result, cache, whole_conversation)
+        placed, visuals, layouts = new_images(model, family, settings, visuals, call)
+    if not placed and not call.prefix.changed and not positions_known(cache):
         return result
     if "cache_position" in result:
         raise UnsupportedCallError("cache_position cannot be combined with pruned tokens; leave it out")
@@ -119,6 +121,11 @@ def compress_call(
     for i, image in enumerate(placed):
         if pruned[i]:
             grids[i] = settings.method.grid(keeps[i], image.layout)
+            if grids[i] is not None and not (family.downsamples and image.modality == "image"):
+                raise UnsupportedCallError(
+                    f"images at lower resolution are not supported for the {image.modality}s of {family.name}; use another "
+                    "method, or scale the images before the processor"
+                )
             keeps[i] = settings.method.budget(keeps[i], image.layout)
     texts: list[Tensor | None] = [None] * len(placed)
     if settings.method.needs_text:
@@ -127,12 +134,13 @@ def compress_call(
             for image, lose in zip(placed, pruned, strict=True)
         ]
 
-    encoded = Encoded([], None)
+    encoded = []
     if placed:
         with timed(seconds, "tower"):
-            encoded = encode_images(model, family, settings.method, images, pruned, grids)
+            encoded = encode_images(model, family, settings.method, visuals, layouts, placed, pruned, grids)
     with timed(seconds, "selection"):
-        choices = choose_tokens(model, family, settings.method, placed, keeps, grids, encoded, texts, call)
+        choices = choose_tokens(model, settings.method, placed, keeps, grids, encoded, texts, call)
+    delta = attended = None
     with timed(seconds, "compaction"):
         dropped = [0] * call.prompt.tokens.shape[0]
         stays = torch.ones(call.prompt.tokens.shape, dtype=torch.bool, device=call.device)
@@ -142,38 +150,63 @@ def compress_call(
             stays[image.row, columns] = False
             stays[image.row, columns[choice.places.to(call.device)]] = True
         compaction = compact(call.prompt.attended, dropped, stays)
-        result.compaction = call.prefix.then(compaction)
-        _take_out(model, result, call, result.compaction, compaction, settings.positions, whole_conversation)
+        whole = result.compaction = call.prefix.then(compaction)
+        if family.rotary_axes:
+            delta, attended = set_rotary_positions(model, family, result, call, visuals, whole, compaction)
+        else:
+            set_linear_positions(result, call, whole, compaction, settings.positions, whole_conversation)
+        _take_out(model, family, result, call, whole, compaction)
         if placed:
-            result["mm_encoder_outputs"] = {"image": _by_prompt(placed, choices)}
+            result["mm_encoder_outputs"] = _by_prompt(family, placed, choices)
     cached = contents_of(cache)
     tokens = cached.tokens if call.tokens is None and cached is not None else call.tokens
-    result.contents = CacheContents(result.compaction, tokens)
+    result.contents = CacheContents(result.compaction, tokens, delta, attended)
     if placed:
         result.record = _record(model, call, placed, choices, result.compaction, seconds)
     return result
 
 
-def _by_prompt(placed: list[PlacedImage], choices: list[Choice]) -> BaseModelOutputWithPooling:
-    """The kept features, one entry per prompt that has images.
+def _visuals(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Take the images and videos out of `inputs`: per modality that is present, and all of them together."""
+    if not family.videos and "pixel_values_videos" in inputs:
+        raise UnsupportedCallError(
+            f"videos are not supported for {family.name}; pass the frames as images, if it takes several"
+        )
+    names = {name for modality in MODALITIES for name in family.inputs(modality)}
+    taken = {name: inputs.pop(name) for name in names if name in inputs}
+    visuals = {}
+    for modality in MODALITIES:
+        mine = {name: taken[name] for name in family.inputs(modality) if name in taken}
+        if family.inputs(modality) and family.inputs(modality)[0] in mine:
+            visuals[modality] = mine
+    return visuals, taken
+
+
+def _by_prompt(
+    family: Family, placed: list[PlacedImage], choices: list[Choice]
+) -> dict[str, BaseModelOutputWithPooling]:
+    """The kept features per modality, one entry per prompt that has any.
 
     Models read the entries one after the other, so one entry per image would do; but for beams and several return
     sequences `generate` repeats the entries, and transformers 5.18 repeats the images of one prompt in the wrong order.
     """
-    features: dict[int, list[Tensor]] = {}
-    for image, choice in zip(placed, choices, strict=True):
-        features.setdefault(image.row, []).append(choice.features)
-    return BaseModelOutputWithPooling(pooler_output=[torch.cat(parts) for parts in features.values()])  # type: ignore[arg-type]
+    outputs = {}
+    for modality in MODALITIES:
+        features: dict[int, list[Tensor]] = {}
+        deepstack: dict[int, list[Tensor]] = {}
+        for image, choice in zip(placed, choices, strict=True):
+            if image.modality == modality:
+                features.setdefault(image.row, []).append(choice.features)
+                if choice.deepstack is not None:
+                    deepstack.setdefault(image.row, []).append(choice.deepstack)
+        if features:
+            joined, stacked = ([torch.cat(parts) for parts in each.values()] for each in (features, deepstack))
+            outputs[modality] = family.hand_over(modality, joined, stacked)
+    return outputs
 
 
 def _take_out(
-    model: Any,
-    result: dict[str, Any],
-    call: Conversation,
-    whole: Compaction,
-    compaction: Compaction,
-    positions: str,
-    whole_conversation: bool,
+    model: Any, family: Family, result: dict[str, Any], call: Conversation, whole: Compaction, compaction: Compaction
 ) -> None:
     """Take the dropped columns out of everything that runs along the prompt.
 
@@ -183,14 +216,13 @@ def _take_out(
     """
     batch, new = call.prompt.tokens.shape
     fills = {
-        "input_ids": _padding_id(model),
+        "input_ids": _padding_id(model, family),
         "inputs_embeds": 0.0,
         "attention_mask": 0,
         "labels": _IGNORED_LABEL,
         "token_type_ids": 0,
         "mm_token_type_ids": 0,
     }
-    _move_positions(result, call, whole, compaction, positions, whole_conversation)
     for name, fill in fills.items():
         values = result.get(name)
         if not isinstance(values, Tensor) or values.dim() < 2 or values.shape[1] == 0:
@@ -210,48 +242,6 @@ def _take_out(
         raise UnsupportedCallError("logits_to_keep must be a number with pruned tokens: the columns of the prompt move")
 
 
-def _move_positions(
-    result: dict[str, Any],
-    call: Conversation,
-    whole: Compaction,
-    compaction: Compaction,
-    positions: str,
-    whole_conversation: bool,
-) -> None:
-    """Set `position_ids` where the stock model would not come to them by itself.
-
-    "compact": tokens move up, as if the dropped ones had never been there; that is what the stock model does with a
-    shorter prompt. "original": each token keeps the position that it has in the full prompt.
-    """
-    given = result.get("position_ids")
-    if given is None and positions == "compact":
-        return
-    batch, new = call.prompt.tokens.shape
-    length = call.prefix.length + new
-    if given is None:
-        mask = result.get("attention_mask")
-        given = torch.arange(length, device=call.device).expand(batch, length)
-        if whole_conversation and isinstance(mask, Tensor) and mask.shape[1] == length:
-            given = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        elif not whole_conversation:
-            given = given[:, -new:]
-    given = given.expand(batch, -1)
-    if given.shape[1] not in (length, new):
-        raise PromptError(f"position_ids is {list(given.shape)}, but the prompt is [{batch}, {length}]")
-    part = whole if given.shape[1] == length else compaction
-    moved = part.take(given, 0)
-    if positions == "compact":
-        columns = part.columns.to(moved.device)
-        before = torch.zeros(batch, 1, dtype=torch.long, device=moved.device)
-        if part is compaction and call.prefix.length:
-            before = call.prefix.lost.to(moved.device).unsqueeze(1)
-        # A token's position falls by the number of tokens that its row lost in front of it.
-        first = columns.where(columns >= 0, part.length).amin(1, keepdim=True)
-        lost = columns - first - ((columns >= 0).cumsum(1) - 1)
-        moved = (moved - before - lost).where(columns >= 0, 0)
-    result["position_ids"] = moved
-
-
 def _record(
     model: Any,
     call: Conversation,
@@ -260,7 +250,7 @@ def _record(
     compaction: Compaction,
     seconds: dict[str, float],
 ) -> Record:
-    batch, given = call.prompt.tokens.shape[0], call.is_image.shape[1]
+    batch, given = call.prompt.tokens.shape[0], call.given.length
     columns = compaction.columns
     keep_mask = torch.zeros(batch, compaction.length + 1, dtype=torch.bool, device=columns.device)
     keep_mask = keep_mask.scatter(1, columns.where(columns >= 0, compaction.length), True)[:, :-1]
@@ -285,6 +275,8 @@ def _record(
         kept=kept,
         keep_mask=keep_mask[:, compaction.length - given :],
         rows=[image.row for image in placed],
+        modalities=[image.modality for image in placed],
+        frames=[image.frame for image in placed],
         layouts=[image.layout for image in placed],
         crop=[place[0] for place in places],
         row=[place[1] for place in places],
@@ -312,11 +304,12 @@ def _restate(values: Tensor, own: ImageLayout, other: ImageLayout, missing: Any)
     return by_patch[source.clamp_min(0)].masked_fill(source < 0, missing)
 
 
-def _padding_id(model: Any) -> int:
+def _padding_id(model: Any, family: Family) -> int:
+    placeholders = {family.placeholder(model, modality) for modality in MODALITIES if family.inputs(modality)}
     for config in (getattr(model, "generation_config", None), model.config.get_text_config(), model.config):
         for name in ("pad_token_id", "eos_token_id"):
             value = getattr(config, name, None)
             value = value[0] if isinstance(value, (list, tuple)) and value else value
-            if isinstance(value, int) and value >= 0 and value != model.config.image_token_id:
+            if isinstance(value, int) and value >= 0 and value not in placeholders:
                 return value
     return 0

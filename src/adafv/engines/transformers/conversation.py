@@ -1,6 +1,6 @@
 """What one call says: the prompt that is new, the prefix that a cache holds, and the images that are not cached yet."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from adafv.engines.transformers.prompt import (
     PlacedImage,
     Prompt,
     check_mask,
+    frames_of,
     given_prompt,
     place_images,
     read_prompt,
 )
+from adafv.engines.transformers.settings import Settings
 from adafv.errors import CacheError, PromptError
 from adafv.families import Family
-from adafv.methods import Method
 
 
 @dataclass
@@ -34,35 +35,34 @@ class Conversation:
     """[B, S] the whole conversation, where the call gives it."""
     embeds: Tensor | None
     """[B, new, D], where the call gives embeddings."""
-    is_image: Tensor
-    """[B, S] placeholders in whatever the call gives."""
+    given: Prompt
+    """Whatever the call gives: the whole conversation, or the new columns alone."""
     device: torch.device
+    generates: bool
+    """A call of `generate`, not of `forward`."""
 
     @classmethod
-    def read(cls, model: Any, inputs: dict[str, Any], cache: Any, whole_conversation: bool) -> "Conversation":
-        given = given_prompt(inputs)
+    def read(
+        cls, model: Any, family: Family, inputs: dict[str, Any], cache: Any, whole_conversation: bool
+    ) -> "Conversation":
+        given, generates = given_prompt(inputs), whole_conversation
         prefix = cached_prefix(cache, given.shape[0])
         mask = inputs.get("attention_mask")
         if prefix.length and whole_conversation and isinstance(mask, Tensor) and mask.shape[1] != given.shape[1]:
             whole_conversation = False  # only the new tokens, under a mask over all: `generate` takes that too
         if prefix.length and not whole_conversation:
             mask = _new_part_of_mask(mask, given.shape[1], prefix)
-        read = read_prompt(model, {**inputs, "attention_mask": mask})
+        whole = read = read_prompt(model, family, {**inputs, "attention_mask": mask})
         tokens: Tensor | None = read.tokens
-        is_image, embeds = read.is_image, inputs.get("inputs_embeds")
+        embeds = inputs.get("inputs_embeds")
         if prefix.length:
             if whole_conversation:
                 check_same_conversation(cache, read.tokens, prefix)
                 embeds = None if embeds is None else embeds[:, prefix.length :]
-                read = Prompt(
-                    *(
-                        part[:, prefix.length :]
-                        for part in (read.tokens, read.attended, read.is_image, read.turn_ends, read.special)
-                    )
-                )
+                read = whole.after(prefix.length)
             else:
                 tokens = None
-        return cls(read, prefix, tokens, embeds, is_image, given.device)
+        return cls(read, prefix, tokens, embeds, whole, given.device, generates)
 
 
 def _new_part_of_mask(mask: Any, new: int, prefix: Compaction) -> Any:
@@ -77,45 +77,53 @@ def _new_part_of_mask(mask: Any, new: int, prefix: Compaction) -> Any:
 
 
 def new_images(
-    model: Any, family: Family, method: Method, images: dict[str, Any], call: Conversation
-) -> tuple[list[PlacedImage], dict[str, Any]]:
-    """The images whose placeholders are not cached yet.
+    model: Any, family: Family, settings: Settings, visuals: dict[str, dict[str, Any]], call: Conversation
+) -> tuple[list[PlacedImage], dict[str, dict[str, Any]], dict[str, list[ImageLayout]]]:
+    """The images and videos whose placeholders are not cached yet, in reading order; their inputs; their layouts.
 
     A processor that sees the whole conversation returns the cached images too; the stock model wants them left out, here
     both are right.
     """
-    if not images:
-        if call.prompt.is_image.any():
+    placed: list[PlacedImage] = []
+    new_visuals, fed = {}, {}
+    for modality in call.prompt.placeholders:
+        found, given, layouts = _new_of(model, family, modality, visuals.get(modality, {}), call)
+        if not found:
+            continue
+        if settings.method.published_layout and modality == "image":
+            published = family.published_layouts(model, given, layouts)
+            found = [replace(image, published=layout) for image, layout in zip(found, published, strict=True)]
+        if settings.video == "frame" and modality == "video":
+            found = [frame for video in found for frame in frames_of(video)]
+        else:
+            layouts = [image.fed for image in found]
+        placed += found
+        new_visuals[modality], fed[modality] = given, layouts
+    placed.sort(key=lambda image: (image.row, int(image.columns[0])))
+    return placed, new_visuals, fed
+
+
+def _new_of(
+    model: Any, family: Family, modality: str, visuals: dict[str, Any], call: Conversation
+) -> tuple[list[PlacedImage], dict[str, Any], list[ImageLayout]]:
+    new = call.prompt.placeholders[modality]
+    if not visuals:
+        if new.any():
             raise PromptError(
-                f"the prompt has {int(call.prompt.is_image.sum())} image placeholders that are not cached, but no images; "
-                "pass pixel_values as the processor returned them"
+                f"the prompt has {int(new.sum())} {modality} placeholders that are not cached, but no {modality}s; "
+                f"pass {family.inputs(modality)[0]} as the processor returned them"
             )
-        return [], {}
-    layouts = family.layouts(model, images)
-    total = sum(layout.tokens for layout in layouts)
-    if call.is_image.shape[1] > call.prompt.length and total == int(call.is_image.sum()):
-        all_placed = place_images(call.is_image, layouts)
-        wanted = [i for i, image in enumerate(all_placed) if int(image.columns[0]) >= call.prefix.length]
-        if not wanted:
-            return [], {}
-        images = family.take(model, images, wanted)
-        layouts = [layouts[i] for i in wanted]
-    placed = place_images(call.prompt.is_image, layouts)
-    if method.published_layout:
-        published = family.published_layouts(model, images)
-        placed = [
-            PublishedImage(image.row, image.columns, image.layout, layout)
-            for image, layout in zip(placed, published, strict=True)
-        ]
-    return placed, images
-
-
-@dataclass(frozen=True)
-class PublishedImage(PlacedImage):
-    """An image whose tokens are fed in the layout of the published code."""
-
-    published: ImageLayout
-
-    @property
-    def fed(self) -> ImageLayout:
-        return self.published
+        return [], {}, []
+    whole = call.given.placeholders[modality]
+    if whole.shape[1] > new.shape[1]:
+        layouts = family.layouts(model, modality, visuals, call.given.runs(modality))
+        if sum(layout.tokens for layout in layouts) == int(whole.sum()):
+            images = place_images(modality, whole, layouts)
+            wanted = [i for i, image in enumerate(images) if int(image.columns[0]) >= call.prefix.length]
+            if not wanted:
+                return [], {}, []
+            visuals = family.take(model, modality, visuals, layouts, wanted)
+            layouts = [layouts[i] for i in wanted]
+            return place_images(modality, new, layouts), visuals, layouts
+    layouts = family.layouts(model, modality, visuals, call.prompt.runs(modality))
+    return place_images(modality, new, layouts), visuals, layouts

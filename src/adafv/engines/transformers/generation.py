@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from adafv.errors import UnsupportedCallError
+from adafv.families import Family
 
 CHUNKED_PREFILL_KEEPS_IMAGES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
 """transformers 5.18 sends no image into any chunk, and answers without having seen it; 5.23 cuts the images up."""
 
 
-def refuse_unsupported(model: Any, arguments: dict[str, Any]) -> None:
+def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) -> None:
     """Raise UnsupportedCallError for ways of generating that cannot be made to fit."""
     if isinstance(arguments.get("custom_generate"), str):
         raise UnsupportedCallError("custom_generate recipes replace the decoding loop and are not supported")
@@ -35,10 +36,15 @@ def refuse_unsupported(model: Any, arguments: dict[str, Any]) -> None:
             "this release of transformers loses the images in chunked prefill; leave prefill_chunk_size out, or run: "
             "pip install --upgrade transformers"
         )
-    if arguments.get("negative_prompt_ids") is not None and arguments.get("guidance_scale") not in (None, 1.0):
-        raise UnsupportedCallError(
-            "classifier-free guidance with a negative prompt is not supported with pruned tokens"
-        )
+    if _setting(model, arguments, "guidance_scale") not in (None, 1.0):
+        if family.rotary_axes:
+            raise UnsupportedCallError(
+                f"classifier-free guidance fails in stock transformers with {family.name}; leave guidance_scale out"
+            )
+        if arguments.get("negative_prompt_ids") is not None:
+            raise UnsupportedCallError(
+                "classifier-free guidance with a negative prompt is not supported with pruned tokens"
+            )
 
 
 def fill_in_mask(model: Any, arguments: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.errors import PromptError, UnsupportedCallError
+from adafv.families import MODALITIES, Family, Run
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Prompt:
     """[B, S] long; -1 where only an embedding is known."""
     attended: Tensor
     """[B, S] bool."""
-    is_image: Tensor
-    """[B, S] bool, placeholders of visual tokens."""
+    placeholders: dict[str, Tensor]
+    """Per modality [B, S] bool, placeholders of visual tokens."""
     turn_ends: Tensor
     """[B, S] bool, tokens that end a turn (end-of-sequence tokens of the model)."""
     special: Tensor
@@ -34,23 +35,56 @@ class Prompt:
     def length(self) -> int:
         return self.tokens.shape[1]
 
+    @property
+    def is_visual(self) -> Tensor:
+        """[B, S] bool, placeholders of whatever modality."""
+        return torch.stack(list(self.placeholders.values())).any(0)
+
+    def after(self, column: int) -> "Prompt":
+        """The columns from `column` on."""
+        marks = {modality: mark[:, column:] for modality, mark in self.placeholders.items()}
+        tokens, attended, ends, special = (
+            part[:, column:] for part in (self.tokens, self.attended, self.turn_ends, self.special)
+        )
+        return Prompt(tokens, attended, marks, ends, special)
+
+    def runs(self, modality: str) -> list[Run]:
+        """The runs of neighbouring placeholders of one modality, in reading order."""
+        found = []
+        for row, mark in enumerate(self.placeholders[modality]):
+            change = torch.nn.functional.pad(mark.to(torch.int8), (1, 1)).diff()
+            starts, stops = change.eq(1).nonzero().flatten().tolist(), change.eq(-1).nonzero().flatten().tolist()
+            for start, stop in zip(starts, stops, strict=True):
+                before = int(self.tokens[row, start - 1]) if start else -1
+                found.append(Run(row, start, stop - start, before))
+        return found
+
 
 @dataclass(frozen=True)
 class PlacedImage:
-    """An image in a prompt."""
+    """An image, a video or a frame of one in a prompt."""
 
+    modality: str
+    number: int
+    """Which of the encoded images (or videos) it is, or is part of."""
     row: int
     columns: Tensor
     """[N] long, the columns of its placeholders, ascending."""
     layout: ImageLayout
+    published: ImageLayout | None = None
+    """The layout in which the published code would feed its tokens, where that is asked for."""
+    frame: int | None = None
+    """Which frame of a video it is; None for an image, or a whole video."""
+    part: Tensor | None = None
+    """[N] long, which of the video's tokens are the frame's."""
 
     @property
     def fed(self) -> ImageLayout:
         """The layout in which its tokens are fed to the language model."""
-        return self.layout
+        return self.layout if self.published is None else self.published
 
 
-def read_prompt(model: Any, inputs: Mapping[str, Any]) -> Prompt:
+def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt:
     """Read `input_ids` (or `inputs_embeds`) and `attention_mask`.
 
     In `inputs_embeds` the special tokens are found as the stock models find placeholders: by their embedding.
@@ -59,14 +93,15 @@ def read_prompt(model: Any, inputs: Mapping[str, Any]) -> Prompt:
         UnsupportedCallError: the attention mask is not [batch, length].
         PromptError: ids and mask differ in shape.
     """
-    image, ends, specials = special_tokens(model)
+    modalities = {modality: family.placeholder(model, modality) for modality in MODALITIES if family.inputs(modality)}
+    ends, specials = special_tokens(model, set(modalities.values()))
     given = given_prompt(inputs)
     if given.dim() == 2:
         tokens = given.cpu()
     else:
         tokens = torch.full(given.shape[:2], -1)
         table = model.get_input_embeddings()
-        for token in {image, *specials}:
+        for token in {*modalities.values(), *specials}:
             embedding = table(torch.tensor(token, device=given.device)).to(given.dtype)
             tokens[(given == embedding).all(-1).cpu()] = token
     mask = inputs.get("attention_mask")
@@ -77,7 +112,8 @@ def read_prompt(model: Any, inputs: Mapping[str, Any]) -> Prompt:
     else:
         attended = mask.cpu() != 0
     is_special, is_end = (torch.isin(tokens, torch.tensor(sorted(group or {-2}))) for group in (specials, ends))
-    return Prompt(tokens, attended, tokens == image, is_end, is_special)
+    placeholders = {modality: tokens == token for modality, token in modalities.items()}
+    return Prompt(tokens, attended, placeholders, is_end, is_special)
 
 
 def given_prompt(inputs: Mapping[str, Any]) -> Tensor:
@@ -101,43 +137,66 @@ def check_mask(mask: Any) -> Tensor:
     return mask
 
 
-def special_tokens(model: Any) -> tuple[int, set[int], set[int]]:
-    """(image placeholder, tokens that end a turn, all begin / end / padding tokens) by the model's configs."""
-    configs = (getattr(model, "generation_config", None), model.config, model.config.get_text_config())
+def special_tokens(model: Any, placeholders: set[int]) -> tuple[set[int], set[int]]:
+    """(tokens that end a turn, all tokens that are nobody's words) by the model's configs, without `placeholders`.
+
+    Nobody's words are begin, end and padding tokens, and those that models put around images: every config entry whose
+    name says that it holds a token's id.
+    """
+    text = model.config.get_text_config()
+    configs = (getattr(model, "generation_config", None), model.config, text)
     ends, others = set(), set()
     for config in configs:
         ends |= _ids(getattr(config, "eos_token_id", None))
         others |= _ids(getattr(config, "bos_token_id", None)) | _ids(getattr(config, "pad_token_id", None))
-    image = model.config.image_token_id
-    return image, ends - {image}, (ends | others) - {image}
+    for name, value in vars(model.config).items():
+        if name.endswith(("_token_id", "_token_index")):
+            others |= _ids(value)
+    return ends - placeholders, (ends | others) - placeholders
 
 
 def _ids(value: Any) -> set[int]:
-    if value is None:
-        return set()
-    return {int(token) for token in (value if isinstance(value, (list, tuple)) else [value]) if token >= 0}
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return {token for token in values if isinstance(token, int) and token >= 0}
 
 
-def place_images(is_image: Tensor, layouts: list[ImageLayout]) -> list[PlacedImage]:
-    """Assign the placeholders ([B, S] bool) to the images, in reading order.
+def place_images(modality: str, placeholders: Tensor, layouts: list[ImageLayout]) -> list[PlacedImage]:
+    """Assign the placeholders ([B, S] bool) to the images (or videos), in reading order.
 
     Raises:
         PromptError: the placeholders are not exactly those of the images.
     """
     mend = "build the prompt with the processor of this checkpoint, and do not truncate it"
-    places = is_image.nonzero()
+    places = placeholders.nonzero()
     counts = [layout.tokens for layout in layouts]
     if len(places) != sum(counts):
         raise PromptError(
-            f"the prompt has {len(places)} image placeholders, but its {len(layouts)} image(s) make {sum(counts)} visual "
-            f"tokens; {mend}"
+            f"the prompt has {len(places)} {modality} placeholders, but its {len(layouts)} {modality}(s) make "
+            f"{sum(counts)} visual tokens; {mend}"
         )
     placed = []
     for number, (layout, place) in enumerate(zip(layouts, places.split(counts), strict=True)):
         if (place[:, 0] != place[0, 0]).any():
-            raise PromptError(f"the placeholders of image {number} are spread over two prompts of the batch; {mend}")
-        placed.append(PlacedImage(int(place[0, 0]), place[:, 1], layout))
+            raise PromptError(
+                f"the placeholders of {modality} {number} are spread over two prompts of the batch; {mend}"
+            )
+        placed.append(PlacedImage(modality, number, int(place[0, 0]), place[:, 1], layout))
     return placed
+
+
+def frames_of(video: PlacedImage) -> list[PlacedImage]:
+    """One entry per frame of a video; a token that shows no patch belongs to the frame in front of it."""
+    layout = video.layout
+    frame = layout.source // (layout.rows * layout.columns)
+    frame = frame.where(layout.shows_patch, -1).cummax(0).values.clamp_min(0)
+    frames = []
+    for number in range(layout.crops):
+        part = (frame == number).nonzero().flatten()
+        source = layout.source[part]
+        source = source.where(source < 0, source - number * layout.rows * layout.columns)
+        own = ImageLayout(source, crops=1, rows=layout.rows, columns=layout.columns)
+        frames.append(PlacedImage("video", video.number, video.row, video.columns[part], own, None, number, part))
+    return frames
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from adafv.core import ImageLayout
 
 @dataclass
 class Record:
-    """One run: one entry per image in all lists, in the order of the images in the prompts."""
+    """One run: one entry per image (or video, or frame with a budget of its own) in all lists, in the prompts' order."""
 
     kept: list[Tensor]
     """[K] long, ascending: indices into the image's own tokens as the stock model would place them. Merged tokens: the
@@ -24,10 +24,14 @@ class Record:
     """[batch, length] bool over the prompt as given: True where the token stayed. Of padding it says nothing."""
     rows: list[int]
     """The prompt of the batch that the image stands in."""
+    modalities: list[str]
+    """"image" or "video"."""
+    frames: list[int | None]
+    """With a budget per frame: which frame of its video; else None."""
     layouts: list[ImageLayout]
     """Where each token of the image comes from."""
     crop: list[Tensor]
-    """[K] long: crop that the kept token shows, -1 where it shows none (newlines)."""
+    """[K] long: crop (frame of a video) that the kept token shows, -1 where it shows none (newlines)."""
     row: list[Tensor]
     """[K] long: row inside the crop."""
     column: list[Tensor]

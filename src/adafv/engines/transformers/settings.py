@@ -9,6 +9,7 @@ from adafv.errors import OptionError
 from adafv.methods import Method, method_named
 
 POSITIONS = ("compact", "original")
+VIDEO_BUDGETS = ("clip", "frame")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Settings:
     positions: str
     scope: str
     template: ChatTemplate | None
+    video: str
 
     @classmethod
     def of(
@@ -29,6 +31,7 @@ class Settings:
         positions: str = "compact",
         text: str | None = None,
         processor: Any = None,
+        video: str = "clip",
         **parameters: Any,
     ) -> "Settings":
         """Check the options, see `Pruner`."""
@@ -36,9 +39,11 @@ class Settings:
             method = method_named(method, **parameters)
         if positions not in POSITIONS:
             raise OptionError(f"positions={positions!r}; known are: {', '.join(POSITIONS)}")
+        if video not in VIDEO_BUDGETS:
+            raise OptionError(f"video={video!r}; known are: {', '.join(VIDEO_BUDGETS)}")
         if method.published_layout:
             if positions != "compact":
                 raise OptionError("the published variant repeats tokens, so they have no original positions")
             text = "after" if text is None else text
         scope, template = resolve_scope(text, processor)
-        return cls(method, check_keep(keep), positions, scope, template)
+        return cls(method, check_keep(keep), positions, scope, template, video)

@@ -88,7 +88,7 @@ def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatT
         PromptError: there is none.
     """
     row, first, last = image.row, int(image.columns[0]), int(image.columns[-1])
-    countable = prompt.attended[row] & ~prompt.is_image[row]
+    countable = prompt.attended[row] & ~prompt.is_visual[row]
     column = torch.arange(prompt.length)
     if scope == "after":
         counts = countable & (column > last)

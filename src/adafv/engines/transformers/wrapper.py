@@ -15,12 +15,13 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers.utils import ModelOutput
 
-from adafv.engines.transformers.cache import CacheContents, remember
+from adafv.engines.transformers.cache import remember
 from adafv.engines.transformers.compress import CompressedInputs, compress_call
 from adafv.engines.transformers.generation import PromptRestorer, fill_in_mask, refuse_unsupported, shift_lengths
 from adafv.engines.transformers.record import Record, timed
@@ -43,10 +44,12 @@ class Pruner:
         method: a name (see `adafv methods`) or a `Method`.
         keep: tokens per image over all its crops (int), or share of the image's tokens (float; 1.0 keeps all).
         positions: "compact": tokens move up to close the gaps, as in the paper; "original": each keeps the position it
-            has in the full prompt.
+            has in the full prompt. With M-RoPE (Qwen), where there are no gaps, both are the same.
         text: which text counts, "question", "turn" or "after"; see `adafv.engines.transformers.text`. None: "question"
             with a processor, else "turn".
         processor: the model's processor, to know its chat template.
+        video: what `keep` counts in a video: "clip", the tokens over all its frames, which compete with each other; or
+            "frame", the tokens of each frame.
         **parameters: of the method, where it is given by name.
 
     Raises:
@@ -61,9 +64,10 @@ class Pruner:
         positions: str = "compact",
         text: str | None = None,
         processor: Any = None,
+        video: str = "clip",
         **parameters: Any,
     ) -> None:
-        self.settings = Settings.of(method, keep, positions, text, processor, **parameters)
+        self.settings = Settings.of(method, keep, positions, text, processor, video, **parameters)
 
     def __call__(self, model: Any) -> "PrunedModel":
         """Prepare `model`; nothing changes until the result is entered (`with`) or `enable` is called.
@@ -82,7 +86,7 @@ class AdaFV(Pruner):
         adafv.last.kept
 
     Args:
-        keep, positions, text, processor: see `Pruner`.
+        keep, positions, text, processor, video: see `Pruner`.
         objective: how the geometric mean is maximised: "joint" (optimum by Frank-Wolfe, with a certificate) or "split"
             (the paper's search).
         variant: "corrected", or "published" for the published code to the letter, bugs and token layout included; then
@@ -98,9 +102,17 @@ class AdaFV(Pruner):
         positions: str = "compact",
         text: str | None = None,
         processor: Any = None,
+        video: str = "clip",
     ) -> None:
         super().__init__(
-            "adafv", keep, positions=positions, text=text, processor=processor, objective=objective, variant=variant
+            "adafv",
+            keep,
+            positions=positions,
+            text=text,
+            processor=processor,
+            video=video,
+            objective=objective,
+            variant=variant,
         )
 
 
@@ -164,7 +176,7 @@ class PrunedModel:
             return stock.generate(*args, **kwargs)
         if "inputs" in arguments:
             arguments["input_ids"] = arguments.pop("inputs")
-        refuse_unsupported(self.model, arguments)
+        refuse_unsupported(self.model, self.family, arguments)
         fill_in_mask(self.model, arguments)
         with torch.no_grad():
             call = compress_call(stock, self.family, self.settings, arguments, whole_conversation=True)
@@ -197,7 +209,8 @@ class PrunedModel:
 
     def _concerned(self, arguments: dict[str, Any]) -> bool:
         """Whether a call has images or continues a cache; text alone goes straight to the stock model."""
-        return arguments.get("pixel_values") is not None or arguments.get("past_key_values") is not None
+        names = {"past_key_values", "pixel_values_videos", self.family.images[0]}
+        return any(arguments.get(name) is not None for name in names)
 
     def _run(self, call: CompressedInputs, function: Callable[..., Any]) -> Any:
         record = call.record
@@ -215,7 +228,7 @@ class PrunedModel:
         tokens = contents.tokens
         if sequences is not None and tokens is not None and sequences.shape[0] == tokens.shape[0]:
             tokens = sequences.cpu() if sequences.shape[1] > tokens.shape[1] else tokens  # with the answer
-        contents = CacheContents(contents.compaction, tokens)
+        contents = replace(contents, tokens=tokens)
         for cache in (given_cache, getattr(output, "past_key_values", None)):
             remember(cache, contents)
 

@@ -1,0 +1,1 @@
+"""The test table: one file per family. See `models.FamilyRow`."""
