@@ -5,6 +5,7 @@ Answers go to standard output, everything else to standard error; no error ends 
 """
 
 import contextlib
+import logging
 import sys
 from typing import Annotated
 
@@ -54,11 +55,11 @@ def methods() -> None:
 
 @app.command("families")
 def families() -> None:
-    """List the supported model families and their transformers classes."""
+    """List the supported model families: what each takes, and what is refused."""
     with failures_as_messages():
-        from adafv.families.base import known_families
+        from adafv.families.catalogue import catalogue
 
-        _list({family.name: ", ".join(family.model_classes) for family in known_families()})
+        typer.echo(catalogue())
 
 
 def _list(rows: dict[str, str]) -> None:
@@ -69,6 +70,9 @@ def _list(rows: dict[str, str]) -> None:
 
 def main() -> None:
     """Entry point of the `adafv` command."""
+    # Where torchao is installed, transformers imports it, and it warns of kernels for other machines.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         # An answer in a script that the terminal cannot show must not end the program.
         with contextlib.suppress(AttributeError, ValueError):

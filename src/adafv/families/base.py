@@ -7,6 +7,8 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -15,6 +17,9 @@ from adafv.discovery import concrete_subclasses
 from adafv.errors import UnsupportedModelError
 
 MODALITIES = ("image", "video")
+
+REPEATS_IMAGES_IN_ORDER = Version(transformers.__version__) >= Version("5.23")
+"""Older releases repeat several entries of one prompt in the wrong order for beams and several return sequences."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,10 @@ class Run:
     length: int
     before: int
     """Token in front of it, -1 where there is none or only its embedding is known."""
+    between: tuple[int, ...] = ()
+    """All tokens between the run in front of it in its prompt, or the prompt's first token, and it."""
+    after: int = -1
+    """Token behind it, -1 as in `before`."""
 
 
 @dataclass
@@ -57,6 +66,8 @@ class Family(ABC):
     """Entries of the inputs that describe the images, the pixels first; the encoded images replace them."""
     videos: ClassVar[tuple[str, ...]] = ()
     """The same for videos; empty where the family has none, or they are not supported."""
+    other_names: ClassVar[Mapping[str, str]] = {}
+    """Further names under which processors or callers pass an entry -> its name in `images` or `videos`."""
     saliency: ClassVar[str] = "[CLS]"
     """What the saliency is: the attention of "[CLS]", or the attention "received" where the tower has no [CLS]."""
     downsamples: ClassVar[bool] = False
@@ -66,12 +77,28 @@ class Family(ABC):
     rotary_axes: ClassVar[int] = 0
     """Rows of the positions in a family that gives a visual token a position in time, height and width (M-RoPE); 0 where
     positions are counted along the prompt. Such a family has `positions`."""
+    looks_ahead: ClassVar[bool] = False
+    """Whether a token may look at tokens behind it, as the tokens of an image look at each other in Gemma 3. The stock
+    model reads from `token_type_ids` which do."""
+    first_position: ClassVar[int] = 0
+    """What `forward` counts positions from where it is given none."""
+    prompt: ClassVar[str] = "USER: {image}\n{question} ASSISTANT:"
+    """How a question is put where the processor has no chat template."""
     limits: ClassVar[str] = ""
-    """One line on what is refused, for the catalogue; empty where nothing is."""
+    """One line on what is refused or different, for the catalogue; empty where nothing is."""
 
     @abstractmethod
     def check(self, model: Any) -> None:
         """Raise UnsupportedModelError where this checkpoint cannot be pruned correctly."""
+
+    def check_call(self, model: Any, inputs: Mapping[str, Any], cached: bool, generates: bool) -> None:
+        """Raise UnsupportedCallError where the stock model would read the new images of a call wrongly.
+
+        Args:
+            inputs: of the call, less the images.
+            cached: whether the new images follow tokens that are cached.
+            generates: a call of `generate`, not of `forward`.
+        """
 
     @abstractmethod
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
@@ -110,6 +137,11 @@ class Family(ABC):
     ) -> dict[str, Any]:
         """The same entries for the images at the positions `wanted` alone."""
 
+    def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
+        """The first image as the tower sees it, [C, 3, H, W] in the order of the layout's crops, normalised."""
+        pixels: Tensor = visuals[self.images[0]]
+        return (pixels[0] if pixels.dim() == 5 else pixels)[: layouts[0].crops]
+
     def inputs(self, modality: str) -> tuple[str, ...]:
         """Names of the entries for one modality."""
         return self.images if modality == "image" else self.videos
@@ -117,6 +149,13 @@ class Family(ABC):
     def placeholder(self, model: Any, modality: str) -> int:
         """The token that stands for a visual token in the prompt."""
         return int(getattr(model.config, f"{modality}_token_id"))
+
+    def markers(self, runs: list[Run]) -> list[tuple[int, int, int]]:
+        """(row, first column, one after the last) of what the processor puts around images and between their tiles.
+
+        Nobody's words, so not compared with the image. For families whose config does not name these tokens.
+        """
+        return []
 
     def positions(
         self, model: Any, tokens: Tensor, attended: Tensor, visuals: Mapping[str, Mapping[str, Any]]
@@ -137,7 +176,9 @@ class Family(ABC):
         if len({len(part) for part in features}) == 1:
             return BaseModelOutputWithPooling(pooler_output=torch.stack(features))  # type: ignore[arg-type]
         # A tensor has one length: then every token goes as an image of its own. They are read one after the other.
-        return BaseModelOutputWithPooling(pooler_output=torch.cat(features).unsqueeze(1))  # type: ignore[arg-type]
+        # As [N, D, 1] they are read just so, but `generate` fails to repeat them, where it would mix them up.
+        tokens = torch.cat(features).unsqueeze(1 if REPEATS_IMAGES_IN_ORDER else 2)
+        return BaseModelOutputWithPooling(pooler_output=tokens)  # type: ignore[arg-type]
 
 
 def in_order(patches: Tensor, layout: ImageLayout, filler: Tensor | None = None) -> Tensor:
@@ -156,6 +197,11 @@ def known_families() -> tuple[Family, ...]:
     return tuple(sorted(families, key=lambda family: family.name))
 
 
+def stock_model(model: Any) -> Any:
+    """The model inside a `PeftModel`, whose `forward` and `generate` that one calls; any other model is its own."""
+    return model.get_base_model() if any(cls.__name__ == "PeftModel" for cls in type(model).__mro__) else model
+
+
 def family_of(model: Any) -> Family:
     """The family of `model`, checked against this very checkpoint.
 
@@ -171,8 +217,6 @@ def family_of(model: Any) -> Family:
     hint = ""
     if "OptimizedModule" in names:
         hint = "; compile the language model instead: model.model.language_model.compile()"
-    elif "PeftModel" in names:
-        hint = "; wrap the model inside: AdaFV(...)(peft_model.get_base_model())"
     elif "DataParallel" in names or "DistributedDataParallel" in names:
         hint = "; wrap the model inside: AdaFV(...)(model.module)"
     raise UnsupportedModelError(f"{type(model).__name__} is not a supported model; supported are: {known}{hint}")

@@ -34,6 +34,7 @@ from adafv.engines.transformers.settings import Settings
 from adafv.engines.transformers.text import text_columns
 from adafv.errors import PromptError, UnsupportedCallError
 from adafv.families import MODALITIES, Family, family_of
+from adafv.families.base import stock_model
 from adafv.methods import Method
 
 _IGNORED_LABEL = -100
@@ -79,6 +80,7 @@ def compress(
     Returns:
         The new inputs; what was kept is in their `record`.
     """
+    model = stock_model(model)
     settings = Settings.of(method, keep, positions, text, processor, video, **parameters)
     cache = inputs.get("past_key_values")
     if cached_length(cache) > 0 and contents_of(cache) is None:
@@ -110,6 +112,8 @@ def compress_call(
     with timed(seconds, "compaction"):
         call = Conversation.read(model, family, result, cache, whole_conversation)
         placed, visuals, layouts = new_images(model, family, settings, visuals, call)
+    if placed:
+        family.check_call(model, result, call.prefix.length > 0, call.generates)
     if not placed and not call.prefix.changed and not positions_known(cache):
         return result
     if "cache_position" in result:
@@ -154,7 +158,7 @@ def compress_call(
         if family.rotary_axes:
             delta, attended = set_rotary_positions(model, family, result, call, visuals, whole, compaction)
         else:
-            set_linear_positions(result, call, whole, compaction, settings.positions, whole_conversation)
+            set_linear_positions(family, result, call, whole, compaction, settings.positions, whole_conversation)
         _take_out(model, family, result, call, whole, compaction)
         if placed:
             result["mm_encoder_outputs"] = _by_prompt(family, placed, choices)
@@ -172,11 +176,12 @@ def _visuals(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, dict[str
         raise UnsupportedCallError(
             f"videos are not supported for {family.name}; pass the frames as images, if it takes several"
         )
-    names = {name for modality in MODALITIES for name in family.inputs(modality)}
+    names = {name for modality in MODALITIES for name in family.inputs(modality)} | set(family.other_names)
     taken = {name: inputs.pop(name) for name in names if name in inputs}
+    known = {name: taken[other] for other, name in family.other_names.items() if other in taken} | taken
     visuals = {}
     for modality in MODALITIES:
-        mine = {name: taken[name] for name in family.inputs(modality) if name in taken}
+        mine = {name: known[name] for name in family.inputs(modality) if name in known}
         if family.inputs(modality) and family.inputs(modality)[0] in mine:
             visuals[modality] = mine
     return visuals, taken
@@ -227,6 +232,8 @@ def _take_out(
         values = result.get(name)
         if not isinstance(values, Tensor) or values.dim() < 2 or values.shape[1] == 0:
             continue
+        if name == "token_type_ids" and family.looks_ahead and values.shape[1] == new:
+            values = torch.nn.functional.pad(values, (call.prefix.length, 0))  # they are read from the cache's beginning
         if values.shape[1] == whole.length:
             result[name] = whole.take(values, fill)
         elif values.shape[1] == new:

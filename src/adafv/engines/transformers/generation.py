@@ -15,6 +15,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from adafv.errors import UnsupportedCallError
 from adafv.families import Family
+from adafv.families.base import REPEATS_IMAGES_IN_ORDER
 
 CHUNKED_PREFILL_KEEPS_IMAGES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
 """transformers 5.18 sends no image into any chunk, and answers without having seen it; 5.23 cuts the images up."""
@@ -36,6 +37,11 @@ def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) ->
             "this release of transformers loses the images in chunked prefill; leave prefill_chunk_size out, or run: "
             "pip install --upgrade transformers"
         )
+    if _setting(model, arguments, "prefill_chunk_size") and family.looks_ahead and family.images[0] in arguments:
+        raise UnsupportedCallError(
+            f"chunked prefill cuts apart images whose tokens look at each other, as those of {family.name} do, and the answer "
+            "is another one, with and without pruning; leave prefill_chunk_size out"
+        )
     if _setting(model, arguments, "guidance_scale") not in (None, 1.0):
         if family.rotary_axes:
             raise UnsupportedCallError(
@@ -44,6 +50,20 @@ def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) ->
         if arguments.get("negative_prompt_ids") is not None:
             raise UnsupportedCallError(
                 "classifier-free guidance with a negative prompt is not supported with pruned tokens"
+            )
+
+
+def refuse_mixed_up(model: Any, arguments: dict[str, Any]) -> None:
+    """Raise UnsupportedCallError where `generate` would repeat the kept features in the wrong order."""
+    repeats = [_setting(model, arguments, name) or 1 for name in ("num_beams", "num_return_sequences")]
+    if REPEATS_IMAGES_IN_ORDER or max(repeats) == 1:
+        return
+    for output in (arguments.get("mm_encoder_outputs") or {}).values():
+        features = output.pooler_output
+        if isinstance(features, Tensor) and features.shape[-1] == 1:  # see Family.hand_over
+            raise UnsupportedCallError(
+                "this release of transformers mixes up prompts with different numbers of visual tokens in beam search and "
+                "with several return sequences; give the prompts one by one, or run: pip install --upgrade transformers"
             )
 
 

@@ -24,6 +24,7 @@ from adafv.families import Family
 
 
 def set_linear_positions(
+    family: Family,
     result: dict[str, Any],
     call: Conversation,
     whole: Compaction,
@@ -51,7 +52,7 @@ def set_linear_positions(
         if whole_conversation and isinstance(mask, Tensor) and mask.shape[1] == length:
             given = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
         elif not whole_conversation:
-            given = given[:, -new:]
+            given = given[:, -new:] + family.first_position
     given = given.expand(batch, -1)
     if given.shape[1] not in (length, new):
         raise PromptError(f"position_ids is {list(given.shape)}, but the prompt is [{batch}, {length}]")
@@ -67,6 +68,9 @@ def set_linear_positions(
         lost = columns - first - ((columns >= 0).cumsum(1) - 1)
         moved = (moved - before - lost).where(columns >= 0, 0)
     result["position_ids"] = moved
+    if result.get("attention_mask") is None:
+        # Without a mask, stock models take a gap in the positions for the border between prompts packed into one row.
+        result["attention_mask"] = torch.ones(batch, length, dtype=torch.long, device=call.device)
 
 
 def set_rotary_positions(

@@ -29,7 +29,7 @@ class Prompt:
     turn_ends: Tensor
     """[B, S] bool, tokens that end a turn (end-of-sequence tokens of the model)."""
     special: Tensor
-    """[B, S] bool, begin, end and padding tokens."""
+    """[B, S] bool, begin, end and padding tokens, and what stands around images."""
 
     @property
     def length(self) -> int:
@@ -54,9 +54,11 @@ class Prompt:
         for row, mark in enumerate(self.placeholders[modality]):
             change = torch.nn.functional.pad(mark.to(torch.int8), (1, 1)).diff()
             starts, stops = change.eq(1).nonzero().flatten().tolist(), change.eq(-1).nonzero().flatten().tolist()
-            for start, stop in zip(starts, stops, strict=True):
-                before = int(self.tokens[row, start - 1]) if start else -1
-                found.append(Run(row, start, stop - start, before))
+            tokens = self.tokens[row].tolist() if starts else []
+            for start, stop, last in zip(starts, stops, [0, *stops], strict=False):
+                before = tokens[start - 1] if start else -1
+                after = tokens[stop] if stop < len(tokens) else -1
+                found.append(Run(row, start, stop - start, before, tuple(tokens[last:start]), after))
         return found
 
 
@@ -77,6 +79,13 @@ class PlacedImage:
     """Which frame of a video it is; None for an image, or a whole video."""
     part: Tensor | None = None
     """[N] long, which of the video's tokens are the frame's."""
+    video: tuple[int, int] | None = None
+    """First and last column of the video that it is a frame of."""
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First and last column of the image, or of the whole video; what is between them is nobody's words."""
+        return (int(self.columns[0]), int(self.columns[-1])) if self.video is None else self.video
 
     @property
     def fed(self) -> ImageLayout:
@@ -102,6 +111,8 @@ def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt
         tokens = torch.full(given.shape[:2], -1)
         table = model.get_input_embeddings()
         for token in {*modalities.values(), *specials}:
+            if token >= table.weight.shape[0]:
+                continue  # configs name tokens that the model lacks
             embedding = table(torch.tensor(token, device=given.device)).to(given.dtype)
             tokens[(given == embedding).all(-1).cpu()] = token
     mask = inputs.get("attention_mask")
@@ -113,7 +124,11 @@ def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt
         attended = mask.cpu() != 0
     is_special, is_end = (torch.isin(tokens, torch.tensor(sorted(group or {-2}))) for group in (specials, ends))
     placeholders = {modality: tokens == token for modality, token in modalities.items()}
-    return Prompt(tokens, attended, placeholders, is_end, is_special)
+    prompt = Prompt(tokens, attended, placeholders, is_end, is_special)
+    for modality in modalities:
+        for row, start, stop in family.markers(prompt.runs(modality)):
+            is_special[row, start:stop] = True
+    return prompt
 
 
 def given_prompt(inputs: Mapping[str, Any]) -> Tensor:
@@ -185,17 +200,25 @@ def place_images(modality: str, placeholders: Tensor, layouts: list[ImageLayout]
 
 
 def frames_of(video: PlacedImage) -> list[PlacedImage]:
-    """One entry per frame of a video; a token that shows no patch belongs to the frame in front of it."""
+    """One entry per frame of a video.
+
+    A token that shows no patch belongs to the frame in front of it, as a newline does; in a layout that begins with one,
+    to the frame behind it, as a frame's [CLS] does.
+    """
     layout = video.layout
     frame = layout.source // (layout.rows * layout.columns)
-    frame = frame.where(layout.shows_patch, -1).cummax(0).values.clamp_min(0)
+    if layout.shows_patch[0]:
+        frame = frame.where(layout.shows_patch, -1).cummax(0).values
+    else:
+        frame = frame.where(layout.shows_patch, layout.crops - 1).flip(0).cummin(0).values.flip(0)
     frames = []
     for number in range(layout.crops):
         part = (frame == number).nonzero().flatten()
         source = layout.source[part]
         source = source.where(source < 0, source - number * layout.rows * layout.columns)
         own = ImageLayout(source, crops=1, rows=layout.rows, columns=layout.columns)
-        frames.append(PlacedImage("video", video.number, video.row, video.columns[part], own, None, number, part))
+        columns = video.columns[part]
+        frames.append(PlacedImage("video", video.number, video.row, columns, own, None, number, part, video.span))
     return frames
 
 

@@ -13,6 +13,7 @@ Templates without an end-of-turn token (LLaVA-1.5's) have one long "turn" for th
 stable choice.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class ChatTemplate:
     after_words: tuple[int, ...]
     """Tokens from the end of the user's words to the start of the answer."""
     decode: Callable[[list[int]], str]
-    """Of the tokenizer; tells blank tokens from words."""
+    """Of the tokenizer; tells words from blank tokens and special ones."""
 
     @classmethod
     def of(cls, processor: Any) -> "ChatTemplate":
@@ -50,7 +51,7 @@ class ChatTemplate:
             raise OptionError("text='question' needs a processor with a chat template; use text='turn' or 'after'")
         image, words = {"type": "image"}, _two_words(processor.tokenizer)
         first, second = (_render(processor, [image, {"type": "text", "text": word}]) for word in words)
-        placeholder = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+        placeholder = processor.tokenizer.convert_tokens_to_ids(image_text(processor))
         if placeholder not in first:
             raise OptionError("the chat template does not show images; use text='turn' or 'after'")
         behind_first, behind_second = (ids[ids.index(placeholder) + 1 :] for ids in (first, second))
@@ -63,7 +64,9 @@ class ChatTemplate:
         before_words: tuple[int, ...] = ()
         if front_first != front_second:
             before_words = _common_start(front_first, front_second)[-3:]
-        return cls(before_words, after_image, after_words, processor.tokenizer.decode)
+        # Special tokens are nobody's words: some processors put markers around an image that the template does not show.
+        decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True)
+        return cls(before_words, after_image, after_words, decode)
 
     def words(self, tokens: list[int], image_start: int, image_end: int, turn: tuple[int, int]) -> list[int]:
         """Columns of the user's words, blanks left out, in the turn of an image at image_start..image_end (exclusive)."""
@@ -87,9 +90,10 @@ def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatT
     Raises:
         PromptError: there is none.
     """
-    row, first, last = image.row, int(image.columns[0]), int(image.columns[-1])
+    row, (first, last) = image.row, image.span
     countable = prompt.attended[row] & ~prompt.is_visual[row]
     column = torch.arange(prompt.length)
+    countable &= (column < first) | (column > last)  # the times between the frames of a video are nobody's words
     if scope == "after":
         counts = countable & (column > last)
     else:
@@ -121,6 +125,17 @@ def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatT
             "ask a question, or use a method that does not look at text (saliency, random, uniform)"
         )
     return found
+
+
+def image_text(processor: Any) -> str:
+    """What stands for one image in a prompt before the processor sees it.
+
+    Mostly the token that is repeated for every visual token. Gemma writes the one that begins an image, and the processor
+    puts the others behind it.
+    """
+    template = str(getattr(processor, "chat_template", None) or "")
+    begin = getattr(processor, "boi_token", None)
+    return str(begin) if begin is not None and str(begin) in template else str(processor.image_token)
 
 
 def _render(processor: Any, content: list[dict[str, str]]) -> list[int]:

@@ -1,7 +1,7 @@
 """`AdaFV` and `Pruner`: pruning around `generate` and `forward` of one model.
 
 How a model is wrapped. While enabled, the model object (and no other) has a class of its own, derived from its stock
-class, in which `generate` and `forward` are properties that lead here; PyTorch's own parametrisations and FSDP2 work
+class, in which `generate` and `forward` are descriptors that lead here; PyTorch's own parametrisations and FSDP2 work
 the same way. Compared with replacing the methods on the object this has three advantages: the object's dictionary stays
 untouched, so disabling restores the model exactly; a replaced `forward` (accelerate's device hooks put one there) is
 overruled but still called; and a copy of the model can be given the stock class back, instead of methods that are bound
@@ -14,8 +14,10 @@ loop never meets the wrapper again, and nothing of one call is stored on a modul
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,11 +25,17 @@ from transformers.utils import ModelOutput
 
 from adafv.engines.transformers.cache import remember
 from adafv.engines.transformers.compress import CompressedInputs, compress_call
-from adafv.engines.transformers.generation import PromptRestorer, fill_in_mask, refuse_unsupported, shift_lengths
+from adafv.engines.transformers.generation import (
+    PromptRestorer,
+    fill_in_mask,
+    refuse_mixed_up,
+    refuse_unsupported,
+    shift_lengths,
+)
 from adafv.engines.transformers.record import Record, timed
 from adafv.engines.transformers.settings import Settings
 from adafv.errors import AlreadyEnabledError, UnsupportedCallError
-from adafv.families import family_of
+from adafv.families.base import family_of, stock_model
 from adafv.methods import Method
 
 _HANDLE = "_adafv"
@@ -120,9 +128,9 @@ class PrunedModel:
     """A model and how it is pruned; a context manager, or switched by `enable` and `disable`."""
 
     def __init__(self, model: Any, settings: Settings) -> None:
-        self.model = model
+        self.model = stock_model(model)
         self.settings = settings
-        self.family = family_of(model)
+        self.family = family_of(self.model)
         self._stock: Any = None
         self._latest: Record | None = None
         self._own = threading.local()
@@ -168,6 +176,19 @@ class PrunedModel:
     def __exit__(self, *exception: Any) -> None:
         self.disable()
 
+    @property
+    def _inside(self) -> bool:
+        """Whether this thread is in a call of the wrapped model."""
+        return getattr(self._own, "depth", 0) > 0
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        self._own.depth = getattr(self._own, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            self._own.depth -= 1
+
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         stock = self._stock
         arguments = _by_name(stock.generate, args, kwargs)
@@ -180,6 +201,7 @@ class PrunedModel:
         fill_in_mask(self.model, arguments)
         with torch.no_grad():
             call = compress_call(stock, self.family, self.settings, arguments, whole_conversation=True)
+        refuse_mixed_up(self.model, call)
         prompt = arguments.get("input_ids")
         restorer = None
         if call.contents is not None:
@@ -209,7 +231,7 @@ class PrunedModel:
 
     def _concerned(self, arguments: dict[str, Any]) -> bool:
         """Whether a call has images or continues a cache; text alone goes straight to the stock model."""
-        names = {"past_key_values", "pixel_values_videos", self.family.images[0]}
+        names = {"past_key_values", "pixel_values_videos", self.family.images[0], *self.family.other_names}
         return any(arguments.get(name) is not None for name in names)
 
     def _run(self, call: CompressedInputs, function: Callable[..., Any]) -> Any:
@@ -251,34 +273,48 @@ def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     return {name: value for name, value in (*zip(names, args, strict=False), *kwargs.items()) if value is not None}
 
 
+class _Entry:
+    """`generate` or `forward` of a wrapped model. A data descriptor: it overrules what is put on the object."""
+
+    def __init__(self, stock_class: Any, name: str) -> None:
+        self._stock_function = getattr(stock_class, name)
+        self._name = name
+
+    def __get__(self, model: Any, owner: Any = None) -> Any:
+        name, stock_function = self._name, self._stock_function
+        if model is None:  # Trainer reads the names of the labels off the class
+            return stock_function
+        handle: PrunedModel = model.__dict__[_HANDLE]
+        if handle.model is not model:
+            raise UnsupportedCallError(
+                "this is a replica of a wrapped model, as nn.DataParallel makes them; use DistributedDataParallel, "
+                "or one process per device"
+            )
+        beneath = model.__dict__.get(name)
+
+        # `generate` reads the signature of `forward`; so must whoever reads ours.
+        @functools.wraps(stock_function)
+        def call(_: Any, *args: Any, **kwargs: Any) -> Any:
+            # Who replaces `forward` while the model is wrapped, as accelerate does for bf16, calls this one from inside
+            # the new one. By then the prompt is pruned already, or the model is no longer wrapped at all.
+            replaced = model.__dict__.get(name) is not beneath
+            if not handle.enabled or (replaced and handle._inside):
+                return stock_function(handle._stock, *args, **kwargs) if beneath is None else beneath(*args, **kwargs)
+            with handle._entered():
+                return getattr(handle, f"_{name}")(*args, **kwargs)
+
+        return MethodType(call, model)
+
+    def __set__(self, model: Any, value: Any) -> None:
+        model.__dict__[self._name] = value
+
+    def __delete__(self, model: Any) -> None:
+        del model.__dict__[self._name]
+
+
 @functools.cache
 def _wrapped_class(stock_class: Any) -> Any:
     """The class of an enabled model: `stock_class` with `generate` and `forward` leading to the handle."""
-
-    def entry(name: str) -> property:
-        def get(model: Any) -> Any:
-            handle: PrunedModel = model.__dict__[_HANDLE]
-            if handle.model is not model:
-                raise UnsupportedCallError(
-                    "this is a replica of a wrapped model, as nn.DataParallel makes them; use DistributedDataParallel, "
-                    "or one process per device"
-                )
-            pruned = getattr(handle, f"_{name}")
-
-            # `generate` reads the signature of `forward`; so must whoever reads ours.
-            @functools.wraps(getattr(handle._stock, name))
-            def call(*args: Any, **kwargs: Any) -> Any:
-                return pruned(*args, **kwargs)
-
-            return call
-
-        def put(model: Any, value: Any) -> None:
-            model.__dict__[name] = value
-
-        def delete(model: Any) -> None:
-            del model.__dict__[name]
-
-        return property(get, put, delete)
 
     def reduce(model: Any, protocol: Any) -> Any:
         """Copies and pickles are of the stock class, without the handle: a copy is an unwrapped model."""
@@ -286,6 +322,6 @@ def _wrapped_class(stock_class: Any) -> Any:
         stock.__dict__.update({name: value for name, value in model.__dict__.items() if name != _HANDLE})
         return stock.__reduce_ex__(1)  # from protocol 2 on, pickle insists on the class of the very object
 
-    names = {"generate": entry("generate"), "forward": entry("forward"), "__reduce_ex__": reduce}
+    names = {**{name: _Entry(stock_class, name) for name in ("generate", "forward")}, "__reduce_ex__": reduce}
     identity = {name: getattr(stock_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(stock_class.__name__, (stock_class,), {**names, **identity})
