@@ -11,7 +11,7 @@ Every engine (transformers today, vLLM next) calls these functions; none has an 
 
 from adafv.core.budget import tokens_to_keep
 from adafv.core.layout import ImageLayout
-from adafv.core.received import received_attention
+from adafv.core.received import patch_saliency
 from adafv.core.scores import class_attention, text_to_image_attention
 from adafv.core.selection import (
     Selection,
@@ -29,9 +29,9 @@ __all__ = [
     "class_attention",
     "geometric_mean",
     "joint_search",
+    "patch_saliency",
     "published_search",
     "published_tokens",
-    "received_attention",
     "split_search",
     "text_to_image_attention",
     "tokens_to_keep",

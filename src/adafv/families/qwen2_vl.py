@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adafv.core import ImageLayout, received_attention
+from adafv.core import ImageLayout
 from adafv.families.base import Encoded, Family, Run
-from adafv.families.towers import Tap, twin_of
+from adafv.families.towers import Tap, patch_score, twin_of
 
 
 class Qwen2VL(Family):
@@ -56,7 +56,7 @@ class Qwen2VL(Family):
     ) -> Encoded:
         pixels, sizes, *_ = self.inputs(modality)
         tower = model.model.visual
-        tap = Tap(tower, f"blocks.{self.tapped_block(tower)}.attn", _received) if saliency else None
+        tap = Tap(tower, f"blocks.{self.tapped_block(tower)}.attn", patch_score) if saliency else None
         twin = twin_of(model.model) if tap is None else twin_of(model.model, visual=tap.tower)
         # The stock method of the stock class, on a twin whose only difference is the tower.
         output = getattr(twin, f"get_{modality}_features")(visuals[pixels], visuals[sizes], return_dict=True)
@@ -80,6 +80,16 @@ class Qwen2VL(Family):
         positions, _ = model.model.get_rope_index(tokens, mm_token_type_ids=kinds, attention_mask=attended, **sizes)
         return positions  # type: ignore[no-any-return]
 
+    def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
+        config = model.config.vision_config
+        merge, side, layout = config.spatial_merge_size, config.patch_size, layouts[0]
+        patches = visuals["pixel_values"][: layout.tokens * merge**2]
+        patches = patches.view(layout.rows, layout.columns, merge, merge, -1, config.temporal_patch_size, side, side)
+        still = patches[..., 0, :, :]  # an image is repeated in time
+        return still.permute(4, 0, 2, 5, 1, 3, 6).reshape(
+            1, -1, layout.rows * merge * side, layout.columns * merge * side
+        )
+
     def tapped_block(self, tower: Any) -> int:
         """The block whose attention is read: the last, from whose output the merger makes the tokens."""
         return len(tower.blocks) - 1
@@ -95,7 +105,3 @@ class Qwen2VL(Family):
     def grids(self, modality: str, visuals: Mapping[str, Any]) -> list[list[int]]:
         """(frames, rows, columns) of patches of every image or video."""
         return torch.as_tensor(visuals[self.inputs(modality)[1]]).tolist()
-
-
-def _received(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
-    return received_attention(query, key, scaling)  # one run per frame: all of it may look at all of it

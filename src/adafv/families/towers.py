@@ -11,6 +11,7 @@ model: they are shared by all threads, and skipping the dead layers with them wo
 """
 
 import copy
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -22,25 +23,32 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from adafv.core import class_attention, received_attention
+from adafv.core import class_attention, patch_saliency
 from adafv.errors import UnsupportedModelError
 
 TAPPED_ATTENTION = "adafv_tapped"
 """Name of our attention function in transformers' registry; only twins ever name it."""
 
-_NOT_ASKED = (
-    "the tower's attention did not run through transformers' attention interface, so there is no saliency; "
-    "was a forward method of the tower replaced?"
-)
+Score = Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+"""From query, key, value [..., H, N, d], output [..., N, D], scaling and mask of a layer to its saliency [..., N]."""
 
 
-Score = Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
-"""From query, key [..., H, N, d], scaling and mask of a layer to its saliency [..., N]."""
-
-
-def class_score(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+def class_score(
+    query: Tensor, key: Tensor, value: Tensor, features: Tensor, scaling: float, mask: Tensor | None
+) -> Tensor:
     """Saliency of a tower whose token 0 is [CLS]: see `adafv.core.class_attention`."""
     return class_attention(query, key, scaling)
+
+
+def patch_score(
+    query: Tensor, key: Tensor, value: Tensor, features: Tensor, scaling: float, mask: Tensor | None
+) -> Tensor:
+    """Saliency of a tower without [CLS]: see `adafv.core.patch_saliency`. A patch that nothing may look at is padding."""
+    padding = None
+    if mask is not None:
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        padding = ~allowed.flatten(1, -2).any(dim=1)
+    return patch_saliency(query, key, value, features, scaling, padding)
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class TowerShape:
 
     @property
     def score(self) -> Score:
-        return class_score if self.has_class_token else received_attention
+        return class_score if self.has_class_token else patch_score
 
     @property
     def strategy(self) -> str:
@@ -65,6 +73,9 @@ TOWERS = {
     "CLIPVisionModel": TowerShape("encoder.layers", "self_attn"),
     "ViTModel": TowerShape("layers", "attention"),
     "SiglipVisionModel": TowerShape("encoder.layers", "self_attn", has_class_token=False),
+    "InternVLVisionModel": TowerShape("encoder.layer", "attention"),
+    "Idefics3VisionTransformer": TowerShape("encoder.layers", "self_attn", has_class_token=False),
+    "SmolVLMVisionTransformer": TowerShape("encoder.layers", "self_attn", has_class_token=False),
 }
 """Towers of one crop after the other, whose attention goes through transformers' attention interface."""
 
@@ -105,18 +116,15 @@ class Tap:
     """
 
     def __init__(self, tower: nn.Module, attention: str, score: Score) -> None:
-        self._scores: list[Tensor] = []
         tower = uncompiled(tower)
-        self.tower: Any = _with(
-            tower, attention.split("."), _tapped_twin(tower.get_submodule(attention), score, self._scores)
-        )
+        path, _, name = attention.rpartition(".")
+        self._layer = _TappedLayer(tower.get_submodule(path), name, score)
+        self.tower: Any = _with(tower, path.split("."), self._layer.twin)
 
     @property
     def scores(self) -> list[Tensor]:
         """Raises UnsupportedModelError where the attention was never asked."""
-        if not self._scores:
-            raise UnsupportedModelError(_NOT_ASKED)
-        return self._scores
+        return self._layer.scores
 
 
 class TappedTower:
@@ -135,18 +143,18 @@ class TappedTower:
         shape = TOWERS[type(tower).__name__]
         layers = list(_layers_of(tower))
         self._states: list[Tensor | None] = [None] * (len(layers) + 1)
-        self._tapped: list[Tensor] = []
-        self._wanted = saliency
+        self._tapped: _TappedLayer | None = None
 
         read = _read_layers(feature_layers, len(layers))
         deepest = max(read)
+        self._complete = deepest == len(layers)
         layers = layers[:deepest]
+        if saliency:
+            self._tapped = _TappedLayer(layers[deepest - 1], shape.attention, shape.score)
+            layers[deepest - 1] = self._tapped.twin
         for index in read:
             layers[index - 1] = twin_of(layers[index - 1])
             layers[index - 1].register_forward_hook(self._record(index))
-        if saliency:
-            attention = getattr(layers[deepest - 1], shape.attention)
-            layers[deepest - 1]._modules[shape.attention] = _tapped_twin(attention, shape.score, self._tapped)
         self._twin = _with(tower, shape.layers.split("."), nn.ModuleList(layers))
 
     def _record(self, index: int) -> Callable[..., None]:
@@ -157,14 +165,17 @@ class TappedTower:
 
     def __call__(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         kwargs |= {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
-        self._twin(pixel_values, **kwargs)
-        if self._wanted and not self._tapped:
-            raise UnsupportedModelError(_NOT_ASKED)
-        return BaseModelOutputWithPooling(hidden_states=tuple(self._states))  # type: ignore[arg-type]
+        output = self._twin(pixel_values, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state if self._complete else None,
+            hidden_states=tuple(self._states),  # type: ignore[arg-type]
+        )
 
     @property
     def saliency(self) -> Tensor:
-        return self._tapped[-1]
+        """Raises UnsupportedModelError where the attention was never asked."""
+        assert self._tapped is not None
+        return self._tapped.scores[-1]
 
 
 def patch_grid(tower: nn.Module, height: int, width: int) -> tuple[int, int]:
@@ -229,28 +240,70 @@ def twin_of(module: nn.Module, **modules: nn.Module) -> Any:
     return twin
 
 
-def _tapped_twin(attention: nn.Module, score: Score, sink: list[Tensor]) -> nn.Module:
-    config = attention.config
-    default = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
-    twin = twin_of(attention)
-    twin.__dict__["adafv_tap"] = (score, sink)
-    twin.__dict__["adafv_attention"] = ALL_ATTENTION_FUNCTIONS.get_interface(
-        config._attn_implementation,  # type: ignore[union-attr,arg-type]
-        default,  # type: ignore[arg-type]
-    )
-    twin.__dict__["config"] = copy.copy(config)
-    twin.__dict__["config"]._attn_implementation_internal = TAPPED_ATTENTION
-    return twin
+@dataclass
+class _Attended:
+    """One run of a tapped attention."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    mask: Tensor | None
+
+
+class _TappedLayer:
+    """A twin of a layer whose attention is tapped: `twin` runs as the layer does, and then `scores` are there."""
+
+    def __init__(self, layer: nn.Module, attention: str, score: Score) -> None:
+        self._score = score
+        self._runs: list[_Attended] = []
+        self._scores: list[Tensor] = []
+        self.twin: Any = _with(layer, attention.split("."), self._tapped(layer.get_submodule(attention)))
+        self.twin.register_forward_hook(self._end_of_layer)
+
+    @property
+    def scores(self) -> list[Tensor]:
+        if not self._scores:
+            raise UnsupportedModelError(
+                "the tower's attention did not run through transformers' attention interface, so there is no saliency; "
+                "was a forward method of the tower replaced?"
+            )
+        return self._scores
+
+    def _tapped(self, attention: nn.Module) -> nn.Module:
+        config = attention.config
+        default = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+        twin = twin_of(attention)
+        twin.__dict__["adafv_runs"] = self._runs
+        twin.__dict__["adafv_stock"] = attention
+        twin.__dict__["adafv_attention"] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            config._attn_implementation,  # type: ignore[union-attr,arg-type]
+            default,  # type: ignore[arg-type]
+        )
+        twin.__dict__["config"] = copy.copy(config)
+        twin.__dict__["config"]._attn_implementation_internal = TAPPED_ATTENTION
+        return twin  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _end_of_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
+        features: Tensor = (output[0] if isinstance(output, tuple) else output).detach()
+        shapes = [(*run.query.shape[:-3], run.query.shape[-2]) for run in self._runs]
+        parts = features.flatten(0, -2).split([math.prod(shape) for shape in shapes])
+        self._scores += [
+            self._score(run.query, run.key, run.value, part.unflatten(0, shape), run.scaling, run.mask)
+            for run, part, shape in zip(self._runs, parts, shapes, strict=True)
+        ]
+        self._runs.clear()
 
 
 def _tapped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Any:
     scaling = kwargs.get("scaling")
-    score, sink = module.adafv_tap
-    with torch.no_grad():
-        sink.append(score(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask))
-    return module.adafv_attention(module, query, key, value, attention_mask, **kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    module.adafv_runs.append(_Attended(query.detach(), key.detach(), value.detach(), scaling, attention_mask))
+    # The stock module goes along: flash attention looks up its kernel by the name in the module's config.
+    return module.adafv_attention(module.adafv_stock, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(TAPPED_ATTENTION, _tapped_attention)
