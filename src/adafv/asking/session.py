@@ -16,6 +16,8 @@ from torch import Tensor
 from adafv.asking.failures import UsageError
 from adafv.asking.models import folder_or_id
 from adafv.engines.transformers import Pruner, Record
+from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.text import image_text
 from adafv.errors import AdaFVError, OptionError, UnsupportedModelError
 from adafv.families.base import family_of, known_families
 from adafv.picture import tower_view
@@ -130,7 +132,7 @@ class Session:
 
     def inputs(self, image: Image, question: str) -> Any:
         """One image and one question, as the model takes them."""
-        placeholder = self.processor.image_token
+        placeholder = image_text(self.processor)
         if placeholder in question:
             raise UsageError(f"the question holds {placeholder}, which stands for an image; leave it out")
         prompt = self._prompt(question)
@@ -142,7 +144,7 @@ class Session:
 
     def _prompt(self, question: str) -> str:
         if getattr(self.processor, "chat_template", None) is None:
-            return f"USER: {self.processor.image_token}\n{question} ASSISTANT:"
+            return family_of(self.model).prompt.format(image=image_text(self.processor), question=question)
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
 
@@ -192,7 +194,8 @@ class Session:
             known: answers that there are already.
         """
         answers = {name: known.get(name) or self.ask(inputs, pruner, max_new_tokens) for name, pruner in modes.items()}
-        tokens = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
+        placeholder = family_of(self.model).placeholder(self.model, "image")
+        tokens = int((inputs["input_ids"] == placeholder).sum())
         seconds: dict[str, list[float]] = {name: [] for name in modes}
         kv_mib = {name: self.ask(inputs, pruner, 1).kv_mib for name, pruner in modes.items()}
         for _ in range(repeats):
@@ -233,8 +236,9 @@ class Session:
 
     def tower_view(self, inputs: Any) -> Tensor:
         """The first image as the tower saw it: [C, 3, H, W] in 0..255."""
-        pixel_values = inputs["pixel_values"]
-        pixels = pixel_values[0] if pixel_values.dim() == 5 else pixel_values
+        family = family_of(self.model)
+        runs = read_prompt(self.model, family, inputs).runs("image")
+        pixels = family.view(self.model, inputs, family.layouts(self.model, "image", inputs, runs))
         settings = self.processor.image_processor
         normalized = getattr(settings, "do_normalize", True)
         mean = settings.image_mean if normalized else [0.0, 0.0, 0.0]
