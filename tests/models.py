@@ -136,12 +136,27 @@ class FamilyRow:
     """The same for videos of so many frames; None where the family has none."""
     clips: tuple[int, ...] = (4, 2)
     """Frames of two videos."""
-    token_types: dict[str, dict[int, int]] = field(default_factory=dict)
-    """Entries along the prompt that tell kinds of tokens apart: name -> token -> number (0 for all others)."""
+    token_types: dict[str, dict[int, int] | Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
+    """Entries along the prompt that tell kinds of tokens apart: name -> token -> number (0 for all others), or name ->
+    (tokens -> numbers)."""
+    one_placeholder: bool = False
+    """Images and videos have the same placeholder; the stock model then takes either, but not both in one call."""
+    answer_types: dict[str, int] = field(default_factory=dict)
+    """Entry along the prompt -> number of all that follows the first prompt, where that is not 0."""
     joined: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
     """(entries of one image, of another) -> of both in one prompt; None: joined along the first axis."""
+    needs_ids: bool = False
+    """Whether embeddings alone are refused: which tiles make an image is known from the tokens between them."""
     rotary: bool = False
     """Positions in time, height and width (M-RoPE)."""
+    mixes_up_images: bool = False
+    """Whether the stock model repeats images wrongly for beams and return sequences in every release, see oracle.py."""
+    looks_ahead: bool = False
+    """Tokens of an image look at each other both ways, as `token_types` say."""
+    static_cache: bool = True
+    """Whether the stock model takes a static cache."""
+    continued_with_images: bool = True
+    """Whether the stock model, in this release, can be shown an image behind what is cached."""
     deep: bool = False
     """Whether the tests of the wrapper itself, which do not depend on the family, run over it too."""
 
@@ -150,7 +165,8 @@ def _every_row() -> list[FamilyRow]:
     import rows
 
     names = sorted(module.name for module in pkgutil.iter_modules(rows.__path__))
-    return [importlib.import_module(f"rows.{name}").ROW for name in names]
+    found = [importlib.import_module(f"rows.{name}").ROW for name in names]
+    return [row for row in found if row is not None]  # None: this release of transformers lacks the class
 
 
 def image_lengths(model: Any, images: dict[str, Any]) -> list[int]:
@@ -203,13 +219,21 @@ def make_inputs(
     return {"input_ids": ids, "attention_mask": mask, **token_types(row, ids), **inputs}
 
 
-def token_types(row: FamilyRow, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The entries along the prompt that the processor of the family would add."""
+def token_types(row: FamilyRow, ids: torch.Tensor, prompt: int | None = None) -> dict[str, torch.Tensor]:
+    """The entries along the prompt that the processor of the family would add.
+
+    With `prompt`, a number of columns, for a conversation of which these were the first prompt.
+    """
     found = {}
     for name, kinds in row.token_types.items():
+        if callable(kinds):
+            found[name] = kinds(ids)
+            continue
         found[name] = torch.zeros_like(ids)
         for token, kind in kinds.items():
             found[name][ids == token] = kind
+        if prompt is not None and name in row.answer_types:
+            found[name][:, prompt:] = row.answer_types[name]
     return found
 
 

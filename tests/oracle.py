@@ -70,6 +70,7 @@ def kept_logits(logits: Tensor, mask: Tensor) -> list[Tensor]:
 
 VISUAL_INPUTS = (
     "pixel_values",
+    "pixel_values_images",
     "pixel_values_videos",
     "image_sizes",
     "image_sizes_videos",
@@ -78,14 +79,20 @@ VISUAL_INPUTS = (
     "image_grid_thw",
     "video_grid_thw",
     "second_per_grid_ts",
+    "image_merge_sizes",
+    "video_merge_sizes",
+    "video_compression_mask",
 )
 
 
 def encoded_by_prompt(model: Any, inputs: dict[str, Any], image_token: int = IMAGE) -> dict[str, Any]:
     """`inputs` with all images encoded by the stock model, one entry per prompt: an order that no release mixes up."""
     outputs = {}
-    for modality, token, pixels in (("image", image_token, "pixel_values"), ("video", VIDEO, "pixel_values_videos")):
-        if pixels not in inputs:
+    for modality, token, pixels in (
+        ("image", image_token, {"pixel_values", "pixel_values_images"}),
+        ("video", VIDEO, {"pixel_values_videos"}),
+    ):
+        if not pixels & inputs.keys():
             continue
         encode = getattr(model.model, f"get_{modality}_features")
         mine = {
@@ -94,13 +101,17 @@ def encoded_by_prompt(model: Any, inputs: dict[str, Any], image_token: int = IMA
             if name in inputs and ("video" in name) == (modality == "video")
         }
         mine.pop("image_sizes_videos", None)
-        if mine.pop("second_per_grid_ts", None) is not None and modality == "image":
-            pass
+        mine.pop("second_per_grid_ts", None)
+        shown = mine.pop("video_compression_mask", None)  # the language model applies it, to all videos at once
         with torch.no_grad():
             encoded = encode(**mine, return_dict=True)
+        if not (inputs["input_ids"] == token).any():
+            modality, token = "image", image_token  # one placeholder for both
         features = encoded.pooler_output
         is_tensor = isinstance(features, Tensor)
         joined = features.flatten(0, -2) if is_tensor else torch.cat([part.flatten(0, -2) for part in features])
+        if shown is not None:
+            joined = joined[shown]
         counts = [count for count in (int(row.sum()) for row in inputs["input_ids"] == token) if count]
         parts: Any = list(joined.split(counts))
         if is_tensor:

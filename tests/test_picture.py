@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from adafv import picture
 from adafv.core import ImageLayout
 from adafv.engines.transformers import Record
 from adafv.errors import OptionError
@@ -27,6 +28,8 @@ def record(layout: ImageLayout, kept: list[int], **changes: Any) -> Record:
         "kept": [index],
         "keep_mask": torch.ones(1, layout.tokens, dtype=torch.bool),
         "rows": [0],
+        "modalities": ["image"],
+        "frames": [None],
         "layouts": [layout],
         "crop": [crop],
         "row": [row],
@@ -213,3 +216,14 @@ class TestCrops:
         mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
         normalised = (seen / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
         assert torch.allclose(tower_view(normalised, mean, std), seen, atol=1e-3)
+
+
+@pytest.mark.parametrize(("crops", "across"), [(2, 2), (4, 2), (6, 3), (7, 7), (12, 4)])
+def test_frames_of_a_video_are_drawn_one_after_the_other(crops: int, across: int) -> None:
+    layout = ImageLayout(torch.arange(crops * 4), crops, 2, 2)
+    frames = torch.stack([torch.full((3, 8, 8), float(number)) for number in range(crops)])
+    [view] = picture._views(layout, frames)
+    assert view.label == f"{crops} crops, one after the other"
+    assert view.pixels.shape == (3, crops // across * 8, across * 8)
+    assert view.pixels[0, ::8, ::8].flatten().tolist() == list(range(crops))
+    assert (view.patches // 4)[::2, ::2].flatten().tolist() == list(range(crops))

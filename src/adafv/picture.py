@@ -1,5 +1,6 @@
 """A picture of what was kept, and why: what the tower saw, the two scores of AdaFV, and their mixture."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,19 +165,21 @@ def _views(layout: ImageLayout, pixels: Tensor) -> list[_View]:
     patches = patches.view(layout.crops, layout.rows, layout.columns)
     if layout.crops == 1:
         return [_View(pixels[0], patches[0])]
-    vertical, horizontal = layout.tiling
-    if vertical * horizontal != layout.crops - 1:
-        vertical, horizontal = 1, layout.crops - 1
+    first = 0 if layout.tiling is None else 1
+    if layout.tiling is not None:
+        vertical, horizontal = layout.tiling
+    else:  # in reading order, in as square a field as they fill
+        horizontal = next(n for n in range(math.isqrt(layout.crops - 1) + 1, layout.crops + 1) if layout.crops % n == 0)
+        vertical = layout.crops // horizontal
 
     def join(parts: Tensor) -> Tensor:
         """[crops, ..., h, w] -> [..., vertical * h, horizontal * w]"""
         rows = [torch.cat(list(row), dim=-1) for row in torch.split(parts, horizontal)]
         return torch.cat(rows, dim=-2)
 
-    return [
-        _View(pixels[0], patches[0], "thumbnail"),
-        _View(join(pixels[1:]), join(patches[1:]), f"{vertical} x {horizontal} crops in detail"),
-    ]
+    thumbnail = [_View(pixels[0], patches[0], "thumbnail")] if first else []
+    label = f"{vertical} x {horizontal} crops in detail" if first else f"{layout.crops} crops, one after the other"
+    return [*thumbnail, _View(join(pixels[first:]), join(patches[first:]), label)]
 
 
 def _shown_and_kept(record: Record, index: int) -> tuple[Tensor, Tensor]:

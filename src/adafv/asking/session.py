@@ -238,7 +238,8 @@ class Session:
         """The first image as the tower saw it: [C, 3, H, W] in 0..255."""
         family = family_of(self.model)
         runs = read_prompt(self.model, family, inputs).runs("image")
-        pixels = family.view(self.model, inputs, family.layouts(self.model, "image", inputs, runs))
+        visuals = {family.other_names.get(name, name): value for name, value in inputs.items()}
+        pixels = family.view(self.model, visuals, family.layouts(self.model, "image", visuals, runs))
         settings = self.processor.image_processor
         normalized = getattr(settings, "do_normalize", True)
         mean = settings.image_mean if normalized else [0.0, 0.0, 0.0]

@@ -18,8 +18,9 @@ class ImageLayout:
     crops: int
     rows: int
     columns: int
-    tiling: tuple[int, int] = (1, 1)
-    """(vertical, horizontal) arrangement of the crops after the first; (1, 1) where there is only one crop."""
+    tiling: tuple[int, int] | None = None
+    """(vertical, horizontal) arrangement of the crops after the first, which is then a thumbnail. None where there is one
+    crop, where crops are the frames of a video, and where nothing says how they lie."""
 
     @property
     def tokens(self) -> int:

@@ -62,6 +62,8 @@ class Family(ABC):
     name: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
     """Names of the transformers classes; names, so that importing adafv does not import every model."""
+    tower: ClassVar[str] = ""
+    """Class of the vision tower, where that is what sets the family apart from others of the same model class."""
     images: ClassVar[tuple[str, ...]]
     """Entries of the inputs that describe the images, the pixels first; the encoded images replace them."""
     videos: ClassVar[tuple[str, ...]] = ()
@@ -77,6 +79,9 @@ class Family(ABC):
     rotary_axes: ClassVar[int] = 0
     """Rows of the positions in a family that gives a visual token a position in time, height and width (M-RoPE); 0 where
     positions are counted along the prompt. Such a family has `positions`."""
+    one_placeholder: ClassVar[bool] = False
+    """Whether images and videos have the same placeholder. The encoded videos then go to the stock model as images, and a
+    call with both is refused, as the stock model fails there."""
     looks_ahead: ClassVar[bool] = False
     """Whether a token may look at tokens behind it, as the tokens of an image look at each other in Gemma 3. The stock
     model reads from `token_type_ids` which do."""
@@ -99,6 +104,7 @@ class Family(ABC):
             cached: whether the new images follow tokens that are cached.
             generates: a call of `generate`, not of `forward`.
         """
+        return
 
     @abstractmethod
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
@@ -149,6 +155,12 @@ class Family(ABC):
     def placeholder(self, model: Any, modality: str) -> int:
         """The token that stands for a visual token in the prompt."""
         return int(getattr(model.config, f"{modality}_token_id"))
+
+    def placeholders(self, model: Any, tokens: Tensor) -> dict[str, Tensor]:
+        """Per modality that the family has, which of the tokens ([B, S]) of a prompt stand for its visual tokens."""
+        return {
+            modality: tokens == self.placeholder(model, modality) for modality in MODALITIES if self.inputs(modality)
+        }
 
     def markers(self, runs: list[Run]) -> list[tuple[int, int, int]]:
         """(row, first column, one after the last) of what the processor puts around images and between their tiles.
@@ -209,11 +221,17 @@ def family_of(model: Any) -> Family:
         UnsupportedModelError: no family knows the model's class, or the family refuses the checkpoint.
     """
     names = {cls.__name__ for cls in type(model).__mro__}
-    for family in known_families():
-        if names.intersection(family.model_classes):
-            family.check(model)
-            return family
-    known = ", ".join(name for family in known_families() for name in family.model_classes)
+    tower = type(getattr(getattr(model, "model", None), "vision_tower", None)).__name__
+    matching = [
+        family
+        for family in known_families()
+        if names.intersection(family.model_classes) and family.tower in ("", tower)
+    ]
+    if matching:
+        family = max(matching, key=lambda family: len(family.tower))
+        family.check(model)
+        return family
+    known = ", ".join(dict.fromkeys(name for family in known_families() for name in family.model_classes))
     hint = ""
     if "OptimizedModule" in names:
         hint = "; compile the language model instead: model.model.language_model.compile()"

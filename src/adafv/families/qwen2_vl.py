@@ -74,8 +74,9 @@ class Qwen2VL(Family):
             return (attended.cumsum(-1) - 1).clamp_min(0).expand(self.rotary_axes, *attended.shape)
         kinds = torch.zeros_like(tokens)
         sizes: dict[str, Any] = {}
+        placeholders = self.placeholders(model, tokens)
         for number, modality in enumerate(("image", "video"), start=1):
-            kinds[tokens == self.placeholder(model, modality)] = number
+            kinds[placeholders[modality]] = number
             sizes |= {name: value for name, value in visuals.get(modality, {}).items() if not name.startswith("pixel")}
         positions, _ = model.model.get_rope_index(tokens, mm_token_type_ids=kinds, attention_mask=attended, **sizes)
         return positions  # type: ignore[no-any-return]

@@ -76,6 +76,7 @@ TOWERS = {
     "InternVLVisionModel": TowerShape("encoder.layer", "attention"),
     "Idefics3VisionTransformer": TowerShape("encoder.layers", "self_attn", has_class_token=False),
     "SmolVLMVisionTransformer": TowerShape("encoder.layers", "self_attn", has_class_token=False),
+    "JanusVisionModel": TowerShape("encoder.layers", "self_attn", has_class_token=False),
 }
 """Towers of one crop after the other, whose attention goes through transformers' attention interface."""
 
@@ -134,14 +135,17 @@ class TappedTower:
         tower: the model's vision tower; it is not changed.
         feature_layers: `vision_feature_layer` of the model: which hidden states the projector reads.
         saliency: whether to read the saliency of the deepest of those layers.
+        shape: of a tower that is not in `TOWERS`.
 
     After a call, `saliency` holds [crops, patches] float32.
     """
 
-    def __init__(self, tower: nn.Module, feature_layers: int | list[int], saliency: bool) -> None:
+    def __init__(
+        self, tower: nn.Module, feature_layers: int | list[int], saliency: bool, shape: TowerShape | None = None
+    ) -> None:
         tower = uncompiled(tower)
-        shape = TOWERS[type(tower).__name__]
-        layers = list(_layers_of(tower))
+        shape = TOWERS[type(tower).__name__] if shape is None else shape
+        layers: list[Any] = list(tower.get_submodule(shape.layers).children())
         self._states: list[Tensor | None] = [None] * (len(layers) + 1)
         self._tapped: _TappedLayer | None = None
 
@@ -170,6 +174,11 @@ class TappedTower:
             last_hidden_state=output.last_hidden_state if self._complete else None,
             hidden_states=tuple(self._states),  # type: ignore[arg-type]
         )
+
+    @property
+    def patch_size(self) -> Any:
+        """Some models ask their tower for it."""
+        return self._twin.patch_size
 
     @property
     def saliency(self) -> Tensor:

@@ -112,6 +112,11 @@ def compress_call(
     with timed(seconds, "compaction"):
         call = Conversation.read(model, family, result, cache, whole_conversation)
         placed, visuals, layouts = new_images(model, family, settings, visuals, call)
+    if family.one_placeholder and len(visuals) > 1:
+        raise UnsupportedCallError(
+            f"images beside videos in one call fail in stock transformers with {family.name}; pass the frames as images, or "
+            "ask about them in turns"
+        )
     if placed:
         family.check_call(model, result, call.prefix.length > 0, call.generates)
     if not placed and not call.prefix.changed and not positions_known(cache):
@@ -206,7 +211,8 @@ def _by_prompt(
                     deepstack.setdefault(image.row, []).append(choice.deepstack)
         if features:
             joined, stacked = ([torch.cat(parts) for parts in each.values()] for each in (features, deepstack))
-            outputs[modality] = family.hand_over(modality, joined, stacked)
+            name = MODALITIES[0] if family.one_placeholder else modality
+            outputs[name] = family.hand_over(name, joined, stacked)
     return outputs
 
 
@@ -233,7 +239,9 @@ def _take_out(
         if not isinstance(values, Tensor) or values.dim() < 2 or values.shape[1] == 0:
             continue
         if name == "token_type_ids" and family.looks_ahead and values.shape[1] == new:
-            values = torch.nn.functional.pad(values, (call.prefix.length, 0))  # they are read from the cache's beginning
+            values = torch.nn.functional.pad(
+                values, (call.prefix.length, 0)
+            )  # they are read from the cache's beginning
         if values.shape[1] == whole.length:
             result[name] = whole.take(values, fill)
         elif values.shape[1] == new:

@@ -25,6 +25,10 @@ def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) ->
     """Raise UnsupportedCallError for ways of generating that cannot be made to fit."""
     if isinstance(arguments.get("custom_generate"), str):
         raise UnsupportedCallError("custom_generate recipes replace the decoding loop and are not supported")
+    if arguments.get("generation_mode", "text") != "text":  # of models that draw too
+        raise UnsupportedCallError(
+            f"generation_mode={arguments['generation_mode']!r} sees no images, so there is nothing to prune; leave them out"
+        )
     if _setting(model, arguments, "token_healing"):
         raise UnsupportedCallError("token_healing writes the prompt anew and loses its images; leave it out")
     implementation = str(_setting(model, arguments, "cache_implementation") or "")
@@ -39,8 +43,8 @@ def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) ->
         )
     if _setting(model, arguments, "prefill_chunk_size") and family.looks_ahead and family.images[0] in arguments:
         raise UnsupportedCallError(
-            f"chunked prefill cuts apart images whose tokens look at each other, as those of {family.name} do, and the answer "
-            "is another one, with and without pruning; leave prefill_chunk_size out"
+            f"chunked prefill cuts apart images whose tokens look at each other, as those of {family.name} do, so that the "
+            "answer is another one, pruned or not; leave prefill_chunk_size out"
         )
     if _setting(model, arguments, "guidance_scale") not in (None, 1.0):
         if family.rotary_axes:
@@ -70,7 +74,7 @@ def refuse_mixed_up(model: Any, arguments: dict[str, Any]) -> None:
 def fill_in_mask(model: Any, arguments: dict[str, Any]) -> None:
     """Infer a missing `attention_mask` of a padded batch as `generate` would, before its padding is moved."""
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    if mask is not None or ids is None or arguments.get("inputs_embeds") is not None or ids.shape[0] == 1:
+    if mask is not None or ids is None or arguments.get("inputs_embeds") is not None:
         return
     pad, end = (_setting(model, arguments, name) for name in ("pad_token_id", "eos_token_id"))
     ends = end if isinstance(end, (list, tuple)) else [end]

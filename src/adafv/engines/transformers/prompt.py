@@ -123,8 +123,7 @@ def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt
     else:
         attended = mask.cpu() != 0
     is_special, is_end = (torch.isin(tokens, torch.tensor(sorted(group or {-2}))) for group in (specials, ends))
-    placeholders = {modality: tokens == token for modality, token in modalities.items()}
-    prompt = Prompt(tokens, attended, placeholders, is_end, is_special)
+    prompt = Prompt(tokens, attended, family.placeholders(model, tokens), is_end, is_special)
     for modality in modalities:
         for row, start, stop in family.markers(prompt.runs(modality)):
             is_special[row, start:stop] = True

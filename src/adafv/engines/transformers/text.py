@@ -14,6 +14,7 @@ stable choice.
 """
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,10 @@ from adafv.engines.transformers.prompt import PlacedImage, Prompt
 from adafv.errors import OptionError, PromptError, UnsupportedCallError
 
 SCOPES = ("question", "turn", "after")
+
+_TIME = re.compile(r"<\d+(\.\d+)? ?seconds>")
+_TIME_TOKENS = 20
+"""Qwen3-VL's processor writes its time, at most so many tokens, in front of every frame of a video: not the user's words."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,12 @@ class ChatTemplate:
                 if tuple(tokens[place : place + len(self.before_words)]) == self.before_words:
                     start = place + len(self.before_words)
                     break
-        columns = [*range(start, image_start), *range(image_end, end)]
+        stop = image_start
+        for place in range(max(start, image_start - _TIME_TOKENS), image_start):
+            if _TIME.fullmatch(self.decode(tokens[place:image_start]).strip()):
+                stop = place
+                break
+        columns = [*range(start, stop), *range(image_end, end)]
         if tuple(tokens[image_end : image_end + len(self.after_image)]) == self.after_image:
             columns = [column for column in columns if not image_end <= column < image_end + len(self.after_image)]
         return [column for column in columns if tokens[column] >= 0 and self.decode([tokens[column]]).strip()]
