@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 TESTBED ?= ../shared/testbed
 MODEL   := .testbed/model
 
-.PHONY: help demo test test-fast check format testbed benchmark oldest clean
+.PHONY: help demo test test-fast check format testbed benchmark oldest processors clean
 
 help:
 	@echo "make demo       ask the bundled model about a picture, full and pruned, and draw what was kept"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-fast  without the slow ones"
 	@echo "make check      ruff, format, types, all tests"
 	@echo "make oldest     the tests on the oldest supported transformers"
+	@echo "make processors the tests of stock processors that need torchvision"
 	@echo "make benchmark  what pruning costs and saves, as ratios"
 
 # torch first, by itself: asked for through a range, pip may choose a build with gigabytes of CUDA libraries.
@@ -75,5 +76,15 @@ benchmark: $(VENV)/installed
 oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -m "not slow"
 
+# torchvision, whose registry builds need CUDA, in a folder that only these tests look into (see tests/conftest.py); and
+# num2words, which SmolVLM's processor asks for.
+.torchvision/installed: | $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .torchvision \
+		torchvision==0.28.0 av==18.1.0 num2words==0.5.14 docopt==0.6.2
+	touch $@
+
+processors: .torchvision/installed
+	ADAFV_TORCHVISION=.torchvision $(BIN)/python -m pytest tests/test_processors.py
+
 clean:
-	rm -rf $(VENV) .venv-oldest .testbed demo.png
+	rm -rf $(VENV) .venv-oldest .torchvision .testbed demo.png

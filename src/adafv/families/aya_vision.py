@@ -25,7 +25,7 @@ class AyaVision(InternVL):
     model_classes: ClassVar[tuple[str, ...]] = ("AyaVisionForConditionalGeneration",)
     images: ClassVar[tuple[str, ...]] = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
     saliency = "received"
-    limits = "prompts as embeddings without input_ids"
+    limits = "refuses prompts as embeddings without input_ids"
 
     def check(self, model: Any) -> None:
         check_tower(

@@ -35,7 +35,7 @@ class Gemma3(Family):
     saliency = "received"
     as_tensor = ("image",)
     looks_ahead = True
-    limits = "no chunked prefill; a static cache is not continued with new images"
+    limits = "refuses chunked prefill, and new images behind a static cache"
 
     def check(self, model: Any) -> None:
         check_tower(model.model.vision_tower, -1, "full")

@@ -23,7 +23,7 @@ class Glm4V(Qwen2VL):
     )
     videos = ("pixel_values_videos", "video_grid_thw")
     one_placeholder = True
-    limits = "images and videos in one call are refused"
+    limits = "refuses images beside videos in one call"
 
     def placeholder(self, model: Any, modality: str) -> int:
         return int(model.config.image_token_id)

@@ -28,7 +28,7 @@ class Idefics3(Family):
     images: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
     saliency = "received"
     as_tensor = ("image",)
-    limits = "prompts as embeddings without input_ids; tiles with padding inside"
+    limits = "refuses prompts as embeddings without input_ids, and tiles with padding inside"
 
     def check(self, model: Any) -> None:
         check_tower(model.model.vision_model, -1, "full")

@@ -10,4 +10,4 @@ from adafv.families.deepseek_vl import DeepseekVL
 class Janus(DeepseekVL):
     name = "Janus"
     model_classes = ("JanusForConditionalGeneration",)
-    limits = "images in a call that draws (generation_mode='image')"
+    limits = "refuses images in a call that draws (generation_mode='image')"

@@ -24,7 +24,7 @@ class LlavaNextVideo(LlavaNext):
     name = "LLaVA-NeXT-Video"
     model_classes = ("LlavaNextVideoForConditionalGeneration",)
     videos = ("pixel_values_videos", "vision_feature_layer", "vision_feature_select_strategy")
-    limits = "frames that are not square: the stock model would mix up their rows"
+    limits = "refuses frames that are not square, whose rows the stock model mixes up"
 
     def take(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
