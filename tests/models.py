@@ -18,6 +18,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    SiglipVisionConfig,
     ViTConfig,
 )
 
@@ -38,6 +39,8 @@ def vision_config(tower: str = "clip", **overrides: Any) -> Any:
         "patch_size": PATCH,
         **overrides,
     }
+    if tower == "siglip":
+        return SiglipVisionConfig(vision_use_head=False, **options)
     return CLIPVisionConfig(**options) if tower == "clip" else ViTConfig(**options)
 
 
@@ -167,6 +170,15 @@ def _every_row() -> list[FamilyRow]:
     names = sorted(module.name for module in pkgutil.iter_modules(rows.__path__))
     found = [importlib.import_module(f"rows.{name}").ROW for name in names]
     return [row for row in found if row is not None]  # None: this release of transformers lacks the class
+
+
+def layouts_of(model: Any, inputs: dict[str, Any]) -> list[Any]:
+    """Layouts of the images of a prompt, as the engine asks for them."""
+    from adafv.engines.transformers.prompt import read_prompt
+    from adafv.families import family_of
+
+    family = family_of(model)
+    return family.layouts(model, "image", inputs, read_prompt(model, family, inputs).runs("image"))
 
 
 def image_lengths(model: Any, images: dict[str, Any]) -> list[int]:

@@ -6,7 +6,7 @@ import pytest
 import rows.aya_vision
 import rows.cohere2_vision
 import torch
-from models import IMAGE, PATCH, SIDE, FamilyRow, make_inputs
+from models import IMAGE, PATCH, SIDE, FamilyRow, layouts_of, make_inputs
 from rows.internvl import TOKENS, tiles
 from test_family_idefics3 import squares_of_patch_saliency
 
@@ -26,11 +26,6 @@ def row(request: pytest.FixtureRequest) -> FamilyRow:
 @pytest.fixture(scope="module")
 def model(row: FamilyRow) -> Any:
     return row.build()
-
-
-def layouts_of(model: Any, inputs: dict[str, Any]) -> list[Any]:
-    family = family_of(model)
-    return family.layouts(model, "image", inputs, read_prompt(model, family, inputs).runs("image"))
 
 
 def test_images_are_told_apart(row: FamilyRow, model: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 import rows.idefics3
 import rows.smolvlm
 import torch
-from models import IMAGE, PATCH, SIDE, FamilyRow, make_inputs
+from models import IMAGE, PATCH, SIDE, FamilyRow, layouts_of, make_inputs
 from rows.idefics3 import AROUND, TOKENS, WHOLE
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMModel
 
@@ -27,11 +27,6 @@ def row(request: pytest.FixtureRequest) -> FamilyRow:
 @pytest.fixture(scope="module")
 def model(row: FamilyRow) -> Any:
     return row.build()
-
-
-def layouts_of(model: Any, inputs: dict[str, Any]) -> list[Any]:
-    family = family_of(model)
-    return family.layouts(model, "image", inputs, read_prompt(model, family, inputs).runs("image"))
 
 
 def test_tiles_are_told_apart(row: FamilyRow, model: Any) -> None:

@@ -4,21 +4,25 @@ import math
 from typing import Any
 
 import torch
-from models import IMAGE, PATCH, SIDE, VIDEO, FamilyRow, Visuals, finish, image_lengths, noise, text_config
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from models import (
+    IMAGE,
+    PATCH,
+    SIDE,
+    VIDEO,
+    FamilyRow,
+    Visuals,
+    finish,
+    image_lengths,
+    noise,
+    text_config,
+    vision_config,
+)
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config
 
 
 def build(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=SIDE,
-            patch_size=PATCH,
-            vision_use_head=False,
-        ),
+        vision_config=vision_config("siglip"),
         text_config=Qwen2Config(**text_config().to_diff_dict()),
         image_token_index=IMAGE,
         video_token_index=VIDEO,

@@ -3,21 +3,13 @@
 from typing import Any
 
 import torch
-from models import IMAGE, PATCH, SIDE, FamilyRow, Visuals, finish, llava_images, text_config
-from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+from models import IMAGE, PATCH, SIDE, FamilyRow, Visuals, finish, llava_images, text_config, vision_config
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 
 def build(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     config = LlavaConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=SIDE,
-            patch_size=PATCH,
-            vision_use_head=False,
-        ),
+        vision_config=vision_config("siglip"),
         text_config=text_config(),
         image_token_id=IMAGE,
         vision_feature_select_strategy="full",

@@ -3,23 +3,15 @@
 from typing import Any
 
 import torch
-from models import IMAGE, PATCH, SIDE, FamilyRow, Visuals, finish, noise, text_config
-from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
+from models import IMAGE, PATCH, SIDE, FamilyRow, Visuals, finish, noise, text_config, vision_config
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from rows.gemma3 import centre_norms
 
 
 def build(seed: int = 0, dtype: torch.dtype = torch.float32, text: str = "gemma", **options: Any) -> Any:
     config = PaliGemmaConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=SIDE,
-            patch_size=PATCH,
-            vision_use_head=False,
-        ),
+        vision_config=vision_config("siglip"),
         text_config={**gemma_config(), "model_type": text},
         image_token_index=options.pop("image_token_index", IMAGE),
         vocab_size=text_config().vocab_size,

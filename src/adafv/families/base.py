@@ -73,7 +73,7 @@ class Family(ABC):
     saliency: ClassVar[str] = "[CLS]"
     """What the saliency is: the attention of "[CLS]", or the attention "received" where the tower has no [CLS]."""
     downsamples: ClassVar[bool] = False
-    """Whether `encode` can scale images down (`grid`)."""
+    """Whether images can be scaled down; such a family has `encode_smaller`."""
     as_tensor: ClassVar[tuple[str, ...]] = ()
     """Modalities whose encoded features the stock model reads as one tensor; the others it reads as a list."""
     rotary_axes: ClassVar[int] = 0
@@ -122,20 +122,18 @@ class Family(ABC):
 
     @abstractmethod
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        *,
-        saliency: bool,
-        grid: tuple[int, int] | None = None,
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
-        """Run tower and projector, reading the saliency off the layer that the projector reads.
+        """Run tower and projector, reading the saliency, if asked for, off the layer that the projector reads."""
 
-        With `grid` (rows, columns) the image is first scaled down so that the tower sees that many patches, in one
-        crop; the features are then in the order of that grid. Only asked for where `downsamples` says so.
+    def encode_smaller(
+        self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]
+    ) -> list[Tensor]:
+        """[rows * columns, D] per image, scaled down so that the tower sees `grid` (rows, columns) patches in one crop.
+
+        Asked for where `downsamples` says so.
         """
+        raise NotImplementedError
 
     @abstractmethod
     def take(

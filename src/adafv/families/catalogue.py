@@ -6,7 +6,8 @@ _TESTED = """\
 Every row is tested against its stock model with the dropped tokens masked: forward and generate, in float32 and bfloat16;
 greedy, sampling, beams, several return sequences, static cache, no cache, chunked prefill; batches padded on both sides,
 several images, images of different sizes, videos; a second turn, a new image in the second turn; labels and gradients
-(tests/test_oracle.py). With positions in time, height and width, guidance_scale is refused: stock transformers fails there."""
+(tests/test_oracle.py). With positions in time, height and width, guidance_scale is refused, as stock transformers
+fails there."""
 
 
 def catalogue() -> str:

@@ -67,14 +67,7 @@ class Gemma3(Family):
         return {"pixel_values": visuals["pixel_values"][wanted]}
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        *,
-        saliency: bool,
-        grid: tuple[int, int] | None = None,
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
         tower = TappedTower(model.model.vision_tower, -1, saliency)
         # The stock method of the stock class, on a twin whose only difference is the tower.

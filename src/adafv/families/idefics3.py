@@ -54,14 +54,7 @@ class Idefics3(Family):
         return {name: values[real][tiles.to(values.device)].unsqueeze(0) for name, values in visuals.items()}
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        *,
-        saliency: bool,
-        grid: tuple[int, int] | None = None,
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
         tower: Any = uncompiled(model.model.vision_model)
         shape, last = TOWERS[type(tower).__name__], len(tower.encoder.layers) - 1

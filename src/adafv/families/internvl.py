@@ -64,14 +64,7 @@ class InternVL(Family):
         return {**visuals, "pixel_values": torch.cat([tiles[i] for i in wanted])}
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        *,
-        saliency: bool,
-        grid: tuple[int, int] | None = None,
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
         options = self.options(model, visuals)
         tower = TappedTower(model.model.vision_tower, options.get("vision_feature_layer", -1), saliency)

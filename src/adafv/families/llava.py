@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.families.base import Encoded, Family, Run
@@ -21,10 +22,20 @@ class Llava(Family):
     )
     downsamples = True
 
+    tower_name: ClassVar[str] = "vision_tower"
+    """Attribute of the base model that holds the tower."""
+
     def check(self, model: Any) -> None:
-        check_tower(
-            model.model.vision_tower, model.config.vision_feature_layer, model.config.vision_feature_select_strategy
-        )
+        self.reads(model, {})
+
+    def reads(self, model: Any, visuals: Mapping[str, Any]) -> tuple[int | list[int], dict[str, Any]]:
+        """(hidden states of the tower that the projector reads, the options of `get_image_features` that say so).
+
+        Raises:
+            UnsupportedModelError: the saliency cannot be read there, or tokens are not patches.
+        """
+        layer, strategy = feature_options(model, visuals)
+        return layer, {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy}
 
     def take(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
@@ -32,36 +43,30 @@ class Llava(Family):
         return {**visuals, "pixel_values": visuals["pixel_values"][wanted]}
 
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
-        rows, columns = patch_grid(model.model.vision_tower, *visuals["pixel_values"].shape[-2:])
+        rows, columns = patch_grid(getattr(model.model, self.tower_name), *visuals["pixel_values"].shape[-2:])
         layout = ImageLayout(torch.arange(rows * columns), crops=1, rows=rows, columns=columns)
         return [layout] * len(visuals["pixel_values"])
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        *,
-        saliency: bool,
-        grid: tuple[int, int] | None = None,
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
-        layer, strategy = feature_options(model, visuals)
-        tower = TappedTower(model.model.vision_tower, layer, saliency)
+        return self._encoded(model, visuals, visuals["pixel_values"], saliency)
+
+    def encode_smaller(
+        self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]
+    ) -> list[Tensor]:
+        pixels = scale_down(visuals["pixel_values"], getattr(model.model, self.tower_name), grid)
+        return self._encoded(model, visuals, pixels, saliency=False, interpolate_pos_encoding=True).features
+
+    def _encoded(
+        self, model: Any, visuals: Mapping[str, Any], pixel_values: Tensor, saliency: bool, **options: Any
+    ) -> Encoded:
+        layers, reading = self.reads(model, visuals)
+        tower = TappedTower(getattr(model.model, self.tower_name), layers, saliency)
         # The stock method of the stock class, on a twin whose only difference is the tower.
         twin = twin_of(model.model)
-        twin.__dict__["vision_tower"] = tower
-        pixel_values, options = visuals["pixel_values"], {}
-        if grid is not None:
-            pixel_values = scale_down(pixel_values, model.model.vision_tower, grid)
-            options["interpolate_pos_encoding"] = True
-        output = twin.get_image_features(
-            pixel_values,
-            vision_feature_layer=layer,
-            vision_feature_select_strategy=strategy,
-            return_dict=True,
-            **options,
-        )
+        twin.__dict__[self.tower_name] = tower
+        output = twin.get_image_features(pixel_values, return_dict=True, **reading, **options)
         return Encoded(list(output.pooler_output), list(tower.saliency) if saliency else None)
 
 

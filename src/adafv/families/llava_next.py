@@ -15,7 +15,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from adafv.core import ImageLayout
 from adafv.errors import UnsupportedModelError
 from adafv.families.base import Encoded, Run, in_order
-from adafv.families.llava import Llava, feature_options
+from adafv.families.llava import Llava
 from adafv.families.towers import TappedTower, patch_grid, scale_down, twin_of
 
 
@@ -66,18 +66,11 @@ class LlavaNext(Llava):
         return torch.cat((numbers[0], raster.flatten()))
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        *,
-        saliency: bool,
-        grid: tuple[int, int] | None = None,
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
-        layer, strategy = feature_options(model, visuals)
+        layers, reading = self.reads(model, visuals)
         newline = newline_of(model)
-        tower = TappedTower(model.model.vision_tower, layer, saliency)
+        tower = TappedTower(model.model.vision_tower, layers, saliency)
         twin = twin_of(model.model)
         twin.__dict__["vision_tower"] = tower
         # The stock method, stopped short of packing: where the tokens go is what the layouts say.
@@ -88,18 +81,7 @@ class LlavaNext(Llava):
             return features, None
 
         twin.__dict__["pack_image_features"] = keep_unpacked
-        if grid is not None:  # the image at low resolution is its thumbnail at low resolution
-            pixels = scale_down(_thumbnails(visuals, layouts), model.model.vision_tower, grid)
-            states = tower(pixels, interpolate_pos_encoding=True).hidden_states
-            read = [states[index][:, 1:] for index in ([layer] if isinstance(layer, int) else layer)]
-            return Encoded(list(model.model.multi_modal_projector(torch.cat(read, dim=-1))), None)
-        twin.get_image_features(
-            visuals["pixel_values"],
-            visuals["image_sizes"],
-            vision_feature_layer=layer,
-            vision_feature_select_strategy=strategy,
-            return_dict=True,
-        )
+        twin.get_image_features(visuals["pixel_values"], visuals["image_sizes"], return_dict=True, **reading)
         features = [in_order(crop.flatten(0, 1), layout, newline) for crop, layout in zip(crops, layouts, strict=True)]
         if not saliency:
             return Encoded(features, None)
@@ -107,6 +89,19 @@ class LlavaNext(Llava):
         return Encoded(
             features, [in_order(part.flatten(), layout) for part, layout in zip(scores, layouts, strict=True)]
         )
+
+    def encode_smaller(
+        self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]
+    ) -> list[Tensor]:
+        """Of the thumbnail, which is the image at low resolution already."""
+        layers, _ = self.reads(model, visuals)
+        pixels = scale_down(_thumbnails(visuals, layouts), model.model.vision_tower, grid)
+        states = TappedTower(model.model.vision_tower, layers, False)(
+            pixels, interpolate_pos_encoding=True
+        ).hidden_states
+        assert states is not None
+        read = [states[index][:, 1:] for index in ([layers] if isinstance(layers, int) else layers)]
+        return list(model.model.multi_modal_projector(torch.cat(read, dim=-1)))
 
 
 def newline_of(model: Any) -> Tensor:

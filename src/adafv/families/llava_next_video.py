@@ -47,17 +47,10 @@ class LlavaNextVideo(LlavaNext):
         return [ImageLayout(torch.arange(frames * side * side), frames, side, side)] * videos
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        *,
-        saliency: bool,
-        grid: tuple[int, int] | None = None,
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
         if modality == "image":
-            return super().encode(model, modality, visuals, layouts, saliency=saliency, grid=grid)
+            return super().encode(model, modality, visuals, layouts, saliency)
         layer, strategy = feature_options(model, visuals)
         tower = TappedTower(model.model.vision_tower, layer, saliency)
         twin = twin_of(model.model)

@@ -67,14 +67,7 @@ class Mistral3(Family):
         return {**visuals, "pixel_values": visuals["pixel_values"][wanted], "image_sizes": image_sizes(visuals)[wanted]}
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        *,
-        saliency: bool,
-        grid: tuple[int, int] | None = None,
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
         grids = patch_grids(model, visuals)
         lengths = tuple(rows * columns for rows, columns in grids)

@@ -25,7 +25,9 @@ class PaliGemma(Gemma3):
     model_classes = ("PaliGemmaForConditionalGeneration",)
     first_position = 1
     prompt = "{image}{question}"
-    limits = "refuses images without token_type_ids, chunked prefill, images behind a cache; a static cache in PaliGemma 2"
+    limits = (
+        "refuses images without token_type_ids, chunked prefill, images behind a cache; a static cache in PaliGemma 2"
+    )
 
     def check_call(self, model: Any, inputs: Mapping[str, Any], cached: bool, generates: bool) -> None:
         if inputs.get("token_type_ids") is None:

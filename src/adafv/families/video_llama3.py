@@ -45,14 +45,7 @@ class VideoLlama3(Family):
         return taken
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        *,
-        saliency: bool,
-        grid: tuple[int, int] | None = None,
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
         pixels, sizes, merges = (visuals[name] for name in self.inputs(modality)[:3])
         tower = model.model.vision_model

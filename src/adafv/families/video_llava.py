@@ -53,14 +53,26 @@ class VideoLlava(Llava):
         return [ImageLayout(source.flatten(), frames, rows, columns)] * len(pixels)
 
     def encode(
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+    ) -> Encoded:
+        return self._run(model, modality, visuals, visuals[self.inputs(modality)[0]], len(layouts), saliency)
+
+    def encode_smaller(
+        self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]
+    ) -> list[Tensor]:
+        pixels = scale_down(visuals["pixel_values"], model.model.image_tower, grid)
+        options = {"interpolate_pos_encoding": True}
+        return self._run(model, "image", visuals, pixels, len(layouts), False, **options).features
+
+    def _run(
         self,
         model: Any,
         modality: str,
         visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        *,
+        pixels: Tensor,
+        count: int,
         saliency: bool,
-        grid: tuple[int, int] | None = None,
+        **options: Any,
     ) -> Encoded:
         name = f"{modality}_tower"
         stock = getattr(model.model, name)
@@ -72,20 +84,16 @@ class VideoLlava(Llava):
         tower = TappedTower(stock, layer, saliency)
         twin = twin_of(model.model)
         twin.__dict__[name] = tower
-        pixels = visuals[self.inputs(modality)[0]]
-        options: dict[str, Any] = {"vision_feature_layer": layer, "return_dict": True}
+        options |= {"vision_feature_layer": layer, "return_dict": True}
         if modality == "image":
             options["vision_feature_select_strategy"] = strategy
-        if grid is not None:
-            pixels = scale_down(pixels, stock, grid)
-            options["interpolate_pos_encoding"] = True
         output = getattr(twin, f"get_{modality}_features")(pixels, **options)
         # [images, tokens, D], or [frames of all videos, tokens of one, D]
-        features = output.pooler_output.unflatten(0, (len(layouts), -1)).flatten(1, 2)
+        features = output.pooler_output.unflatten(0, (count, -1)).flatten(1, 2)
         if not saliency:
             return Encoded(list(features), None)
         scores = tower.saliency if modality == "image" else pad(tower.saliency, (_leading(stock), 0))
-        return Encoded(list(features), list(scores.unflatten(0, (len(layouts), -1)).flatten(1)))
+        return Encoded(list(features), list(scores.unflatten(0, (count, -1)).flatten(1)))
 
 
 def _leading(tower: Any) -> int:

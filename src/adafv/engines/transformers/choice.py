@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from adafv.core import ImageLayout
 from adafv.engines.transformers.conversation import Conversation
 from adafv.engines.transformers.prompt import PlacedImage
-from adafv.families import Family
+from adafv.families import Encoded, Family
 from adafv.methods import Kept, Method, VisualTokens
 
 
@@ -73,7 +73,10 @@ def encode_images(
             some, fed = inputs, layouts[modality]
             if len(wanted) < len(numbers):
                 some, fed = family.take(model, modality, inputs, fed, wanted), [fed[number] for number in wanted]
-            part = family.encode(model, modality, some, fed, saliency=wants_saliency and grid is None, grid=grid)
+            if grid is None:
+                part = family.encode(model, modality, some, fed, wants_saliency)
+            else:
+                part = Encoded(family.encode_smaller(model, some, fed, grid), None)
             for place, number in enumerate(wanted):
                 encoded[number] = EncodedImage(
                     part.features[place],
