@@ -223,3 +223,12 @@ def test_what_the_stock_processor_makes(size: tuple[int, int], pan_and_scan: boo
     assert adafv.last.tokens_after == [4] * crops
     columns = inputs["token_type_ids"][0]
     assert torch.equal(columns == 1, inputs["input_ids"][0] == 5)
+
+
+def test_layers_with_a_window_keep_a_window_of_keys() -> None:
+    model = ROW.build(window=8)
+    with torch.no_grad(), AdaFV(keep=0.5)(model) as adafv:
+        output = model(**make_inputs(ROW, model, [1, 1]), use_cache=True)
+    layers = output.past_key_values.layers
+    held = sum(part.numel() * part.element_size() for layer in layers for part in (layer.keys, layer.values))
+    assert held == adafv.last.kv_bytes_after

@@ -451,3 +451,13 @@ def test_record_agrees_with_the_stock_features(any_family: FamilyRow, any_model:
         assert saliency[layout.shows_patch].sum() > 0
         assert row.max() < layout.rows
         assert column.max() < layout.columns
+
+
+@pytest.mark.parametrize("batch", ["one", "batch-left"])
+def test_the_cache_holds_what_the_record_says(any_family: FamilyRow, any_model: Any, batch: str) -> None:
+    model, inputs = any_model, inputs_for(any_family, any_model, batch)
+    with AdaFV(keep=KEEP)(model) as adafv:
+        output = model(**inputs, use_cache=True)
+    layers = output.past_key_values.layers
+    held = sum(part.numel() * part.element_size() for layer in layers for part in (layer.keys, layer.values))
+    assert held == adafv.last.kv_bytes_after < adafv.last.kv_bytes_before

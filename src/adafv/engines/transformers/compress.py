@@ -29,7 +29,7 @@ from adafv.engines.transformers.prompt import (
     compact,
     nothing_removed,
 )
-from adafv.engines.transformers.record import Record, kv_bytes_per_token, timed
+from adafv.engines.transformers.record import Record, kv_bytes, timed
 from adafv.engines.transformers.settings import Settings
 from adafv.engines.transformers.text import text_columns
 from adafv.errors import PromptError, UnsupportedCallError
@@ -285,7 +285,6 @@ def _record(
             for scores in (choice.saliency, choice.text_attention)
         )
     places = [choice.layout.place(choice.kept) for choice in choices]
-    bytes_per_token = kv_bytes_per_token(model)
     return Record(
         kept=kept,
         keep_mask=keep_mask[:, compaction.length - given :],
@@ -304,8 +303,8 @@ def _record(
         tokens_after=[choice.kept.numel() for choice in choices],
         prompt_length_before=compaction.length,
         prompt_length_after=columns.shape[1],
-        kv_bytes_before=batch * compaction.length * bytes_per_token,
-        kv_bytes_after=batch * columns.shape[1] * bytes_per_token,
+        kv_bytes_before=batch * kv_bytes(model, compaction.length),
+        kv_bytes_after=batch * kv_bytes(model, columns.shape[1]),
         seconds=seconds,
     )
 

@@ -69,10 +69,14 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def kv_bytes_per_token(model: Any) -> int:
-    """Bytes of keys and values that one token leaves in the cache, all layers together."""
+def kv_bytes(model: Any, tokens: int) -> int:
+    """Bytes of keys and values that a prompt of so many tokens leaves in the cache, all layers together."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dtype = model.get_input_embeddings().weight.dtype
-    return 2 * config.num_hidden_layers * heads * head_size * torch.empty((), dtype=dtype).element_size()
+    element = torch.empty((), dtype=model.get_input_embeddings().weight.dtype).element_size()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    # A layer with a sliding window keeps what the next token may look at besides itself.
+    window = (getattr(config, "sliding_window", None) or tokens + 1) - 1
+    held = sum(min(tokens, window) if kind == "sliding_attention" else tokens for kind in kinds)
+    return 2 * held * heads * head_size * element
