@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
-from benchmarks import overhead
+from adafv.bundled import bundled_model
+from adafv.families.towers import patch_score
+from benchmarks import overhead, saliency
 from benchmarks.overhead import Options, Row, Shapes, gate, main, over_pairs
 
 TINY = Shapes(
@@ -141,3 +144,23 @@ def test_real_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAFV_PHOTOS", "/photos")
     names = [row.name for row in overhead.search(OPTIONS)]
     assert "real (small-vlm), K=58/576 N: certificate of joint" in names
+
+
+def test_areas_on_a_few_scenes() -> None:
+    found = saliency.scene_areas(3)
+    assert found.values
+    for values in found.values.values():
+        assert all(0 <= area <= 1 for areas in values.values() for area in areas)
+
+
+def test_the_chosen_score_is_the_one_that_the_library_computes() -> None:
+    model = AutoModelForImageTextToText.from_pretrained(bundled_model()).eval()
+    with torch.no_grad():
+        layers = saliency.probe(model.model.vision_tower, torch.randn(1, 3, 144, 144))
+    tapped = saliency.tapped_layer(model)
+    layer = layers[tapped]
+    query, key, value = (part[:, :, 1:] for part in (layer.query, layer.key, layer.value))
+    expected = patch_score(query, key, value, layer.features, layer.scaling, None)
+    found = saliency.scores_of(layers, tapped)
+    assert any(torch.allclose(score, expected, rtol=1e-4, atol=1e-7) for score in found.values())
+    assert all(torch.isfinite(score).all() for score in found.values())

@@ -239,9 +239,8 @@ def _take_out(
         if not isinstance(values, Tensor) or values.dim() < 2 or values.shape[1] == 0:
             continue
         if name == "token_type_ids" and family.looks_ahead and values.shape[1] == new:
-            values = torch.nn.functional.pad(
-                values, (call.prefix.length, 0)
-            )  # they are read from the cache's beginning
+            # The stock model reads them from the beginning of the cache.
+            values = torch.nn.functional.pad(values, (call.prefix.length, 0))
         if values.shape[1] == whole.length:
             result[name] = whole.take(values, fill)
         elif values.shape[1] == new:
