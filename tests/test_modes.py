@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import END, IMAGE, PAD, FamilyRow, image_lengths, make_inputs, text_config, words
+from models import END, IMAGE, PAD, FamilyRow, finish, image_lengths, make_inputs, text_config, words
 from oracle import kept_logits, masked_inputs
+from shortened import shortened_by_hand
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -220,6 +221,30 @@ def test_bfloat16(family: FamilyRow) -> None:
     short = compress(model, inputs, KEEP)["attention_mask"]
     for mine, theirs in zip(kept_logits(pruned, short), kept_logits(expected, oracle["attention_mask"]), strict=True):
         assert (mine - theirs).abs().max() < 0.05 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("window", [4, 12, 200])
+def test_a_sliding_window_counts_the_shortened_prompt(family: FamilyRow, window: int) -> None:
+    """As any shorter prompt does: the stock model is given the prompt shortened by hand."""
+    options = {
+        name: value for name, value in text_config().to_dict().items() if name not in ("model_type", "architectures")
+    }
+    model = family.build()
+    config = type(model.config).from_dict(
+        model.config.to_dict() | {"text_config": {**options, "model_type": "mistral"}}
+    )
+    config.text_config.sliding_window = window
+    model = finish(type(model)(config), 0, torch.float32)
+    assert type(model.model.language_model).__name__ == "MistralModel"
+    inputs = make_inputs(family, model, [1, 2])
+    decoded = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    with torch.no_grad(), AdaFV(keep=KEEP)(model) as adafv:
+        pruned, logits = model.generate(**inputs, **decoded), model(**inputs).logits
+    short = shortened_by_hand(model, inputs, adafv.last)
+    with torch.no_grad():
+        assert torch.equal(model(**copy.deepcopy(short)).logits, logits)
+        expected = model.generate(**short, **decoded)
+    assert torch.equal(torch.stack(pruned.logits), torch.stack(expected.logits))
 
 
 # ------------------------------------------------------------------------------------- conversations

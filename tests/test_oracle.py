@@ -200,6 +200,53 @@ def uneven_tensor(row: FamilyRow, model: Any, inputs: dict[str, Any]) -> bool:
     return any(count[count > 0].unique().numel() > 1 for count in counts)
 
 
+@pytest.mark.parametrize("how", ["greedy", "beams", "second-turn"])
+@pytest.mark.parametrize("batch", ["one", "mixed-left", "video-and-image"])
+def test_generate_in_bfloat16(any_family: FamilyRow, any_model: Any, batch: str, how: str) -> None:
+    """What the tokens of an answer are worth, within the error of bfloat16.
+
+    Which of two nearly equal tokens is said may differ in bfloat16. So the answer is given to the masked stock model, in
+    bfloat16 and in float32, and the log-probabilities are compared.
+    """
+    exact, model = any_model, any_family.build(dtype=torch.bfloat16)
+    inputs = inputs_for(any_family, model, batch)
+    if how == "beams" and STOCK_MIXES_UP_IMAGES and uneven_tensor(any_family, model, inputs):
+        return  # refused: see test_generate
+    options = {**DECODED, "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "output_scores": True}
+    prompt = inputs["input_ids"].shape[1]
+    with AdaFV(keep=KEEP)(model) as adafv:
+        output = model.generate(**inputs, **options, num_beams=3 if how == "beams" else 1)
+        kept = adafv.last.keep_mask
+        if how == "second-turn":
+            conversation = more_text(output.sequences)
+            mask = ones_behind(inputs["attention_mask"], conversation.shape[1])
+            cache = output.past_key_values
+            output = model.generate(input_ids=conversation, attention_mask=mask, past_key_values=cache, **options)
+    said = output.sequences
+    claimed = output.sequences_scores if how == "beams" else log_probability(torch.stack(output.logits, 1), said)
+    mask = ones_behind(inputs["attention_mask"], said.shape[1])
+    visuals = {name: value for name, value in inputs.items() if name in VISUAL_INPUTS}
+    whole = {"input_ids": said, "attention_mask": mask, **token_types(any_family, said, prompt), **visuals}
+    oracle = oracle_for(any_family, model, whole, ones_behind(kept, said.shape[1]))
+    in_float32 = {name: value.float() if "pixel" in name else value for name, value in oracle.items()}
+    with torch.no_grad():
+        rough, true = model(**oracle).logits[:, -4:-1], exact(**in_float32).logits[:, -4:-1]
+    rough, true = log_probability(rough, said), log_probability(true, said)
+    error = (rough - true).abs().max().clamp_min(0.02)
+    assert (claimed.float() - rough).abs().max() < 3 * error
+    assert error < 0.5  # a bound that means something
+
+
+def log_probability(logits: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+    """Mean log-probability of the last n tokens: [B, n, V], [B, S] -> [B]."""
+    last = said[:, -logits.shape[1] :].unsqueeze(-1)
+    return logits.float().log_softmax(-1).gather(-1, last).squeeze(-1).mean(-1)
+
+
+def ones_behind(mask: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.nn.functional.pad(mask, (0, length - mask.shape[1]), value=1)
+
+
 @pytest.mark.parametrize("batch", FOR_GENERATE)
 def test_generate_with_original_positions(any_family: FamilyRow, any_model: Any, batch: str) -> None:
     model, inputs = any_model, inputs_for(any_family, any_model, batch)
