@@ -592,7 +592,7 @@ def report_answers(world: Found, console: Console) -> None:
         console.print(table)
 
 
-def _siglip(layers: int) -> Any:
+def _siglip(layers: int, side: int) -> Any:
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     config = SiglipVisionConfig(
@@ -600,7 +600,7 @@ def _siglip(layers: int) -> Any:
         intermediate_size=4304,
         num_hidden_layers=layers,
         num_attention_heads=16,
-        image_size=378,
+        image_size=side,
         patch_size=14,
         vision_use_head=False,
     )
@@ -609,14 +609,14 @@ def _siglip(layers: int) -> Any:
 
 
 @torch.no_grad()
-def cost(rounds: int, console: Console) -> None:
-    """The scores on one layer of SigLIP-so400m (729 patches, 16 heads of 72) over the time of its 27 layers.
+def cost(rounds: int, side: int, console: Console) -> None:
+    """The scores on one layer of SigLIP-so400m (16 heads of 72; 729 patches at 378 pixels) over the time of its 27 layers.
 
     Three layers are run and their time is scaled: a tower's time is its layers' time.
     """
     layers = 3
-    tower = _siglip(layers)
-    images = torch.randn(1, 3, 378, 378, dtype=torch.bfloat16)
+    tower = _siglip(layers, side)
+    images = torch.randn(1, 3, side, side, dtype=torch.bfloat16)
     tower.set_attn_implementation(PROBE)
     _probed.clear()
     tower(images)
@@ -644,7 +644,8 @@ def cost(rounds: int, console: Console) -> None:
             middle = time.perf_counter()
             score()
             ratios[name].append((time.perf_counter() - middle) / ((middle - start) * 27 / layers))
-    table = Table(title=f"Time of a score over that of a 27-layer SigLIP tower, median and quartiles of {rounds}")
+    shape = f"{(side // 14) ** 2} patches, 27 layers of SigLIP-so400m"
+    table = Table(title=f"Time of a score over that of the tower ({shape}), median and quartiles of {rounds}")
     table.add_column("score")
     table.add_column("ratio", justify="right")
     for name, values in ratios.items():
@@ -667,6 +668,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(FINALISTS), help="scores to ask with")
     parser.add_argument("--rows", type=int, default=1000, help="how many of the best scores to print")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--side", type=int, default=378, help="pixels of the picture whose cost is measured")
     parser.add_argument("--share", default="0/1", help="R/M: pictures whose number leaves R when divided by M")
     parser.add_argument("--read", type=Path, nargs="+", default=[], help="print these --json files; run nothing")
     parser.add_argument("--json", type=Path, help="write every single value here")
@@ -677,7 +679,7 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console(width=150)
     if options.section == "cost":
-        cost(options.rounds, console)
+        cost(options.rounds, options.side, console)
         return
     worlds = read_parts(options.read)
     if options.section == "areas":

@@ -156,6 +156,8 @@ class FamilyRow:
     """Whether the stock model repeats images wrongly for beams and return sequences in every release, see oracle.py."""
     looks_ahead: bool = False
     """Tokens of an image look at each other both ways, as `token_types` say."""
+    chunked_prefill: bool = True
+    """Whether the stock model takes images in chunked prefill."""
     static_cache: bool = True
     """Whether the stock model takes a static cache."""
     continued_with_images: bool = True

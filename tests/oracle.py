@@ -52,10 +52,10 @@ def rotary_positions(
     """
     sizes = {name: inputs[name] for name in inputs if name.endswith(("_grid_thw", "second_per_grid_ts"))}
     if sizes:
-        [kinds] = (inputs[name] for name in row.token_types)
-        positions, _ = model.model.get_rope_index(
-            inputs["input_ids"], mm_token_type_ids=kinds, attention_mask=given, **sizes
-        )
+        kinds = {name: inputs[name] for name in row.token_types}
+        if "video_second_per_grid" in inputs:
+            sizes["second_per_grids"] = inputs["video_second_per_grid"]
+        positions, _ = model.model.get_rope_index(inputs["input_ids"], attention_mask=given, **kinds, **sizes)
     else:
         positions = (given.cumsum(-1) - 1).clamp_min(0).expand(3, -1, -1)
     if counted is None:
@@ -70,15 +70,18 @@ def kept_logits(logits: Tensor, mask: Tensor) -> list[Tensor]:
 
 VISUAL_INPUTS = (
     "pixel_values",
+    "high_res_pixel_values",
     "pixel_values_images",
     "pixel_values_videos",
     "image_sizes",
     "image_sizes_videos",
     "batch_num_images",
     "pixel_attention_mask",
+    "image_position_ids",
     "image_grid_thw",
     "video_grid_thw",
     "second_per_grid_ts",
+    "video_second_per_grid",
     "image_merge_sizes",
     "video_merge_sizes",
     "video_compression_mask",
@@ -102,6 +105,7 @@ def encoded_by_prompt(model: Any, inputs: dict[str, Any], image_token: int = IMA
         }
         mine.pop("image_sizes_videos", None)
         mine.pop("second_per_grid_ts", None)
+        mine.pop("video_second_per_grid", None)
         shown = mine.pop("video_compression_mask", None)  # the language model applies it, to all videos at once
         with torch.no_grad():
             encoded = encode(**mine, return_dict=True)
@@ -119,6 +123,9 @@ def encoded_by_prompt(model: Any, inputs: dict[str, Any], image_token: int = IMA
                 raise NotImplementedError("one tensor for prompts with different numbers of visual tokens")
             parts = torch.stack(parts)
         outputs[modality] = BaseModelOutputWithPooling(pooler_output=parts)
+        if getattr(encoded, "visual_indicator_features", None) is not None:
+            markers = encoded.visual_indicator_features
+            outputs[modality] = type(encoded)(pooler_output=parts, visual_indicator_features=markers)
         if getattr(encoded, "deepstack_features", None) is not None:
             outputs[modality] = type(encoded)(
                 pooler_output=parts,

@@ -150,6 +150,62 @@ def qwen3_vl(model: Any) -> Any:
     return _qwen(model, Qwen3VLProcessor, Qwen3VLVideoProcessor)
 
 
+def cohere_compass(model: Any) -> Any:
+    from transformers import CohereCompassImageProcessor, CohereCompassProcessor, CohereCompassVideoProcessor
+
+    sizes = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
+    special = {
+        IMAGE: "<|IMAGE_PAD|>",
+        VIDEO: "<|VIDEO_PAD|>",
+        model.config.vision_start_token_id: "<|VISION_START|>",
+        model.config.vision_end_token_id: "<|VISION_END|>",
+    }
+    around = "<|VISION_START|>{}<|VISION_END|>"
+    return CohereCompassProcessor(
+        image_processor=CohereCompassImageProcessor(
+            **sizes, size={"shortest_edge": 56 * 56, "longest_edge": 140 * 140}
+        ),
+        video_processor=CohereCompassVideoProcessor(
+            **sizes, size={"shortest_edge": 4 * 56 * 56, "longest_edge": 6 * 84 * 84}
+        ),
+        tokenizer=tokenizer(special),
+        chat_template=template(around.format("<|IMAGE_PAD|>"), around.format("<|VIDEO_PAD|>")),
+    )
+
+
+def paddleocr_vl(model: Any) -> Any:
+    from transformers import PaddleOCRVLProcessor
+    from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
+
+    begin, end, image = "<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>"
+    special = {IMAGE: image, model.config.vision_start_token_id: begin, model.config.vision_end_token_id: end}
+    return PaddleOCRVLProcessor(
+        image_processor=PaddleOCRVLImageProcessorPil(
+            patch_size=PATCH, size={"shortest_edge": 56 * 56, "longest_edge": 140 * 140}
+        ),
+        tokenizer=tokenizer(special, extra_special_tokens={"image_token": image, "begin": begin, "end": end}),
+        chat_template=template(begin + image + end),
+    )
+
+
+def kimi_k25(model: Any) -> Any:
+    from transformers import Kimi_K25ImageProcessor, Kimi_K25Processor, Kimi_K25VideoProcessor
+
+    begin, end = "<|media_begin|>", "<|media_end|>"
+    special = {
+        IMAGE: "<|media_pad|>",
+        VIDEO: "<|kimi_k25_video_placeholder|>",
+        model.config.vision_start_token_id: begin,
+        model.config.vision_end_token_id: end,
+    }
+    return Kimi_K25Processor(
+        image_processor=Kimi_K25ImageProcessor(patch_size=PATCH, size={"max_height": 10, "max_width": 10}),
+        video_processor=Kimi_K25VideoProcessor(patch_size=PATCH),
+        tokenizer=tokenizer(special),
+        chat_template=template(begin + "<|media_pad|>" + end),
+    )
+
+
 def internvl(model: Any) -> Any:
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
@@ -168,6 +224,35 @@ def internvl(model: Any) -> Any:
         tokenizer=tokenizer(special, extra_special_tokens=names),
         image_seq_length=(SIDE // PATCH // 2) ** 2,
         chat_template=template(context, "<video>"),
+    )
+
+
+def qianfan_ocr(model: Any) -> Any:
+    from transformers import QianfanOCRProcessor
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    begin, end, context = "<img>", "</img>", "<IMG_CONTEXT>"
+    names = {"start_image_token": begin, "end_image_token": end, "context_image_token": context}
+    return QianfanOCRProcessor(
+        image_processor=GotOcr2ImageProcessorPil(size={"height": SIDE, "width": SIDE}, min_patches=1, max_patches=6),
+        tokenizer=tokenizer({MARKERS[0]: begin, MARKERS[1]: end, IMAGE: context}, extra_special_tokens=names),
+        image_seq_length=(SIDE // PATCH // 2) ** 2,
+        chat_template=template("<image>"),
+    )
+
+
+def ovis2(model: Any) -> Any:
+    from transformers import Ovis2Processor
+    from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
+
+    names = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
+    special = dict(zip(model.config.visual_indicator_token_ids, names, strict=True))
+    size = {"height": SIDE, "width": SIDE}
+    return Ovis2Processor(
+        image_processor=Ovis2ImageProcessorPil(size=size, crop_to_patches=True, max_patches=6),
+        tokenizer=tokenizer({**special, IMAGE: "<IMG_ATOM>", MARKERS[5]: "<image>"}),
+        image_seq_length=(SIDE // PATCH // 2) ** 2,
+        chat_template=template("<image>"),
     )
 
 
@@ -218,10 +303,18 @@ def video_llava(model: Any) -> Any:
     )
 
 
-PROCESSORS: dict[str, Callable[[Any], Any]] = {"gemma3": gemma3, "idefics3": idefics3}
+PROCESSORS: dict[str, Callable[[Any], Any]] = {
+    "gemma3": gemma3,
+    "idefics3": idefics3,
+    "ovis2": ovis2,
+    "paddleocr-vl": paddleocr_vl,
+    "qianfan-ocr": qianfan_ocr,
+}
 """By the name of the row."""
 NEED_TORCHVISION: dict[str, Callable[[Any], Any]] = {
+    "cohere-compass": cohere_compass,
     "internvl": internvl,
+    "kimi-k2.5": kimi_k25,
     "llava-next-video": llava_next_video,
     "llava-onevision": llava_onevision,
     "qwen2-vl": qwen2_vl,

@@ -12,7 +12,7 @@ from adafv import AdaFV
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
 KEEP = 0.3
-NOT_OFFLOADED = {"idefics3", "glm-4v", "glm-4.6v", "glm-moe-4v"}
+NOT_OFFLOADED = {"gemma4", "idefics3", "glm-4v", "glm-4.6v", "glm-moe-4v"}
 """Their stock models ask a weight that is not there for its device."""
 
 

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from adafv import AdaFV
 from adafv.errors import PromptError
 
-ROWS = [row for row in FAMILIES if row.name in ("glm-4v", "glm-4.6v", "glm-moe-4v")]
+ROWS = [row for row in FAMILIES if row.name in ("glm-4v", "glm-4.6v", "glm-moe-4v", "glm-ocr")]
 OPTIONS = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [IMAGE]}
 
 

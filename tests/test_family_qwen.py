@@ -19,7 +19,18 @@ from adafv.families.qwen2_5_vl import window_order
 
 module_of_compress = sys.modules["adafv.engines.transformers.compress"]  # its name is the function's too
 
-NAMES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-moe-vl", "glm-4v", "glm-4.6v", "glm-moe-4v")
+NAMES = (
+    "qwen2-vl",
+    "qwen2.5-vl",
+    "qwen3-vl",
+    "qwen3-moe-vl",
+    "glm-4v",
+    "glm-4.6v",
+    "glm-moe-4v",
+    "glm-ocr",
+    "qwen2.5-omni",
+    "qwen3-omni",
+)
 PACKED = [row for row in FAMILIES if row.name in NAMES]
 SHOWN = [(row, "image") for row in PACKED] + [(row, "video") for row in PACKED if row.videos is not None]
 

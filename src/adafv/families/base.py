@@ -85,6 +85,8 @@ class Family(ABC):
     looks_ahead: ClassVar[bool] = False
     """Whether a token may look at tokens behind it, as the tokens of an image look at each other in Gemma 3. The stock
     model reads from `token_type_ids` which do."""
+    chunked_prefill: ClassVar[bool] = True
+    """Whether the stock model takes encoded images in chunked prefill."""
     first_position: ClassVar[int] = 0
     """What `forward` counts positions from where it is given none."""
     prompt: ClassVar[str] = "USER: {image}\n{question} ASSISTANT:"
@@ -179,7 +181,9 @@ class Family(ABC):
         """
         raise NotImplementedError
 
-    def hand_over(self, modality: str, features: list[Tensor], deepstack: list[Tensor]) -> BaseModelOutputWithPooling:
+    def hand_over(
+        self, model: Any, modality: str, features: list[Tensor], deepstack: list[Tensor]
+    ) -> BaseModelOutputWithPooling:
         """The kept features ([K, D] per prompt that has any) in the shape that the stock model reads them in."""
         if modality not in self.as_tensor:
             return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ another token when it repeats a video for beams; so the kept tokens of videos ar
 is refused.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from adafv.families.qwen2_vl import Qwen2VL
 
 class Glm4V(Qwen2VL):
     name = "GLM-4V"
-    model_classes = (
+    model_classes: ClassVar[tuple[str, ...]] = (
         "Glm4vForConditionalGeneration",
         "Glm4vMoeForConditionalGeneration",
         "Glm46VForConditionalGeneration",

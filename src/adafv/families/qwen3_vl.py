@@ -6,7 +6,7 @@ a row of frames with their times written between them, so its placeholders are n
 the tokens all the same. The saliency is read off the last block, from which the input embeddings are made.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,13 +17,18 @@ from adafv.families.qwen2_vl import Qwen2VL
 
 class Qwen3VL(Qwen2VL):
     name = "Qwen3-VL"
-    model_classes = ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration")
-    videos = ("pixel_values_videos", "video_grid_thw")
+    model_classes: ClassVar[tuple[str, ...]] = (
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
+    )
+    videos: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw")
 
     def deepstack_of(self, output: Any) -> list[Tensor]:
         return [torch.stack(layers, dim=1) for layers in zip(*output.deepstack_features, strict=True)]
 
-    def hand_over(self, modality: str, features: list[Tensor], deepstack: list[Tensor]) -> BaseModelOutputWithPooling:
+    def hand_over(
+        self, model: Any, modality: str, features: list[Tensor], deepstack: list[Tensor]
+    ) -> BaseModelOutputWithPooling:
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
         layers = zip(*(part.unbind(1) for part in deepstack), strict=True)

@@ -77,6 +77,7 @@ TOWERS = {
     "Idefics3VisionTransformer": TowerShape("encoder.layers", "self_attn", has_class_token=False),
     "SmolVLMVisionTransformer": TowerShape("encoder.layers", "self_attn", has_class_token=False),
     "JanusVisionModel": TowerShape("encoder.layers", "self_attn", has_class_token=False),
+    "QianfanOCRVisionModel": TowerShape("layers", "attention"),
 }
 """Towers of one crop after the other, whose attention goes through transformers' attention interface."""
 

@@ -166,7 +166,7 @@ def compress_call(
             set_linear_positions(family, result, call, whole, compaction, settings.positions, whole_conversation)
         _take_out(model, family, result, call, whole, compaction)
         if placed:
-            result["mm_encoder_outputs"] = _by_prompt(family, placed, choices)
+            result["mm_encoder_outputs"] = _by_prompt(model, family, placed, choices)
     cached = contents_of(cache)
     tokens = cached.tokens if call.tokens is None and cached is not None else call.tokens
     result.contents = CacheContents(result.compaction, tokens, delta, attended)
@@ -193,7 +193,7 @@ def _visuals(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, dict[str
 
 
 def _by_prompt(
-    family: Family, placed: list[PlacedImage], choices: list[Choice]
+    model: Any, family: Family, placed: list[PlacedImage], choices: list[Choice]
 ) -> dict[str, BaseModelOutputWithPooling]:
     """The kept features per modality, one entry per prompt that has any.
 
@@ -212,7 +212,7 @@ def _by_prompt(
         if features:
             joined, stacked = ([torch.cat(parts) for parts in each.values()] for each in (features, deepstack))
             name = MODALITIES[0] if family.one_placeholder else modality
-            outputs[name] = family.hand_over(name, joined, stacked)
+            outputs[name] = family.hand_over(model, name, joined, stacked)
     return outputs
 
 

@@ -46,6 +46,14 @@ def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) ->
             f"chunked prefill cuts apart images whose tokens look at each other, as those of {family.name} do, so that the "
             "answer is another one, pruned or not; leave prefill_chunk_size out"
         )
+    if (
+        _setting(model, arguments, "prefill_chunk_size")
+        and not family.chunked_prefill
+        and family.images[0] in arguments
+    ):
+        raise UnsupportedCallError(
+            f"chunked prefill fails in stock transformers with images of {family.name}; leave prefill_chunk_size out"
+        )
     if _setting(model, arguments, "guidance_scale") not in (None, 1.0):
         if family.rotary_axes:
             raise UnsupportedCallError(

@@ -72,11 +72,31 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def kv_bytes(model: Any, tokens: int) -> int:
     """Bytes of keys and values that a prompt of so many tokens leaves in the cache, all layers together."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     element = torch.empty((), dtype=model.get_input_embeddings().weight.dtype).element_size()
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     # A layer with a sliding window keeps what the next token may look at besides itself.
     window = (getattr(config, "sliding_window", None) or tokens + 1) - 1
-    held = sum(min(tokens, window) if kind == "sliding_attention" else tokens for kind in kinds)
-    return 2 * held * heads * head_size * element
+    return element * sum(
+        _numbers_kept(config, layer) * (min(tokens, window) if kinds[layer] == "sliding_attention" else tokens)
+        for layer in _layers_that_keep(config, len(kinds))
+    )
+
+
+def _layers_that_keep(config: Any, layers: int) -> list[int]:
+    """Those that do not read the keys and values of another layer."""
+    sharing = getattr(config, "kv_sharing_modes", None)
+    if sharing:
+        return [layer for layer in range(layers) if not str(sharing[layer]).startswith("reuse")]
+    return list(range(layers - (getattr(config, "num_kv_shared_layers", None) or 0)))
+
+
+def _numbers_kept(config: Any, layer: int) -> int:
+    """Of the keys and values of one token, in one layer."""
+    rotates = getattr(config, "no_rope_layers", None)  # 1 where it does, whatever the name says
+    config = config.per_layer_config[layer]
+    latent = getattr(config, "kv_lora_rank", None)
+    if latent:  # DeepSeek-V3 keeps one latent for all heads, and one rotated key
+        return int(latent + (config.qk_rope_head_dim if not rotates or rotates[layer] else 0))
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * heads * head_size)

@@ -56,7 +56,7 @@ class ChatTemplate:
             raise OptionError("text='question' needs a processor with a chat template; use text='turn' or 'after'")
         image, words = {"type": "image"}, _two_words(processor.tokenizer)
         first, second = (_render(processor, [image, {"type": "text", "text": word}]) for word in words)
-        placeholder = processor.tokenizer.convert_tokens_to_ids(image_text(processor))
+        placeholder = processor.tokenizer.convert_tokens_to_ids(_image_token(processor))
         if placeholder not in first:
             raise OptionError("the chat template does not show images; use text='turn' or 'after'")
         behind_first, behind_second = (ids[ids.index(placeholder) + 1 :] for ids in (first, second))
@@ -141,17 +141,26 @@ def image_text(processor: Any) -> str:
     """What stands for one image in a prompt before the processor sees it.
 
     Mostly the token that is repeated for every visual token. Gemma writes the one that begins an image, and the processor
-    puts the others behind it.
+    puts the others behind it. Qianfan-OCR writes a word that need not be a token, and the processor replaces it.
     """
+    word = getattr(processor, "image_placeholder_token", None)
+    if word is not None:
+        return str(word)
     template = str(getattr(processor, "chat_template", None) or "")
     begin = getattr(processor, "boi_token", None)
     return str(begin) if begin is not None and str(begin) in template else str(processor.image_token)
 
 
+def _image_token(processor: Any) -> str:
+    """The token by which an image is found in what `_render` gives."""
+    written = image_text(processor)
+    return written if getattr(processor, "image_placeholder_token", None) is None else str(processor.image_token)
+
+
 def _render(processor: Any, content: list[dict[str, str]]) -> list[int]:
     chat = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    return processor.tokenizer(text).input_ids
+    return processor.tokenizer(text.replace(image_text(processor), _image_token(processor))).input_ids
 
 
 def _two_words(tokenizer: Any) -> tuple[str, str]:
