@@ -1,0 +1,61 @@
+"""Kimi K2.5 (`Kimi_K25ForConditionalGeneration`): images of any size, a packed tower, positions along the prompt.
+
+The tower leaves the patches of an image in rows from left to right and joins them (2 x 2) behind its last layer, as
+PaddleOCR-VL does, so the saliency of a token is the mean over the patches that are joined there. Videos are refused: the
+stock model makes one token of a place in several frames and then splits its tokens as if each frame had its own, which
+fails.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adafv.core import ImageLayout
+from adafv.families.base import Encoded, Family, Run
+from adafv.families.paddleocr_vl import merged_rows
+from adafv.families.towers import Tap, patch_score, twin_of
+
+
+class KimiK25(Family):
+    name = "Kimi K2.5"
+    model_classes = ("Kimi_K25ForConditionalGeneration",)
+    images: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+    saliency = "received"
+    limits = "refuses videos"
+
+    def check(self, model: Any) -> None:
+        pass
+
+    def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
+        height, width = model.config.vision_config.merge_kernel_size
+        grids = [(rows // height, columns // width) for _, rows, columns in visuals["image_grid_thw"].tolist()]
+        return [ImageLayout(torch.arange(rows * columns), 1, rows, columns) for rows, columns in grids]
+
+    def take(
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
+    ) -> dict[str, Any]:
+        parts = visuals["pixel_values"].split(visuals["image_grid_thw"].prod(-1).tolist())
+        pixels = torch.cat([parts[i] for i in wanted])
+        return {"pixel_values": pixels, "image_grid_thw": visuals["image_grid_thw"][wanted]}
+
+    def encode(
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+    ) -> Encoded:
+        tower = model.model.vision_tower
+        tap = Tap(tower, f"layers.{len(tower.layers) - 1}.attn", patch_score) if saliency else None
+        twin = twin_of(model.model) if tap is None else twin_of(model.model, vision_tower=tap.tower)
+        # The stock method of the stock class, on a twin whose only difference is the tower.
+        output = twin.get_image_features(visuals["pixel_values"], visuals["image_grid_thw"], return_dict=True)
+        scores = None
+        if tap is not None:
+            height, width = model.config.vision_config.merge_kernel_size
+            scores = merged_rows(tap.scores, layouts, (height, width))
+        return Encoded(list(output.pooler_output), scores)
+
+    def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
+        side = model.config.vision_config.patch_size
+        _, rows, columns = visuals["image_grid_thw"][0].tolist()
+        patches = visuals["pixel_values"][: rows * columns].unflatten(0, (rows, columns))
+        return patches.permute(2, 0, 3, 1, 4).reshape(1, -1, rows * side, columns * side)  # type: ignore[no-any-return]
