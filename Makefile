@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 # The project's testbed: a small real model and photos, kept outside the repository. Optional.
 TESTBED ?= ../shared/testbed
 MODEL   := .testbed/model
+# Tests use one thread each, so they share the cores by running side by side.
+WORKERS := -n auto --maxprocesses 4
 
 .PHONY: help demo test test-fast check format testbed benchmark oldest processors clean
 
@@ -46,10 +48,10 @@ demo: $(VENV)/installed
 # With the testbed, some tests ask the real model; without it they are skipped.
 test: $(VENV)/installed $(MODEL)/config.json
 	ADAFV_TESTBED=$(if $(wildcard $(TESTBED)/build.py),$(abspath $(MODEL))) \
-	ADAFV_PHOTOS=$(if $(wildcard $(TESTBED)/images),$(abspath $(TESTBED)/images)) $(BIN)/python -m pytest
+	ADAFV_PHOTOS=$(if $(wildcard $(TESTBED)/images),$(abspath $(TESTBED)/images)) $(BIN)/python -m pytest $(WORKERS)
 
 test-fast: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -74,7 +76,7 @@ benchmark: $(VENV)/installed
 	touch $@
 
 oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -m "not slow"
+	.venv-oldest/bin/python -m pytest $(WORKERS) -m "not slow"
 
 # torchvision, whose registry builds need CUDA, in a folder that only these tests look into (see tests/conftest.py); and
 # num2words, which SmolVLM's processor asks for.
