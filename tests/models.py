@@ -120,6 +120,13 @@ def noise(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
 
 
+def clips(model: Any, frames: list[list[int]], seed: int) -> torch.Tensor:
+    """[videos, frames, 3, SIDE, SIDE]; the stock models that want one tensor take videos of one length, the shortest."""
+    counts = [count for prompt in frames for count in prompt]
+    pixels = [noise(50 + seed + number, min(counts), 3, SIDE, SIDE) for number in range(len(counts))]
+    return torch.stack(pixels).to(model.dtype)
+
+
 Visuals = tuple[dict[str, Any], list[list[int]]]
 """Entries of the inputs, and for each image (or video) the tokens that stand for it in the prompt, markers included."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
 from adafv import AdaFV
-from adafv.families import family_of, qwen2_vl
+from adafv.families import family_of, towers
 
 compass = pytest.importorskip("rows.cohere_compass")
 ROW = FamilyRow(
@@ -36,7 +36,7 @@ def model() -> Any:
     return compass.build()
 
 
-class PlainTap(qwen2_vl.Tap):
+class PlainTap(towers.Tap):
     """Scores the plain attention received, so that the test is about places and not about what makes a patch salient."""
 
     def __init__(self, tower: Any, attention: str, score: Any) -> None:
@@ -53,7 +53,7 @@ def test_saliency_lines_up_with_the_attention_maps(model: Any, modality: str, mo
     else:
         visuals, _ = compass.videos(model, [[count] for count in ROW.clips], 0)
     family = family_of(model)
-    monkeypatch.setattr(qwen2_vl, "Tap", PlainTap)
+    monkeypatch.setattr(towers, "Tap", PlainTap)
     layouts = family.layouts(model, modality, visuals, [])
     maps: list[Tensor] = []
 

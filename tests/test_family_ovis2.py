@@ -11,7 +11,7 @@ from torch import Tensor
 from adafv import AdaFV
 from adafv.engines.transformers.prompt import read_prompt
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
-from adafv.families import family_of, ovis2
+from adafv.families import family_of, towers
 
 
 def layouts_for(model: Any, inputs: dict[str, Any]) -> list[Any]:
@@ -26,7 +26,7 @@ def test_saliency_is_joined_as_the_tokens_are(stride: int, monkeypatch: pytest.M
     def received(query: Tensor, key: Tensor, value: Tensor, features: Tensor, scaling: float, mask: Any) -> Tensor:
         return (query @ key.transpose(-1, -2) * scaling).softmax(-1).mean(1).mean(1)
 
-    monkeypatch.setattr(ovis2, "patch_score", received)
+    monkeypatch.setattr(towers, "patch_score", received)
     inputs = make_inputs(ROW, model, [2])
     layouts = layouts_for(model, inputs)
     tower = model.model.vision_tower

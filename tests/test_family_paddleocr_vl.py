@@ -10,10 +10,9 @@ from torch import Tensor
 
 from adafv import AdaFV
 from adafv.errors import UnsupportedCallError
-from adafv.families import family_of, kimi_k25, paddleocr_vl
+from adafv.families import family_of, towers
 
 ROWS = [row for row in FAMILIES if row.name in ("paddleocr-vl", "kimi-k2.5")]
-MODULES = {"paddleocr-vl": paddleocr_vl, "kimi-k2.5": kimi_k25}
 
 
 @pytest.fixture(params=ROWS, ids=[row.name for row in ROWS])
@@ -36,7 +35,7 @@ def test_saliency_lines_up_with_the_stock_attention(row: FamilyRow, monkeypatch:
     """Against the eager attention maps, patch by patch and without a reshape."""
     model = row.build()
     visuals, _ = row.images(model, [row.sizes], 0)
-    monkeypatch.setattr(MODULES[row.name], "patch_score", received)
+    monkeypatch.setattr(towers, "patch_score", received)
     family = family_of(model)
     layouts = family.layouts(model, "image", visuals, [])
     with torch.no_grad():

@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from adafv import compress
 from adafv.engines.transformers.text import text_columns
-from adafv.families import family_of, qwen2_vl
+from adafv.families import family_of, towers
 from adafv.families.qwen2_5_vl import window_order
 
 module_of_compress = sys.modules["adafv.engines.transformers.compress"]  # its name is the function's too
@@ -40,7 +40,7 @@ def mean_received(maps: Tensor) -> Tensor:
     return maps.mean(1).mean(1)
 
 
-class PlainTap(qwen2_vl.Tap):
+class PlainTap(towers.Tap):
     """Scores the plain attention received, so that the test is about places and not about what makes a patch salient."""
 
     def __init__(self, tower: Any, attention: str, score: Any) -> None:
@@ -60,7 +60,7 @@ def test_saliency_lines_up_with_the_attention_maps(
     else:
         visuals, _ = row.videos(model, [[count] for count in row.clips], 0)
     family = family_of(model)
-    monkeypatch.setattr(qwen2_vl, "Tap", PlainTap)
+    monkeypatch.setattr(towers, "Tap", PlainTap)
     layouts = family.layouts(model, modality, visuals, [])
     with torch.no_grad():
         encoded = family.encode(model, modality, visuals, layouts, saliency=True)

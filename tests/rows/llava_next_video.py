@@ -10,14 +10,14 @@ from models import (
     VIDEO,
     FamilyRow,
     Visuals,
+    clips,
     finish,
     image_lengths,
-    noise,
+    llava_next_images,
     text_config,
     vision_config,
 )
 from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
-from transformers.models.llava_next_video.modeling_llava_next_video import image_size_to_num_patches
 
 
 def build(seed: int = 0, dtype: torch.dtype = torch.float32, tower: str = "clip", **options: Any) -> Any:
@@ -34,20 +34,16 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float32, tower: str = "clip"
 
 def images(model: Any, sizes: list[list[tuple[int, int]]], seed: int) -> Visuals:
     flat = [size for prompt in sizes for size in prompt]
-    crops = [image_size_to_num_patches(size, model.config.image_grid_pinpoints, SIDE) for size in flat]
-    pixels = torch.zeros(len(flat), max(crops), 3, SIDE, SIDE)
-    for number, count in enumerate(crops):
-        pixels[number, :count] = noise(seed + number, count, 3, SIDE, SIDE)
-    entries = {"pixel_values": pixels.to(model.dtype), "image_sizes": torch.tensor(flat)}
+    entries = llava_next_images(model, flat, seed)
+    entries["pixel_values"] = entries["pixel_values"].to(model.dtype)
     return entries, [[IMAGE] * length for length in image_lengths(model, entries)]
 
 
 def videos(model: Any, frames: list[list[int]], seed: int) -> Visuals:
-    flat = [count for prompt in frames for count in prompt]
-    count = min(flat)  # the stock model takes videos of one length
-    pixels = torch.stack([noise(50 + seed + number, count, 3, SIDE, SIDE) for number in range(len(flat))])
+    pixels = clips(model, frames, seed)
+    count = pixels.shape[1]
     tokens = count * ((SIDE // PATCH) ** 2 // 4)  # as the processor counts them
-    return {"pixel_values_videos": pixels.to(model.dtype)}, [[VIDEO] * tokens for _ in flat]
+    return {"pixel_values_videos": pixels}, [[VIDEO] * tokens for _ in pixels]
 
 
 ROW = FamilyRow(

@@ -11,6 +11,7 @@ from models import (
     VIDEO,
     FamilyRow,
     Visuals,
+    clips,
     finish,
     image_lengths,
     noise,
@@ -54,11 +55,10 @@ def images(model: Any, sizes: list[list[tuple[int, int]]], seed: int) -> Visuals
 
 
 def videos(model: Any, frames: list[list[int]], seed: int) -> Visuals:
-    flat = [count for prompt in frames for count in prompt]
-    count = min(flat)  # the stock model takes videos of one length
-    pixels = torch.stack([noise(50 + seed + number, count, 3, SIDE, SIDE) for number in range(len(flat))])
+    pixels = clips(model, frames, seed)
+    count = pixels.shape[1]
     tokens = count * math.ceil(SIDE / PATCH / 2) ** 2 + 1
-    return {"pixel_values_videos": pixels.to(model.dtype)}, [[VIDEO] * tokens for _ in flat]
+    return {"pixel_values_videos": pixels}, [[VIDEO] * tokens for _ in pixels]
 
 
 def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 import transformers.models.qwen2_5_omni.modeling_qwen2_5_omni as stock
-from models import IMAGE, MARKERS, PATCH, VIDEO, FamilyRow, Visuals, finish
+from models import MARKERS, FamilyRow, Visuals, finish
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from rows import qwen2_5_vl
-from rows.qwen2_5_vl import MERGE, TEMPORAL, VISION_END, VISION_START, images, rotary_text_config
+from rows.qwen2_5_vl import VISION, VISION_START, images, rotary_text_config
 
 AUDIO, AUDIO_START, AUDIO_END = MARKERS[5], MARKERS[6], MARKERS[7]
 MELS = 8
@@ -22,24 +22,11 @@ HEARING = {
     "output_dim": 48,
     "max_source_positions": 64,
 }
-VISION = {
-    "depth": 4,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 4,
-    "out_hidden_size": 48,
-    "patch_size": PATCH,
-    "temporal_patch_size": TEMPORAL,
-    "spatial_merge_size": MERGE,
-}
 TOKENS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
+    **qwen2_5_vl.TOKENS,
     "audio_token_id": AUDIO,
     "audio_start_token_id": AUDIO_START,
     "audio_end_token_id": AUDIO_END,
-    "vision_start_token_id": VISION_START,
-    "vision_end_token_id": VISION_END,
     "position_id_per_seconds": 4,
 }
 

@@ -8,6 +8,23 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 VISION_START, VISION_END = MARKERS[0], MARKERS[1]
 TEMPORAL, MERGE = 2, 2
+VISION = {
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "out_hidden_size": 48,
+    "patch_size": PATCH,
+    "temporal_patch_size": TEMPORAL,
+    "spatial_merge_size": MERGE,
+}
+"""What the towers of all of Qwen's generations have in common."""
+TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
 
 
 def rotary_text_config() -> dict[str, Any]:
@@ -17,23 +34,9 @@ def rotary_text_config() -> dict[str, Any]:
 
 def build(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     config = Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 4,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 4,
-            "out_hidden_size": 48,
-            "patch_size": PATCH,
-            "temporal_patch_size": TEMPORAL,
-            "spatial_merge_size": MERGE,
-            "window_size": 56,
-            "fullatt_block_indexes": [1, 3],
-        },
+        vision_config={**VISION, "window_size": 56, "fullatt_block_indexes": [1, 3]},
         text_config={name: value for name, value in rotary_text_config().items() if value is not None},
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
+        **TOKENS,
         **options,
     )
     return finish(Qwen2_5_VLForConditionalGeneration(config), seed, dtype)

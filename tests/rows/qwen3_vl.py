@@ -3,29 +3,13 @@
 from typing import Any
 
 import torch
-from models import IMAGE, PATCH, VIDEO, FamilyRow, Visuals, finish, words
+from models import IMAGE, VIDEO, FamilyRow, Visuals, finish, words
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from rows.qwen2_5_vl import MERGE, TEMPORAL, VISION_END, VISION_START, images, patches, rotary_text_config
+from rows import qwen2_5_vl
+from rows.qwen2_5_vl import TEMPORAL, TOKENS, VISION_END, VISION_START, images, patches, rotary_text_config
 
-VISION = {
-    "depth": 4,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 4,
-    "out_hidden_size": 48,
-    "patch_size": PATCH,
-    "temporal_patch_size": TEMPORAL,
-    "spatial_merge_size": MERGE,
-    "num_position_embeddings": 16,
-    "deepstack_visual_indexes": [0, 2],
-}
-TOKENS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": VISION_START,
-    "vision_end_token_id": VISION_END,
-}
+VISION = {**qwen2_5_vl.VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
 
 
 def text_options() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import IMAGE, PATCH, SIDE, VIDEO, FamilyRow, Visuals, finish, noise, text_config, vision_config
+from models import IMAGE, PATCH, SIDE, VIDEO, FamilyRow, Visuals, clips, finish, noise, text_config, vision_config
 from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
 
@@ -26,10 +26,9 @@ def images(model: Any, sizes: list[list[tuple[int, int]]], seed: int) -> Visuals
 
 
 def videos(model: Any, frames: list[list[int]], seed: int) -> Visuals:
-    flat = [count for prompt in frames for count in prompt]
-    count = min(flat)  # the stock model takes videos of one length
-    pixels = torch.stack([noise(50 + seed + number, count, 3, SIDE, SIDE) for number in range(len(flat))])
-    return {"pixel_values_videos": pixels.to(model.dtype)}, [[VIDEO] * (count * (1 + (SIDE // PATCH) ** 2))] * len(flat)
+    pixels = clips(model, frames, seed)
+    count = pixels.shape[1]
+    return {"pixel_values_videos": pixels}, [[VIDEO] * (count * (1 + (SIDE // PATCH) ** 2))] * len(pixels)
 
 
 ROW = FamilyRow("video-llava", build, images, [(SIDE, SIDE)] * 4, videos, clips=(3, 3))

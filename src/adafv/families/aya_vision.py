@@ -17,7 +17,6 @@ from adafv.errors import UnsupportedCallError
 from adafv.families.base import Run
 from adafv.families.internvl import InternVL
 from adafv.families.llava import feature_options
-from adafv.families.towers import check_tower
 
 
 class AyaVision(InternVL):
@@ -26,11 +25,6 @@ class AyaVision(InternVL):
     images: ClassVar[tuple[str, ...]] = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
     saliency = "received"
     limits = "refuses prompts as embeddings without input_ids"
-
-    def check(self, model: Any) -> None:
-        check_tower(
-            model.model.vision_tower, model.config.vision_feature_layer, model.config.vision_feature_select_strategy
-        )
 
     def options(self, model: Any, visuals: Mapping[str, Any]) -> dict[str, Any]:
         layer, strategy = feature_options(model, visuals)

@@ -152,15 +152,18 @@ class Family(ABC):
         """Names of the entries for one modality."""
         return self.images if modality == "image" else self.videos
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those that it has, of "image" and "video"."""
+        return tuple(modality for modality in MODALITIES if self.inputs(modality))
+
     def placeholder(self, model: Any, modality: str) -> int:
         """The token that stands for a visual token in the prompt."""
         return int(getattr(model.config, f"{modality}_token_id"))
 
     def placeholders(self, model: Any, tokens: Tensor) -> dict[str, Tensor]:
         """Per modality that the family has, which of the tokens ([B, S]) of a prompt stand for its visual tokens."""
-        return {
-            modality: tokens == self.placeholder(model, modality) for modality in MODALITIES if self.inputs(modality)
-        }
+        return {modality: tokens == self.placeholder(model, modality) for modality in self.modalities}
 
     def markers(self, runs: list[Run]) -> list[tuple[int, int, int]]:
         """(row, first column, one after the last) of what the processor puts around images and between their tiles.

@@ -10,6 +10,7 @@ from typing import Any
 
 from adafv.families.aya_vision import AyaVision
 from adafv.families.base import Run
+from adafv.families.internvl import images_by_gap
 from adafv.families.towers import check_tower
 
 
@@ -19,20 +20,12 @@ class Cohere2Vision(AyaVision):
     images = ("pixel_values",)
     limits = ""
 
-    def check(self, model: Any) -> None:
-        check_tower(model.model.vision_tower, -1, "full")
-
     def options(self, model: Any, visuals: Mapping[str, Any]) -> dict[str, Any]:
+        check_tower(model.model.vision_tower, -1, "full")
         return {}
 
     def runs_of_images(self, runs: list[Run]) -> list[list[Run]]:
-        images: list[list[Run]] = []
-        for number, run in enumerate(runs):
-            before = runs[number - 1] if number else None
-            if before is None or before.row != run.row or len(run.between) > 1:
-                images.append([])
-            images[-1].append(run)
-        return images
+        return images_by_gap(runs)
 
     def markers(self, runs: list[Run]) -> list[tuple[int, int, int]]:
         spans = []

@@ -21,7 +21,7 @@ from torch import Tensor
 from adafv.core import ImageLayout
 from adafv.errors import UnsupportedCallError
 from adafv.families.base import Encoded, Family, Run
-from adafv.families.towers import TappedTower, check_tower, twin_of
+from adafv.families.towers import TappedTower, check_tower, with_tower
 
 READS_TYPES_FROM_THE_BEGINNING = Version(transformers.__version__).release >= (5, 23)
 """Whether `generate` hands over the `token_type_ids` of cached tokens too. They are looked up by place in the sequence;
@@ -70,9 +70,7 @@ class Gemma3(Family):
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
         tower = TappedTower(model.model.vision_tower, -1, saliency)
-        # The stock method of the stock class, on a twin whose only difference is the tower.
-        twin = twin_of(model.model)
-        twin.__dict__["vision_tower"] = tower
+        twin = with_tower(model.model, "vision_tower", tower)
         features = twin.get_image_features(visuals["pixel_values"], return_dict=True).pooler_output
         return Encoded(list(features), list(self.pooled(model, tower.saliency)) if saliency else None)
 

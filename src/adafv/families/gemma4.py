@@ -14,7 +14,7 @@ import torch
 from adafv.core import ImageLayout
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
 from adafv.families.base import Encoded, Family, Run
-from adafv.families.towers import Tap, patch_score, twin_of
+from adafv.families.towers import with_tap
 
 
 class Gemma4(Family):
@@ -56,11 +56,8 @@ class Gemma4(Family):
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
         pixels, positions = visuals["pixel_values"], visuals["image_position_ids"]
-        tower = model.model.vision_tower
-        last = len(tower.encoder.layers) - 1
-        tap = Tap(tower, f"encoder.layers.{last}.self_attn", patch_score) if saliency else None
-        twin = twin_of(model.model) if tap is None else twin_of(model.model, vision_tower=tap.tower)
-        # The stock method of the stock class, on a twin whose only difference is the tower.
+        last = len(model.model.vision_tower.encoder.layers) - 1
+        twin, tap = with_tap(model.model, "vision_tower", f"encoder.layers.{last}.self_attn", saliency)
         output = twin.get_image_features(pixels, positions, return_dict=True)
         features = list(output.pooler_output)
         if tap is None:

@@ -19,7 +19,7 @@ from adafv.core import ImageLayout
 from adafv.errors import PromptError, UnsupportedCallError
 from adafv.families.base import Encoded, Family, Run
 from adafv.families.internvl import thumbnail_last
-from adafv.families.towers import TOWERS, Tap, check_tower, twin_of, uncompiled
+from adafv.families.towers import check_tower, with_tap
 
 
 class Idefics3(Family):
@@ -56,11 +56,8 @@ class Idefics3(Family):
     def encode(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
-        tower: Any = uncompiled(model.model.vision_model)
-        shape, last = TOWERS[type(tower).__name__], len(tower.encoder.layers) - 1
-        tap = Tap(tower, f"{shape.layers}.{last}.{shape.attention}", shape.score) if saliency else None
-        # The stock method of the stock class, on a twin whose only difference is the tower.
-        twin = twin_of(model.model) if tap is None else twin_of(model.model, vision_model=tap.tower)
+        last = len(model.model.vision_model.encoder.layers) - 1
+        twin, tap = with_tap(model.model, "vision_model", f"encoder.layers.{last}.self_attn", saliency)
         output = twin.get_image_features(**visuals, return_dict=True)
         tokens = [layout.tokens for layout in layouts]
         # Newer releases give a tensor per prompt, older ones a tensor per tile.
@@ -78,9 +75,9 @@ class Idefics3(Family):
         return tiles[: layouts[0].crops].roll(1, dims=0)  # the whole image first
 
     def markers(self, runs: list[Run]) -> list[tuple[int, int, int]]:
-        spans = []
+        spans, markers = [], _markers(runs)
         for image in _images(runs):
-            place = len(image[0].between) - 1 - image[0].between[::-1].index(_marker(runs, image[0].row))
+            place = len(image[0].between) - 1 - image[0].between[::-1].index(markers[image[0].row])
             first = image[0].start - len(image[0].between) + place
             spans.append((image[0].row, first, image[-1].start + image[-1].length + 1))
         return spans
@@ -109,17 +106,18 @@ def _is_real(visuals: Mapping[str, Any]) -> Tensor:
     return (visuals["pixel_values"] != 0).flatten(2).any(-1)  # type: ignore[no-any-return]
 
 
-def _marker(runs: list[Run], row: int) -> int:
-    """The token around images: what follows the last run of a prompt."""
-    return [run.after for run in runs if run.row == row][-1]
+def _markers(runs: list[Run]) -> dict[int, int]:
+    """Per prompt the token around images: what follows its last run."""
+    return {run.row: run.after for run in runs}
 
 
 def _images(runs: list[Run]) -> list[list[Run]]:
     """The runs of each image."""
+    markers = _markers(runs)
     images: list[list[Run]] = []
     for number, run in enumerate(runs):
         begins_prompt = number == 0 or runs[number - 1].row != run.row
-        marker = _marker(runs, run.row)
+        marker = markers[run.row]
         if marker < 0:
             raise UnsupportedCallError(
                 "which tiles make an image is known from the tokens between them, but only their embeddings are known, or "

@@ -18,7 +18,7 @@ from adafv.core import ImageLayout
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
 from adafv.families.base import Encoded, Family, Run
 from adafv.families.llava import feature_options
-from adafv.families.towers import TappedTower, check_tower, patch_grid, twin_of
+from adafv.families.towers import TappedTower, patch_grid, with_tower
 
 
 class InternVL(Family):
@@ -34,10 +34,7 @@ class InternVL(Family):
     limits = "a video is budgeted frame by frame, each frame as an image"
 
     def check(self, model: Any) -> None:
-        check_tower(
-            model.model.vision_tower, model.config.vision_feature_layer, model.config.vision_feature_select_strategy
-        )
-        _one_layer(model.config.vision_feature_layer)
+        self.options(model, {})
 
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
         tiles, _, height, width = visuals["pixel_values"].shape
@@ -68,9 +65,7 @@ class InternVL(Family):
     ) -> Encoded:
         options = self.options(model, visuals)
         tower = TappedTower(model.model.vision_tower, options.get("vision_feature_layer", -1), saliency)
-        # The stock method of the stock class, on a twin whose only difference is the tower.
-        twin = twin_of(model.model)
-        twin.__dict__["vision_tower"] = tower
+        twin = with_tower(model.model, "vision_tower", tower)
         output = twin.get_image_features(visuals["pixel_values"], return_dict=True, **options)
         tokens = [layout.tokens for layout in layouts]
         features = list(output.pooler_output.flatten(0, 1).split(tokens))
@@ -83,7 +78,11 @@ class InternVL(Family):
         return super().view(model, visuals, layouts).roll(1, dims=0)  # the thumbnail first
 
     def options(self, model: Any, visuals: Mapping[str, Any]) -> dict[str, Any]:
-        """What `get_image_features` is told beside the pixels."""
+        """What `get_image_features` is told beside the pixels.
+
+        Raises:
+            UnsupportedModelError: the saliency cannot be read there, or tokens are not patches.
+        """
         layer, strategy = feature_options(model, visuals)
         return {"vision_feature_layer": _one_layer(layer), "vision_feature_select_strategy": strategy}
 
@@ -104,6 +103,16 @@ class InternVL(Family):
     def markers(self, runs: list[Run]) -> list[tuple[int, int, int]]:
         behind = [(run.row, run.start + run.length, run.start + run.length + 1) for run in runs]
         return behind + [(run.row, run.start - 1, run.start) for run in runs if run.start]
+
+
+def images_by_gap(runs: list[Run]) -> list[list[Run]]:
+    """The runs of each image, where one token stands between two runs of an image and more between images."""
+    images: list[list[Run]] = []
+    for number, run in enumerate(runs):
+        if number == 0 or runs[number - 1].row != run.row or len(run.between) > 1:
+            images.append([])
+        images[-1].append(run)
+    return images
 
 
 def thumbnail_last(tiles: int, tokens: int) -> Tensor:

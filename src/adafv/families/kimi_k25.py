@@ -14,8 +14,8 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.families.base import Encoded, Family, Run
-from adafv.families.paddleocr_vl import merged_rows
-from adafv.families.towers import Tap, patch_score, twin_of
+from adafv.families.paddleocr_vl import merged_rows, raster_view
+from adafv.families.towers import with_tap
 
 
 class KimiK25(Family):
@@ -43,10 +43,8 @@ class KimiK25(Family):
     def encode(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
-        tower = model.model.vision_tower
-        tap = Tap(tower, f"layers.{len(tower.layers) - 1}.attn", patch_score) if saliency else None
-        twin = twin_of(model.model) if tap is None else twin_of(model.model, vision_tower=tap.tower)
-        # The stock method of the stock class, on a twin whose only difference is the tower.
+        last = len(model.model.vision_tower.layers) - 1
+        twin, tap = with_tap(model.model, "vision_tower", f"layers.{last}.attn", saliency)
         output = twin.get_image_features(visuals["pixel_values"], visuals["image_grid_thw"], return_dict=True)
         scores = None
         if tap is not None:
@@ -55,7 +53,4 @@ class KimiK25(Family):
         return Encoded(list(output.pooler_output), scores)
 
     def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
-        side = model.config.vision_config.patch_size
-        _, rows, columns = visuals["image_grid_thw"][0].tolist()
-        patches = visuals["pixel_values"][: rows * columns].unflatten(0, (rows, columns))
-        return patches.permute(2, 0, 3, 1, 4).reshape(1, -1, rows * side, columns * side)  # type: ignore[no-any-return]
+        return raster_view(visuals)

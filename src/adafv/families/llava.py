@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.families.base import Encoded, Family, Run
-from adafv.families.towers import TappedTower, check_tower, patch_grid, scale_down, twin_of
+from adafv.families.towers import TappedTower, check_tower, patch_grid, scale_down, with_tower
 
 
 class Llava(Family):
@@ -63,9 +63,7 @@ class Llava(Family):
     ) -> Encoded:
         layers, reading = self.reads(model, visuals)
         tower = TappedTower(getattr(model.model, self.tower_name), layers, saliency)
-        # The stock method of the stock class, on a twin whose only difference is the tower.
-        twin = twin_of(model.model)
-        twin.__dict__[self.tower_name] = tower
+        twin = with_tower(model.model, self.tower_name, tower)
         output = twin.get_image_features(pixel_values, return_dict=True, **reading, **options)
         return Encoded(list(output.pooler_output), list(tower.saliency) if saliency else None)
 

@@ -16,7 +16,7 @@ from adafv.core import ImageLayout
 from adafv.errors import UnsupportedModelError
 from adafv.families.base import Encoded, Run, in_order
 from adafv.families.llava import Llava
-from adafv.families.towers import TappedTower, patch_grid, scale_down, twin_of
+from adafv.families.towers import TappedTower, patch_grid, scale_down, with_tower
 
 
 class LlavaNext(Llava):
@@ -71,8 +71,7 @@ class LlavaNext(Llava):
         layers, reading = self.reads(model, visuals)
         newline = newline_of(model)
         tower = TappedTower(model.model.vision_tower, layers, saliency)
-        twin = twin_of(model.model)
-        twin.__dict__["vision_tower"] = tower
+        twin = with_tower(model.model, "vision_tower", tower)
         # The stock method, stopped short of packing: where the tokens go is what the layouts say.
         crops: list[Tensor] = []
 

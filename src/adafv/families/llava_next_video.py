@@ -17,7 +17,7 @@ from adafv.errors import UnsupportedCallError
 from adafv.families.base import Encoded, Run
 from adafv.families.llava import feature_options
 from adafv.families.llava_next import LlavaNext
-from adafv.families.towers import TappedTower, patch_grid, twin_of
+from adafv.families.towers import TappedTower, patch_grid, with_tower
 
 
 class LlavaNextVideo(LlavaNext):
@@ -53,8 +53,7 @@ class LlavaNextVideo(LlavaNext):
             return super().encode(model, modality, visuals, layouts, saliency)
         layer, strategy = feature_options(model, visuals)
         tower = TappedTower(model.model.vision_tower, layer, saliency)
-        twin = twin_of(model.model)
-        twin.__dict__["vision_tower"] = tower
+        twin = with_tower(model.model, "vision_tower", tower)
         output = twin.get_video_features(
             visuals["pixel_values_videos"],
             vision_feature_layer=layer,

@@ -17,7 +17,7 @@ from adafv.errors import UnsupportedCallError
 from adafv.families.base import Encoded, Run
 from adafv.families.llava import Llava, feature_options
 from adafv.families.llava_next import newline_of
-from adafv.families.towers import TappedTower, patch_grid, twin_of
+from adafv.families.towers import TappedTower, patch_grid, with_tower
 
 
 class LlavaOnevision(Llava):
@@ -74,8 +74,7 @@ class LlavaOnevision(Llava):
         layer, strategy = feature_options(model, visuals)
         newline_of(model)
         tower = TappedTower(model.model.vision_tower, layer, saliency)
-        twin = twin_of(model.model)
-        twin.__dict__["vision_tower"] = tower
+        twin = with_tower(model.model, "vision_tower", tower)
         visuals = {
             **visuals,
             "vision_feature_layer": layer,

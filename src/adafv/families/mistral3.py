@@ -16,7 +16,7 @@ from torch import Tensor
 from adafv.core import ImageLayout, patch_saliency
 from adafv.errors import UnsupportedModelError
 from adafv.families.base import Encoded, Family, Run
-from adafv.families.towers import Score, TappedTower, TowerShape, twin_of, uncompiled
+from adafv.families.towers import Score, TappedTower, TowerShape, uncompiled, with_tower
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ class Mistral3(Family):
         options = self.feature_options(model, visuals)
         layer = options.get("vision_feature_layer", -1)
         tower = TappedTower(getattr(model.model, self.tower_name), layer, saliency, shape)
-        # The stock method of the stock class, on a twin whose only difference is the tower.
-        twin = twin_of(model.model)
-        twin.__dict__[self.tower_name] = tower
+        twin = with_tower(model.model, self.tower_name, tower)
         features = twin.get_image_features(
             pixel_values=visuals["pixel_values"], image_sizes=image_sizes(visuals), return_dict=True, **options
         ).pooler_output

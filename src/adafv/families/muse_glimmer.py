@@ -14,10 +14,8 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.errors import UnsupportedModelError
-from adafv.families.base import Encoded, Run
 from adafv.families.qwen2_5_vl import window_order
 from adafv.families.qwen2_vl import Qwen2VL
-from adafv.families.towers import Tap, patch_score, twin_of
 
 
 class MuseGlimmer(Qwen2VL):
@@ -25,6 +23,7 @@ class MuseGlimmer(Qwen2VL):
     model_classes = ("MuseGlimmerForConditionalGeneration",)
     videos = ("pixel_values_videos", "video_grid_thw")
     rotary_axes = 0
+    tower_name = "vision_tower"
 
     def check(self, model: Any) -> None:
         if "full_attention" not in model.config.vision_config.layer_types:
@@ -33,31 +32,19 @@ class MuseGlimmer(Qwen2VL):
                 "which patches the frame attends to"
             )
 
-    def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
-        merge = model.config.vision_config.merge_size
-        layouts = []
-        for frames, rows, columns in self.grids(modality, visuals):
-            count = frames * (rows // merge) * (columns // merge)
-            layouts.append(ImageLayout(torch.arange(count), frames, rows // merge, columns // merge))
-        return layouts
+    def merge(self, model: Any) -> int:
+        return int(model.config.vision_config.merge_size)
 
-    def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
-    ) -> Encoded:
-        pixels, sizes = (visuals[name] for name in self.inputs(modality))
+    def attention(self, tower: Any) -> str:
+        kinds = tower.config.layer_types
+        return f"layers.{max(layer for layer, kind in enumerate(kinds) if kind == 'full_attention')}.attn"
+
+    def by_token(self, model: Any, sizes: Tensor, scores: list[Tensor], layouts: list[ImageLayout]) -> list[Tensor]:
         tower = model.model.vision_tower
-        kinds = model.config.vision_config.layer_types
-        last = max(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
-        tap = Tap(tower, f"layers.{last}.attn", patch_score) if saliency else None
-        twin = twin_of(model.model) if tap is None else twin_of(model.model, vision_tower=tap.tower)
-        # The stock method of the stock class, on a twin whose only difference is the tower.
-        output = getattr(twin, f"get_{modality}_features")(pixels, sizes, return_dict=True)
-        if tap is None:
-            return Encoded(list(output.pooler_output), None)
-        by_window = torch.cat([score.flatten() for score in tap.scores])
+        by_window = torch.cat([score.flatten() for score in scores])
         in_raster = by_window.index_select(0, window_order(tower, sizes).to(by_window.device).argsort())
         by_token = tower.pixel_shuffle(in_raster.unsqueeze(-1), sizes).mean(-1)
-        return Encoded(list(output.pooler_output), list(by_token.split([layout.tokens for layout in layouts])))
+        return list(by_token.split([layout.tokens for layout in layouts]))
 
     def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
         config = model.config.vision_config

@@ -20,7 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from adafv.core import ImageLayout
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
 from adafv.families.base import Encoded, Family, Run
-from adafv.families.towers import Tap, patch_grid, patch_score, twin_of, uncompiled
+from adafv.families.internvl import images_by_gap
+from adafv.families.towers import patch_grid, with_tap
 
 
 class Ovis2(Family):
@@ -51,7 +52,7 @@ class Ovis2(Family):
         side = rows // stride
         counts = [1] * len(pixels)
         if len(runs) == len(pixels) and all(run.length == side * side for run in runs):
-            counts = [len(image) for image in _images(runs)]
+            counts = [len(image) for image in images_by_gap(runs)]
         # Else these are not the tiles of this prompt; whoever compares the numbers of tokens finds out.
         return [ImageLayout(torch.arange(count * side * side), count, side, side) for count in counts]
 
@@ -64,11 +65,9 @@ class Ovis2(Family):
     def encode(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
-        tower: Any = uncompiled(model.model.vision_tower)
-        last = len(tower.transformer.encoder.layers) - 1
-        tap = Tap(tower, f"transformer.encoder.layers.{last}.attention", patch_score) if saliency else None
-        # The stock method of the stock class, on a twin whose only difference is the tower.
-        twin = twin_of(model.model) if tap is None else twin_of(model.model, vision_tower=tap.tower)
+        last = len(model.model.vision_tower.transformer.encoder.layers) - 1
+        attention = f"transformer.encoder.layers.{last}.attention"
+        twin, tap = with_tap(model.model, "vision_tower", attention, saliency)
         tokens = [layout.tokens for layout in layouts]
         output = twin.get_image_features(visuals["pixel_values"], return_dict=True)
         features = list(output.pooler_output.flatten(0, 1).split(tokens))
@@ -95,19 +94,8 @@ class Ovis2(Family):
 
     def markers(self, runs: list[Run]) -> list[tuple[int, int, int]]:
         spans = []
-        for image in _images(runs):
+        for image in images_by_gap(runs):
             behind = 1 if len(image) > 1 else 2
             last = image[-1].start + image[-1].length
             spans.append((image[0].row, max(image[0].start - 1, 0), last + behind))
         return spans
-
-
-def _images(runs: list[Run]) -> list[list[Run]]:
-    """The runs of each image."""
-    images: list[list[Run]] = []
-    for number, run in enumerate(runs):
-        begins_prompt = number == 0 or runs[number - 1].row != run.row
-        if begins_prompt or len(run.between) > 1:
-            images.append([])
-        images[-1].append(run)
-    return images

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafv.core import ImageLayout
 from adafv.errors import UnsupportedModelError
 from adafv.families.qwen2_vl import Qwen2VL
 
@@ -27,10 +28,10 @@ class Qwen25VL(Qwen2VL):
     def tapped_block(self, tower: Any) -> int:
         return max(tower.fullatt_block_indexes)
 
-    def in_raster(self, model: Any, sizes: Tensor, merged: Tensor) -> Tensor:
-        tower = model.model.visual
-        order = window_order(tower, torch.as_tensor(sizes))
-        return merged.index_select(0, order.to(merged.device).argsort())
+    def by_token(self, model: Any, sizes: Tensor, scores: list[Tensor], layouts: list[ImageLayout]) -> list[Tensor]:
+        by_window = torch.cat(super().by_token(model, sizes, scores, layouts))
+        order = window_order(model.model.visual, torch.as_tensor(sizes)).to(by_window.device)
+        return list(by_window.index_select(0, order.argsort()).split([layout.tokens for layout in layouts]))
 
 
 def window_order(tower: Any, sizes: Tensor) -> Tensor:

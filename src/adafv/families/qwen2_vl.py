@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.families.base import Encoded, Family, Run
-from adafv.families.towers import Tap, patch_score, twin_of
+from adafv.families.base import MODALITIES, Encoded, Family, Run
+from adafv.families.towers import with_tap
 
 
 class Qwen2VL(Family):
@@ -22,12 +22,14 @@ class Qwen2VL(Family):
     videos: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
     saliency = "received"
     rotary_axes = 3
+    tower_name: ClassVar[str] = "visual"
+    """Attribute of the base model that holds the tower."""
 
     def check(self, model: Any) -> None:
         pass
 
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
-        merge = model.config.vision_config.spatial_merge_size
+        merge = self.merge(model)
         layouts = []
         for frames, rows, columns in self.grids(modality, visuals):
             count = frames * (rows // merge) * (columns // merge)
@@ -47,17 +49,11 @@ class Qwen2VL(Family):
     def encode(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
     ) -> Encoded:
-        pixels, sizes, *_ = self.inputs(modality)
-        tower = model.model.visual
-        tap = Tap(tower, f"blocks.{self.tapped_block(tower)}.attn", patch_score) if saliency else None
-        twin = twin_of(model.model) if tap is None else twin_of(model.model, visual=tap.tower)
-        # The stock method of the stock class, on a twin whose only difference is the tower.
-        output = getattr(twin, f"get_{modality}_features")(visuals[pixels], visuals[sizes], return_dict=True)
-        scores = None
-        if tap is not None:
-            merged = torch.cat([score.flatten() for score in tap.scores])
-            merged = merged.unflatten(0, (-1, model.config.vision_config.spatial_merge_size**2)).mean(-1)
-            scores = list(self.in_raster(model, visuals[sizes], merged).split([layout.tokens for layout in layouts]))
+        pixels, sizes = (visuals[name] for name in self.inputs(modality)[:2])
+        attention = self.attention(getattr(model.model, self.tower_name))
+        twin, tap = with_tap(model.model, self.tower_name, attention, saliency)
+        output = self.stock_features(twin, modality, pixels, sizes)
+        scores = None if tap is None else self.by_token(model, sizes, tap.scores, layouts)
         return Encoded(list(output.pooler_output), scores, self.deepstack_of(output))
 
     def positions(
@@ -67,30 +63,40 @@ class Qwen2VL(Family):
             return (attended.cumsum(-1) - 1).clamp_min(0).expand(self.rotary_axes, *attended.shape)
         kinds = torch.zeros_like(tokens)
         sizes: dict[str, Any] = {}
-        placeholders = self.placeholders(model, tokens)
-        for number, modality in enumerate(("image", "video"), start=1):
-            kinds[placeholders[modality]] = number
+        for modality, shown in self.placeholders(model, tokens).items():
+            kinds[shown] = 1 + MODALITIES.index(modality)
             sizes |= {name: value for name, value in visuals.get(modality, {}).items() if not name.startswith("pixel")}
         positions, _ = model.model.get_rope_index(tokens, mm_token_type_ids=kinds, attention_mask=attended, **sizes)
         return positions  # type: ignore[no-any-return]
 
     def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
-        config = model.config.vision_config
-        merge, side, layout = config.spatial_merge_size, config.patch_size, layouts[0]
+        merge, side, layout = self.merge(model), model.config.vision_config.patch_size, layouts[0]
         patches = visuals["pixel_values"][: layout.tokens * merge**2]
-        patches = patches.view(layout.rows, layout.columns, merge, merge, -1, config.temporal_patch_size, side, side)
-        still = patches[..., 0, :, :]  # an image is repeated in time
-        return still.permute(4, 0, 2, 5, 1, 3, 6).reshape(
-            1, -1, layout.rows * merge * side, layout.columns * merge * side
-        )
+        patches = patches.view(layout.rows, layout.columns, merge, merge, 3, -1, side, side)
+        still = patches[..., 0, :, :]  # where a patch has several frames, an image is repeated in them
+        height, width = layout.rows * merge * side, layout.columns * merge * side
+        return still.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, -1, height, width)
+
+    def merge(self, model: Any) -> int:
+        """Patches along each side of the square that becomes one token."""
+        return int(model.config.vision_config.spatial_merge_size)
+
+    def attention(self, tower: Any) -> str:
+        """Path of the tapped attention inside the tower."""
+        return f"blocks.{self.tapped_block(tower)}.attn"
 
     def tapped_block(self, tower: Any) -> int:
         """The block whose attention is read: the last, from whose output the merger makes the tokens."""
         return len(tower.blocks) - 1
 
-    def in_raster(self, model: Any, sizes: Tensor, merged: Tensor) -> Tensor:
-        """Scores of merged patches ([tokens]) from the tower's order into that of the tokens."""
-        return merged
+    def stock_features(self, twin: Any, modality: str, pixels: Tensor, sizes: Tensor) -> Any:
+        """What the stock method of the stock class gives."""
+        return getattr(twin, f"get_{modality}_features")(pixels, sizes, return_dict=True)
+
+    def by_token(self, model: Any, sizes: Tensor, scores: list[Tensor], layouts: list[ImageLayout]) -> list[Tensor]:
+        """Scores of the tower's patches, frame after frame in the tower's own order -> per image [tokens]."""
+        merged = torch.cat([score.flatten() for score in scores]).unflatten(0, (-1, self.merge(model) ** 2)).mean(-1)
+        return list(merged.split([layout.tokens for layout in layouts]))
 
     def deepstack_of(self, output: Any) -> list[Tensor]:
         """Per image [N, L, D], see `Encoded`."""

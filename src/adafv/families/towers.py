@@ -100,7 +100,7 @@ def check_tower(tower: nn.Module, feature_layers: int | list[int], strategy: str
             f"vision_feature_select_strategy={strategy!r} {consequence}; only {expected!r} is supported with "
             f"{type(tower).__name__}"
         )
-    _read_layers(feature_layers, len(_layers_of(tower)))
+    _read_layers(feature_layers, len(list(tower.get_submodule(TOWERS[type(tower).__name__].layers).children())))
 
 
 class Tap:
@@ -186,6 +186,26 @@ class TappedTower:
         """Raises UnsupportedModelError where the attention was never asked."""
         assert self._tapped is not None
         return self._tapped.scores[-1]
+
+
+def with_tower(base: nn.Module, name: str, tower: TappedTower) -> Any:
+    """A twin of a base model whose only difference is its tower, held as `name`; so stock methods of the model can be run."""
+    twin = twin_of(base)
+    twin.__dict__[name] = tower
+    return twin
+
+
+def with_tap(base: nn.Module, name: str, attention: str, saliency: bool) -> tuple[Any, Tap | None]:
+    """A twin of a base model, and if saliency is asked for, the tap in its tower; for towers without [CLS].
+
+    Args:
+        name: attribute of the base model that holds the tower.
+        attention: see `Tap`.
+    """
+    if not saliency:
+        return twin_of(base), None
+    tap = Tap(getattr(base, name), attention, patch_score)
+    return twin_of(base, **{name: tap.tower}), tap
 
 
 def patch_grid(tower: nn.Module, height: int, width: int) -> tuple[int, int]:
@@ -324,10 +344,6 @@ def _with(module: nn.Module, path: list[str], replacement: nn.Module) -> Any:
     if len(path) > 1:
         replacement = _with(getattr(module, path[0]), path[1:], replacement)
     return twin_of(module, **{path[0]: replacement})
-
-
-def _layers_of(tower: nn.Module) -> nn.ModuleList:
-    return tower.get_submodule(TOWERS[type(tower).__name__].layers)  # type: ignore[return-value]
 
 
 def _read_layers(feature_layers: int | list[int], layers: int) -> list[int]:

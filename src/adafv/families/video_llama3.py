@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.families.base import Encoded, Family, Run
-from adafv.families.towers import Tap, patch_score, twin_of
+from adafv.families.towers import with_tap
 
 
 class VideoLlama3(Family):
@@ -50,9 +50,7 @@ class VideoLlama3(Family):
         pixels, sizes, merges = (visuals[name] for name in self.inputs(modality)[:3])
         tower = model.model.vision_model
         last = len(tower.encoder.layers) - 1
-        tap = Tap(tower, f"encoder.layers.{last}.self_attn", patch_score) if saliency else None
-        twin = twin_of(model.model) if tap is None else twin_of(model.model, vision_model=tap.tower)
-        # The stock method of the stock class, on a twin whose only difference is the tower.
+        twin, tap = with_tap(model.model, "vision_model", f"encoder.layers.{last}.self_attn", saliency)
         output = getattr(twin, f"get_{modality}_features")(pixels, sizes, merges, return_dict=True)
         kept = self._kept(modality, visuals)
         features = [part[mask.to(part.device)] for part, mask in zip(output.pooler_output, kept, strict=True)]

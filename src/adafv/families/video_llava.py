@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from adafv.core import ImageLayout
 from adafv.families.base import Encoded, Run
 from adafv.families.llava import Llava
-from adafv.families.towers import TOWERS, TappedTower, check_tower, patch_grid, scale_down, twin_of, uncompiled
+from adafv.families.towers import TOWERS, TappedTower, check_tower, patch_grid, scale_down, uncompiled, with_tower
 
 
 class VideoLlava(Llava):
@@ -82,8 +82,7 @@ class VideoLlava(Llava):
         )
         check_tower(stock, layer, strategy)
         tower = TappedTower(stock, layer, saliency)
-        twin = twin_of(model.model)
-        twin.__dict__[name] = tower
+        twin = with_tower(model.model, name, tower)
         options |= {"vision_feature_layer": layer, "return_dict": True}
         if modality == "image":
             options["vision_feature_select_strategy"] = strategy

@@ -181,13 +181,13 @@ def _visuals(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, dict[str
         raise UnsupportedCallError(
             f"videos are not supported for {family.name}; pass the frames as images, if it takes several"
         )
-    names = {name for modality in MODALITIES for name in family.inputs(modality)} | set(family.other_names)
+    names = {name for modality in family.modalities for name in family.inputs(modality)} | set(family.other_names)
     taken = {name: inputs.pop(name) for name in names if name in inputs}
     known = {name: taken[other] for other, name in family.other_names.items() if other in taken} | taken
     visuals = {}
-    for modality in MODALITIES:
+    for modality in family.modalities:
         mine = {name: known[name] for name in family.inputs(modality) if name in known}
-        if family.inputs(modality) and family.inputs(modality)[0] in mine:
+        if family.inputs(modality)[0] in mine:
             visuals[modality] = mine
     return visuals, taken
 
@@ -201,7 +201,7 @@ def _by_prompt(
     sequences `generate` repeats the entries, and transformers 5.18 repeats the images of one prompt in the wrong order.
     """
     outputs = {}
-    for modality in MODALITIES:
+    for modality in family.modalities:
         features: dict[int, list[Tensor]] = {}
         deepstack: dict[int, list[Tensor]] = {}
         for image, choice in zip(placed, choices, strict=True):
@@ -318,7 +318,7 @@ def _restate(values: Tensor, own: ImageLayout, other: ImageLayout, missing: Any)
 
 
 def _padding_id(model: Any, family: Family) -> int:
-    placeholders = {family.placeholder(model, modality) for modality in MODALITIES if family.inputs(modality)}
+    placeholders = {family.placeholder(model, modality) for modality in family.modalities}
     for config in (getattr(model, "generation_config", None), model.config.get_text_config(), model.config):
         for name in ("pad_token_id", "eos_token_id"):
             value = getattr(config, name, None)

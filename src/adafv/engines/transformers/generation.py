@@ -36,24 +36,21 @@ def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) ->
         raise UnsupportedCallError(
             "continuous batching (paged caches) takes no images; use another cache_implementation"
         )
-    if _setting(model, arguments, "prefill_chunk_size") and not CHUNKED_PREFILL_KEEPS_IMAGES:
-        raise UnsupportedCallError(
-            "this release of transformers loses the images in chunked prefill; leave prefill_chunk_size out, or run: "
-            "pip install --upgrade transformers"
-        )
-    if _setting(model, arguments, "prefill_chunk_size") and family.looks_ahead and family.images[0] in arguments:
-        raise UnsupportedCallError(
-            f"chunked prefill cuts apart images whose tokens look at each other, as those of {family.name} do, so that the "
-            "answer is another one, pruned or not; leave prefill_chunk_size out"
-        )
-    if (
-        _setting(model, arguments, "prefill_chunk_size")
-        and not family.chunked_prefill
-        and family.images[0] in arguments
-    ):
-        raise UnsupportedCallError(
-            f"chunked prefill fails in stock transformers with images of {family.name}; leave prefill_chunk_size out"
-        )
+    if _setting(model, arguments, "prefill_chunk_size"):
+        if not CHUNKED_PREFILL_KEEPS_IMAGES:
+            raise UnsupportedCallError(
+                "this release of transformers loses the images in chunked prefill; leave prefill_chunk_size out, or run: "
+                "pip install --upgrade transformers"
+            )
+        if family.looks_ahead and family.images[0] in arguments:
+            raise UnsupportedCallError(
+                f"chunked prefill cuts apart images whose tokens look at each other, as those of {family.name} do, so that "
+                "the answer is another one, pruned or not; leave prefill_chunk_size out"
+            )
+        if not family.chunked_prefill and family.images[0] in arguments:
+            raise UnsupportedCallError(
+                f"chunked prefill fails in stock transformers with images of {family.name}; leave prefill_chunk_size out"
+            )
     if _setting(model, arguments, "guidance_scale") not in (None, 1.0):
         if family.rotary_axes:
             raise UnsupportedCallError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.errors import PromptError, UnsupportedCallError
-from adafv.families import MODALITIES, Family, Run
+from adafv.families import Family, Run
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,15 @@ def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt
         UnsupportedCallError: the attention mask is not [batch, length].
         PromptError: ids and mask differ in shape.
     """
-    modalities = {modality: family.placeholder(model, modality) for modality in MODALITIES if family.inputs(modality)}
-    ends, specials = special_tokens(model, set(modalities.values()))
+    visual = {family.placeholder(model, modality) for modality in family.modalities}
+    ends, specials = special_tokens(model, visual)
     given = given_prompt(inputs)
     if given.dim() == 2:
         tokens = given.cpu()
     else:
         tokens = torch.full(given.shape[:2], -1)
         table = model.get_input_embeddings()
-        for token in {*modalities.values(), *specials}:
+        for token in visual | specials:
             if token >= table.weight.shape[0]:
                 continue  # configs name tokens that the model lacks
             embedding = table(torch.tensor(token, device=given.device)).to(given.dtype)
@@ -124,7 +124,7 @@ def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt
         attended = mask.cpu() != 0
     is_special, is_end = (torch.isin(tokens, torch.tensor(sorted(group or {-2}))) for group in (specials, ends))
     prompt = Prompt(tokens, attended, family.placeholders(model, tokens), is_end, is_special)
-    for modality in modalities:
+    for modality in family.modalities:
         for row, start, stop in family.markers(prompt.runs(modality)):
             is_special[row, start:stop] = True
     return prompt
