@@ -21,8 +21,8 @@ import training.samples
 from adafv import AdaFV
 from adafv.bundled import MODELS, bundled_model, sample_pictures
 from adafv.cli import app
-from adafv.engines.transformers.text import ChatTemplate
 from adafv.errors import OptionError
+from adafv.prompts.text import ChatTemplate
 from benchmarks.accuracy import batch_of
 from training.world.questions import Question, ask
 from training.world.scenes import render, sample_scene

@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 
 from adafv import AdaFV
 from adafv.cli import app
-from adafv.engines.transformers.prompt import place_images, read_prompt
-from adafv.engines.transformers.text import resolve_scope, text_columns
+from adafv.engines.transformers.prompt import read_prompt
 from adafv.families import family_of
+from adafv.prompts.prompt import place_images
+from adafv.prompts.text import resolve_scope, text_columns
 
 QUESTION = "what is the cat holding?"
 ROWS = {row.name: row for row in FAMILIES}

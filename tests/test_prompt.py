@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adafv.core import ImageLayout
-from adafv.engines.transformers.prompt import compact, nothing_removed, place_images
+from adafv.engines.transformers.prompt import compact, nothing_removed
 from adafv.errors import PromptError
+from adafv.prompts.prompt import place_images
 
 
 @st.composite

@@ -9,10 +9,11 @@ from processors import chat, photo, processor, speaking_model
 from transformers import TextIteratorStreamer, pipeline
 
 from adafv import AdaFV
-from adafv.engines.transformers.prompt import place_images, read_prompt
-from adafv.engines.transformers.text import ChatTemplate, resolve_scope, text_columns
+from adafv.engines.transformers.prompt import read_prompt
 from adafv.errors import OptionError, PromptError, UnsupportedCallError
 from adafv.families import family_of
+from adafv.prompts.prompt import place_images
+from adafv.prompts.text import ChatTemplate, resolve_scope, text_columns
 
 FAMILIES = ["llava", "llava-next"]
 TEMPLATES = ["chatml", "vicuna", "mistral"]

@@ -17,10 +17,10 @@ from adafv.asking.failures import UsageError
 from adafv.asking.models import folder_or_id
 from adafv.engines.transformers import Pruner, Record
 from adafv.engines.transformers.prompt import read_prompt
-from adafv.engines.transformers.text import image_text
 from adafv.errors import AdaFVError, OptionError, UnsupportedModelError
 from adafv.families.base import family_of, known_families
 from adafv.picture import tower_view
+from adafv.prompts.text import image_text
 
 MIB = 2**20
 

@@ -188,8 +188,8 @@ def _checked_pruner(wish: _Wish, session: "Session | None" = None) -> "Pruner":
     """The pruner that was asked for. Without a session, to find mistakes before the model is loaded."""
     from adafv.engines.transformers import Pruner
     from adafv.engines.transformers.settings import POSITIONS
-    from adafv.engines.transformers.text import SCOPES
     from adafv.methods import known_methods
+    from adafv.prompts.text import SCOPES
 
     methods = known_methods()
     method = methods[one_of("--method", wish.method, tuple(methods))]

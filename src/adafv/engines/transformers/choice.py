@@ -9,9 +9,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adafv.core import ImageLayout
 from adafv.engines.transformers.conversation import Conversation
-from adafv.engines.transformers.prompt import PlacedImage
 from adafv.families import Encoded, Family
 from adafv.methods import Kept, Method, VisualTokens
+from adafv.prompts.prompt import PlacedImage
 
 
 @dataclass

@@ -23,19 +23,15 @@ from adafv.engines.transformers.cache import (
 from adafv.engines.transformers.choice import Choice, choose_tokens, encode_images
 from adafv.engines.transformers.conversation import Conversation, new_images
 from adafv.engines.transformers.positions import set_linear_positions, set_rotary_positions
-from adafv.engines.transformers.prompt import (
-    Compaction,
-    PlacedImage,
-    compact,
-    nothing_removed,
-)
+from adafv.engines.transformers.prompt import Compaction, compact, nothing_removed
 from adafv.engines.transformers.record import Record, kv_bytes, timed
 from adafv.engines.transformers.settings import Settings
-from adafv.engines.transformers.text import text_columns
 from adafv.errors import PromptError, UnsupportedCallError
 from adafv.families import MODALITIES, Family, family_of
 from adafv.families.base import stock_model
 from adafv.methods import Method
+from adafv.prompts.prompt import PlacedImage
+from adafv.prompts.text import text_columns
 
 _IGNORED_LABEL = -100
 

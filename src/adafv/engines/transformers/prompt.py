@@ -1,4 +1,4 @@
-"""What is image and what is text in a prompt, and taking columns out of it.
+"""Reading the prompt of a call, and taking columns out of it.
 
 A prompt is [batch, length]: rows of tokens, one column per token. Its layout is read once, on the host (the one
 synchronisation of a call); which tokens stay is known on the device alone, so columns are taken out there.
@@ -11,86 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafv.core import ImageLayout
 from adafv.errors import PromptError, UnsupportedCallError
-from adafv.families import Family, Run
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Host copy of a prompt."""
-
-    tokens: Tensor
-    """[B, S] long; -1 where only an embedding is known."""
-    attended: Tensor
-    """[B, S] bool."""
-    placeholders: dict[str, Tensor]
-    """Per modality [B, S] bool, placeholders of visual tokens."""
-    turn_ends: Tensor
-    """[B, S] bool, tokens that end a turn (end-of-sequence tokens of the model)."""
-    special: Tensor
-    """[B, S] bool, begin, end and padding tokens, and what stands around images."""
-
-    @property
-    def length(self) -> int:
-        return self.tokens.shape[1]
-
-    @property
-    def is_visual(self) -> Tensor:
-        """[B, S] bool, placeholders of whatever modality."""
-        return torch.stack(list(self.placeholders.values())).any(0)
-
-    def after(self, column: int) -> "Prompt":
-        """The columns from `column` on."""
-        marks = {modality: mark[:, column:] for modality, mark in self.placeholders.items()}
-        tokens, attended, ends, special = (
-            part[:, column:] for part in (self.tokens, self.attended, self.turn_ends, self.special)
-        )
-        return Prompt(tokens, attended, marks, ends, special)
-
-    def runs(self, modality: str) -> list[Run]:
-        """The runs of neighbouring placeholders of one modality, in reading order."""
-        found = []
-        for row, mark in enumerate(self.placeholders[modality]):
-            change = torch.nn.functional.pad(mark.to(torch.int8), (1, 1)).diff()
-            starts, stops = change.eq(1).nonzero().flatten().tolist(), change.eq(-1).nonzero().flatten().tolist()
-            tokens = self.tokens[row].tolist() if starts else []
-            for start, stop, last in zip(starts, stops, [0, *stops], strict=False):
-                before = tokens[start - 1] if start else -1
-                after = tokens[stop] if stop < len(tokens) else -1
-                found.append(Run(row, start, stop - start, before, tuple(tokens[last:start]), after))
-        return found
-
-
-@dataclass(frozen=True)
-class PlacedImage:
-    """An image, a video or a frame of one in a prompt."""
-
-    modality: str
-    number: int
-    """Which of the encoded images (or videos) it is, or is part of."""
-    row: int
-    columns: Tensor
-    """[N] long, the columns of its placeholders, ascending."""
-    layout: ImageLayout
-    published: ImageLayout | None = None
-    """The layout in which the published code would feed its tokens, where that is asked for."""
-    frame: int | None = None
-    """Which frame of a video it is; None for an image, or a whole video."""
-    part: Tensor | None = None
-    """[N] long, which of the video's tokens are the frame's."""
-    video: tuple[int, int] | None = None
-    """First and last column of the video that it is a frame of."""
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """First and last column of the image, or of the whole video; what is between them is nobody's words."""
-        return (int(self.columns[0]), int(self.columns[-1])) if self.video is None else self.video
-
-    @property
-    def fed(self) -> ImageLayout:
-        """The layout in which its tokens are fed to the language model."""
-        return self.layout if self.published is None else self.published
+from adafv.families import Family
+from adafv.prompts.prompt import Prompt, special_tokens
 
 
 def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt:
@@ -103,7 +26,7 @@ def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt
         PromptError: ids and mask differ in shape.
     """
     visual = {family.placeholder(model, modality) for modality in family.modalities}
-    ends, specials = special_tokens(model, visual)
+    ends, specials = special_tokens(model.config, getattr(model, "generation_config", None), visual)
     given = given_prompt(inputs)
     if given.dim() == 2:
         tokens = given.cpu()
@@ -149,76 +72,6 @@ def check_mask(mask: Any) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise UnsupportedCallError("attention_mask must be a tensor [batch, length]; custom 4-D masks cannot be pruned")
     return mask
-
-
-def special_tokens(model: Any, placeholders: set[int]) -> tuple[set[int], set[int]]:
-    """(tokens that end a turn, all tokens that are nobody's words) by the model's configs, without `placeholders`.
-
-    Nobody's words are begin, end and padding tokens, and those that models put around images: every config entry whose
-    name says that it holds a token's id.
-    """
-    text = model.config.get_text_config()
-    configs = (getattr(model, "generation_config", None), model.config, text)
-    ends, others = set(), set()
-    for config in configs:
-        ends |= _ids(getattr(config, "eos_token_id", None))
-        others |= _ids(getattr(config, "bos_token_id", None)) | _ids(getattr(config, "pad_token_id", None))
-    for name, value in vars(model.config).items():
-        if name.endswith(("_token_id", "_token_index")):
-            others |= _ids(value)
-    return ends - placeholders, (ends | others) - placeholders
-
-
-def _ids(value: Any) -> set[int]:
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return {token for token in values if isinstance(token, int) and token >= 0}
-
-
-def place_images(modality: str, placeholders: Tensor, layouts: list[ImageLayout]) -> list[PlacedImage]:
-    """Assign the placeholders ([B, S] bool) to the images (or videos), in reading order.
-
-    Raises:
-        PromptError: the placeholders are not exactly those of the images.
-    """
-    mend = "build the prompt with the processor of this checkpoint, and do not truncate it"
-    places = placeholders.nonzero()
-    counts = [layout.tokens for layout in layouts]
-    if len(places) != sum(counts):
-        raise PromptError(
-            f"the prompt has {len(places)} {modality} placeholders, but its {len(layouts)} {modality}(s) make "
-            f"{sum(counts)} visual tokens; {mend}"
-        )
-    placed = []
-    for number, (layout, place) in enumerate(zip(layouts, places.split(counts), strict=True)):
-        if (place[:, 0] != place[0, 0]).any():
-            raise PromptError(
-                f"the placeholders of {modality} {number} are spread over two prompts of the batch; {mend}"
-            )
-        placed.append(PlacedImage(modality, number, int(place[0, 0]), place[:, 1], layout))
-    return placed
-
-
-def frames_of(video: PlacedImage) -> list[PlacedImage]:
-    """One entry per frame of a video.
-
-    A token that shows no patch belongs to the frame in front of it, as a newline does; in a layout that begins with one,
-    to the frame behind it, as a frame's [CLS] does.
-    """
-    layout = video.layout
-    frame = layout.source // (layout.rows * layout.columns)
-    if layout.shows_patch[0]:
-        frame = frame.where(layout.shows_patch, -1).cummax(0).values
-    else:
-        frame = frame.where(layout.shows_patch, layout.crops - 1).flip(0).cummin(0).values.flip(0)
-    frames = []
-    for number in range(layout.crops):
-        part = (frame == number).nonzero().flatten()
-        source = layout.source[part]
-        source = source.where(source < 0, source - number * layout.rows * layout.columns)
-        own = ImageLayout(source, crops=1, rows=layout.rows, columns=layout.columns)
-        columns = video.columns[part]
-        frames.append(PlacedImage("video", video.number, video.row, columns, own, None, number, part, video.span))
-    return frames
 
 
 @dataclass(frozen=True)

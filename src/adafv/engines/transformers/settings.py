@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from adafv.core.budget import check_keep
-from adafv.engines.transformers.text import ChatTemplate, resolve_scope
 from adafv.errors import OptionError
 from adafv.methods import Method, method_named
+from adafv.prompts.text import ChatTemplate, resolve_scope
 
 POSITIONS = ("compact", "original")
 VIDEO_BUDGETS = ("clip", "frame")

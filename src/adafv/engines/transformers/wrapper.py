@@ -53,7 +53,7 @@ class Pruner:
         keep: tokens per image over all its crops (int), or share of the image's tokens (float; 1.0 keeps all).
         positions: "compact": tokens move up to close the gaps, as in the paper; "original": each keeps the position it
             has in the full prompt. With M-RoPE (Qwen), where there are no gaps, both are the same.
-        text: which text counts, "question", "turn" or "after"; see `adafv.engines.transformers.text`. None: "question"
+        text: which text counts, "question", "turn" or "after"; see `adafv.prompts.text`. None: "question"
             with a processor, else "turn".
         processor: the model's processor, to know its chat template.
         video: what `keep` counts in a video: "clip", the tokens over all its frames, which compete with each other; or

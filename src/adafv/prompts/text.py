@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafv.engines.transformers.prompt import PlacedImage, Prompt
 from adafv.errors import OptionError, PromptError, UnsupportedCallError
+from adafv.prompts.prompt import PlacedImage, Prompt
 
 SCOPES = ("question", "turn", "after")
 
