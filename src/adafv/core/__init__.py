@@ -6,7 +6,7 @@
     received.py   visual saliency of towers without [CLS]
     selection.py  the geometric-mean selection: `split_search`, `joint_search`, `published_search`
 
-Every engine (transformers today, vLLM next) calls these functions; none has an implementation of its own.
+Every engine (transformers, vLLM) calls these functions; none has an implementation of its own.
 """
 
 from adafv.core.budget import tokens_to_keep

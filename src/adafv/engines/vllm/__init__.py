@@ -1,0 +1,56 @@
+"""adafv inside vLLM: an out-of-tree plug-in that keeps K visual tokens per image, in every cache and every count.
+
+    adafv serve llava-hf/llava-1.5-7b-hf --keep 64
+
+    vllm serve llava-hf/llava-1.5-7b-hf \\
+        --hf-overrides '{"architectures": ["AdaFVLlavaForConditionalGeneration"], "adafv": {"keep": 64}}'
+
+Why it looks like this. vLLM decides the length of a prompt before any tensor exists, in the process that takes requests,
+and trusts three caches with it: of processed images, of encoded images, and of the prompt's keys and values. So the
+pruning is split where vLLM splits a model. `processor.py`, in the front, writes K placeholders instead of N, and puts
+the words that count and the budget into what the caches know an image by. `model.py`, in the worker, runs vLLM's own
+tower and projector and selects with the same `adafv.core` and `adafv.methods` as any engine. Both are mixins in front of
+vLLM's own classes: nothing of vLLM is patched, and who does not name an AdaFV architecture runs vLLM as it is.
+
+    settings.py     the options of the server and of a request
+    request.py      which words of a prompt count for which image; what a cache must tell apart
+    processor.py    K placeholders, the caches' keys
+    model.py        tower, selection, tensor parallelism
+    tap.py          queries and keys of the tower's layer that the projector reads
+    tower_cache.py  one image with many questions is encoded once
+    metrics.py      counters for /metrics and a line in the log
+    launch.py       the command line of vLLM's server
+    families/       one file per model family: what differs between vLLM's model classes
+
+This package's own module imports neither vLLM nor torch.
+"""
+
+import pkgutil
+import re
+from functools import cache
+from importlib.resources import files
+
+PREFIX = "AdaFV"
+
+
+@cache
+def architectures() -> dict[str, str]:
+    """Architecture of a stock checkpoint -> "module:class" that serves it pruned.
+
+    Read from the text of the files: vLLM asks plug-ins not to import models when they are loaded.
+    """
+    found = {}
+    folder = files(f"{__name__}.families")
+    for module in pkgutil.iter_modules([str(folder)]):
+        source = (folder / f"{module.name}.py").read_text(encoding="utf-8")
+        for name in re.findall(rf"^class {PREFIX}(\w+)\(", source, flags=re.MULTILINE):
+            found[name] = f"{__name__}.families.{module.name}:{PREFIX}{name}"
+    return found
+
+
+def register() -> None:
+    """Make the architectures known to vLLM; the entry point `vllm.general_plugins`, called in each of its processes."""
+    from vllm import ModelRegistry
+
+    for name, home in architectures().items():
+        ModelRegistry.register_model(PREFIX + name, home)

@@ -1,0 +1,103 @@
+"""LLaVA-1.5: one crop per image, every patch a token."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from adafv.core import ImageLayout, class_attention, patch_saliency
+from adafv.engines.vllm.model import PrunedModel
+from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
+from adafv.engines.vllm.tap import Tap
+from adafv.engines.vllm.tower_cache import EncodedImage
+from adafv.errors import UnsupportedModelError
+
+TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+"""Model type of a tower -> the `vision_feature_select_strategy` with which its tokens are its patches."""
+
+
+class PrunedLlava(PrunedModel):
+    """What the LLaVA-like model classes of vLLM share."""
+
+    vision_tower: Any
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
+        if tower not in TOWERS:
+            raise UnsupportedModelError(
+                f"the vision tower {tower} is not supported in vLLM; supported are: {', '.join(TOWERS)}"
+            )
+        if strategy != TOWERS[tower]:
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy={strategy!r}; only {TOWERS[tower]!r} is supported with {tower}"
+            )
+        if not isinstance(config.vision_feature_layer, int):
+            raise UnsupportedModelError("several vision feature layers are not supported in vLLM")
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """(rows, columns) of one crop."""
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        return side, side
+
+    def tap(self) -> Tap:
+        layer = self.vision_tower.vision_model.encoder.layers[-1]
+        return Tap(layer, layer.self_attn.attn)
+
+    def crops(self, images: dict[str, Any]) -> tuple[Any, Tensor | None]:
+        """(what vLLM's model makes of the images, saliency [all crops, patches]).
+
+        vLLM's own method runs tower, projector and packing.
+        """
+        image_input = self._parse_and_validate_image_input(**images)  # type: ignore[attr-defined]
+        if self.adafv_tap is None:
+            return self._process_image_input(image_input), None  # type: ignore[attr-defined]
+        with self.adafv_tap as tap:
+            features = self._process_image_input(image_input)  # type: ignore[attr-defined]
+        has_class = self.config.vision_config.model_type == "clip_vision_model"
+        scores = [
+            class_attention(run.query, run.key, run.scaling)
+            if has_class
+            else patch_saliency(run.query, run.key, run.value, run.features, run.scaling)
+            for run in tap.runs()
+        ]
+        return features, torch.cat(scores)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return super().load_weights(map(_as_vllm_names_it, weights))  # type: ignore[misc]
+
+
+def _as_vllm_names_it(weight: tuple[str, Tensor]) -> tuple[str, Tensor]:
+    """transformers 5 saves towers without the level `vision_model`, which vLLM's loader (0.31, 0.32) expects."""
+    name, values = weight
+    for tower in ("model.vision_tower.", "vision_tower."):
+        if name.startswith(tower) and not name.startswith(f"{tower}vision_model."):
+            return f"{tower}vision_model.{name.removeprefix(tower)}", values
+    return weight
+
+
+class _Info(PrunedInfo, LlavaProcessingInfo):
+    pass
+
+
+class _Processor(PrunedProcessor, LlavaMultiModalProcessor):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(_Processor, info=_Info, dummy_inputs=LlavaDummyInputsBuilder)
+class AdaFVLlavaForConditionalGeneration(PrunedLlava, LlavaForConditionalGeneration):
+    def encode(self, images: dict[str, Any]) -> list[EncodedImage]:
+        features, saliency = self.crops(images)
+        rows, columns = self.patch_grid
+        layout = ImageLayout(torch.arange(rows * columns), crops=1, rows=rows, columns=columns)
+        scores = [None] * len(features) if saliency is None else saliency
+        return [EncodedImage(part, score, layout) for part, score in zip(features, scores, strict=True)]

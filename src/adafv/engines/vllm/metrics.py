@@ -1,0 +1,69 @@
+"""What pruning did, for people who run a server: counters on /metrics, and a line in the log now and then.
+
+The counts come from a worker, the page /metrics from the server's front. prometheus_client joins the two where the
+variable PROMETHEUS_MULTIPROC_DIR names a folder, which `adafv serve` sees to; without it there is the log alone.
+"""
+
+import logging
+import time
+
+from prometheus_client import Counter, Gauge
+
+IMAGES = Counter("adafv:images", "Images pruned; those in vLLM's own caches are not pruned again.")
+TOWER_RUNS = Counter("adafv:tower_runs", "Images that went through the vision tower.")
+TOWER_CACHE_HITS = Counter("adafv:tower_cache_hits", "Images taken from the cache of encoded images.")
+TOKENS_BEFORE = Counter("adafv:visual_tokens_before", "Visual tokens that the images would have had.")
+TOKENS_KEPT = Counter("adafv:visual_tokens_kept", "Visual tokens that the language model read.")
+TOWER_CACHE_BYTES = Gauge(
+    "adafv:tower_cache_bytes", "Size of the cache of encoded images.", multiprocess_mode="livesum"
+)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+logger = logging.getLogger("vllm.adafv")  # a child of vLLM's, so that its lines look and go like vLLM's
+
+
+class Meter:
+    """Counts in one worker; of several that hold the same images (tensor parallelism), only the first counts."""
+
+    def __init__(self, counts: bool, capacity: int) -> None:
+        self._counts = counts
+        self._capacity = capacity
+        self._images = self._hits = self._before = self._kept = 0
+        self._said = 0.0
+
+    def pruned(self, before: int, kept: int) -> None:
+        """One image lost tokens, or was to keep all."""
+        self._images, self._before, self._kept = self._images + 1, self._before + before, self._kept + kept
+        if self._counts:
+            IMAGES.inc()
+            TOKENS_BEFORE.inc(before)
+            TOKENS_KEPT.inc(kept)
+
+    def encoded(self, runs: int, hits: int) -> None:
+        """So many images go through the tower, and so many are taken from the cache."""
+        self._hits += hits
+        if self._counts:
+            TOWER_RUNS.inc(runs)
+            TOWER_CACHE_HITS.inc(hits)
+
+    def say(self, cached_images: int, cached_bytes: int) -> None:
+        """Show the cache in /metrics, and all of it in the log, unless there was a line just now."""
+        if self._counts:
+            TOWER_CACHE_BYTES.set(cached_bytes)
+        now = time.monotonic()
+        if not self._counts or now - self._said < SECONDS_BETWEEN_LINES:
+            return
+        self._said = now
+        logger.info(
+            "adafv: %d images, %d of %d visual tokens kept; encoded before: %d (%.0f %%); tower cache: %d images, "
+            "%.1f of %.1f MiB",
+            self._images,
+            self._kept,
+            self._before,
+            self._hits,
+            100 * self._hits / max(1, self._images),
+            cached_images,
+            cached_bytes / 2**20,
+            self._capacity / 2**20,
+        )

@@ -1,0 +1,148 @@
+"""In vLLM's worker: vLLM's own tower and projector, then the selection that every engine shares.
+
+Every image is selected for by itself, though several may share a run of the tower: so what is kept of it does not depend
+on what it happened to be scheduled with. With tensor parallelism every worker computes the same scores from all heads,
+and the first worker's choice goes to the others: kept tokens that differ in one place would mix up two images.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
+
+from adafv.engines.vllm.metrics import Meter
+from adafv.engines.vllm.processor import FIELDS
+from adafv.engines.vllm.request import budget_from
+from adafv.engines.vllm.settings import OPTION, ServerSettings
+from adafv.engines.vllm.tap import Tap
+from adafv.engines.vllm.tower_cache import EncodedImage, TowerCache
+from adafv.errors import UnsupportedModelError
+from adafv.methods import VisualTokens
+
+
+class PrunedModel:
+    """In front of a family's model class."""
+
+    supports_tower_connector_lora = False
+    """An adapter of the tower would change encoded images that are cached without it."""
+
+    language_model: Any
+    config: Any
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        settings = ServerSettings.of(getattr(vllm_config.model_config.hf_config, OPTION, None))
+        check_engine(vllm_config)
+        self.check_config(vllm_config.model_config.hf_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.adafv = settings
+        self.adafv_cache = TowerCache(settings.tower_cache_bytes)
+        self.adafv_meter = Meter(get_tensor_model_parallel_rank() == 0, settings.tower_cache_bytes)
+        self.adafv_tap = self.tap() if settings.method.needs_saliency else None
+        self.adafv_encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        self.adafv_largest = 0  # visual tokens of the largest image so far
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """Raise UnsupportedModelError where this checkpoint cannot be pruned correctly."""
+
+    @abstractmethod
+    def tap(self) -> Tap:
+        """On the layer of the tower that the projector reads."""
+
+    @abstractmethod
+    def encode(self, images: dict[str, Any]) -> list[EncodedImage]:
+        """Run tower and projector.
+
+        Args:
+            images: what vLLM's own `embed_multimodal` takes.
+        """
+
+    def take(self, images: dict[str, Any], wanted: Sequence[int]) -> dict[str, Any]:
+        """The same entries for some of the images alone."""
+        return {
+            name: values[list(wanted)] if isinstance(values, Tensor) else [values[i] for i in wanted]
+            for name, values in images.items()
+        }
+
+    def hand_over(self, image: EncodedImage, kept: Tensor, features: Tensor) -> Tensor:
+        """What the family's model reads for the kept tokens (`kept` [K], `features` [K, D])."""
+        return features
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """[K, D] per image."""
+        if not kwargs:
+            return []
+        texts, budgets, names = (kwargs.pop(name) for name in FIELDS)
+        images = self._encoded(kwargs, [bytes(name.tolist()) for name in names])
+        embeddings = []
+        for image, text, budget in zip(images, texts, budgets, strict=True):
+            keep = budget_from(budget).tokens(image.layout.tokens)
+            embeddings.append(self._pruned(image, text, keep))
+            self.adafv_meter.pruned(image.layout.tokens, keep)
+        self.adafv_meter.say(len(self.adafv_cache), self.adafv_cache.bytes)
+        return embeddings
+
+    def _encoded(self, images: dict[str, Any], names: list[bytes]) -> list[EncodedImage]:
+        """Every image, from the cache or the tower; one that comes twice is encoded once."""
+        found = {name: self.adafv_cache.get(name) for name in names}
+        missing = [names.index(name) for name, image in found.items() if image is None]
+        self.adafv_meter.encoded(len(missing), len(names) - len(missing))
+        while missing:
+            # As many as vLLM would run at a time without pruning: what it counts itself is the tokens that stay.
+            at_a_time = max(1, self.adafv_encoder_tokens // self.adafv_largest) if self.adafv_largest else 1
+            part, missing = missing[:at_a_time], missing[at_a_time:]
+            for i, image in zip(part, self.encode(self.take(images, part)), strict=True):
+                found[names[i]] = image
+                self.adafv_largest = max(self.adafv_largest, image.layout.tokens)
+                if self.adafv_cache.capacity:
+                    self.adafv_cache.put(names[i], image.copy())
+        return [found[name] for name in names]  # type: ignore[misc]
+
+    def _pruned(self, image: EncodedImage, text: Tensor, keep: int) -> Tensor:
+        layout, device = image.layout, image.features.device
+        if keep == layout.tokens:
+            return self.hand_over(image, torch.arange(keep, device=device), image.features)
+        source = layout.source.to(device)
+        saliency = None if image.saliency is None else image.saliency.masked_fill(source < 0, 0.0).unsqueeze(0)
+        words = mask = None
+        if self.adafv.method.needs_text:
+            words = self.language_model.embed_input_ids(text.to(device)).unsqueeze(0)
+            mask = torch.ones(words.shape[:2], dtype=torch.bool, device=device)
+        tokens = VisualTokens(
+            image.features.unsqueeze(0),
+            saliency,
+            words,
+            mask,
+            (source >= 0).unsqueeze(0),
+            source.unsqueeze(0),
+            layout.crops,
+            layout.rows,
+            layout.columns,
+        )
+        chosen = self.adafv.method.select(tokens, keep)
+        kept = chosen.indices[0].contiguous()
+        if get_tensor_model_parallel_world_size() > 1:
+            kept = get_tp_group().broadcast(kept, src=0)
+        features = image.features.index_select(0, kept) if chosen.features is None else chosen.features[0]
+        return self.hand_over(image, kept, features)
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raise UnsupportedModelError for ways of running vLLM in which pruning would go wrong, or unseen."""
+    multimodal = vllm_config.model_config.multimodal_config
+    compilation = vllm_config.compilation_config
+    refused = {
+        "--mm-encoder-tp-mode data": multimodal.mm_encoder_tp_mode == "data",
+        "--enable-mm-embeds": multimodal.enable_mm_embeds,
+        "compile_mm_encoder in --compilation-config": getattr(compilation, "compile_mm_encoder", False),
+        "cudagraph_mm_encoder in --compilation-config": getattr(compilation, "cudagraph_mm_encoder", False),
+        "--enable-lora": vllm_config.lora_config is not None,
+        "--speculative-config": vllm_config.speculative_config is not None,
+        "--video-pruning-rate": multimodal.is_multimodal_pruning_enabled(),
+    }
+    for option, given in refused.items():
+        if given:
+            raise UnsupportedModelError(f"{option} is not supported with pruned images; leave it out")

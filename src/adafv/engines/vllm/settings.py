@@ -1,0 +1,131 @@
+"""The options of a server, from `--hf-overrides '{"adafv": {...}}'`, and of a request, from `mm_processor_kwargs`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from adafv.core.budget import check_keep, tokens_to_keep
+from adafv.errors import BudgetError, OptionError
+from adafv.methods import Method, method_named
+from adafv.prompts.text import SCOPES
+
+OPTION = "adafv"
+"""Name of the options, in the config of the model and in a request's `mm_processor_kwargs`."""
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens of an image stay."""
+
+    keep: int | float
+    asked: bool = False
+    """By the request itself. More than an image has is an error then; a server's own number is an upper bound."""
+
+    def tokens(self, available: int) -> int:
+        """K for an image of `available` (N) tokens.
+
+        Raises:
+            BudgetError: the request asks for more than there is.
+        """
+        if not self.asked and isinstance(self.keep, int):
+            return min(self.keep, available)
+        return tokens_to_keep(self.keep, available)
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What a server was started with."""
+
+    method: Method
+    budget: Budget
+    most: Budget
+    """The largest budget that a request may ask for; what vLLM reserves memory for."""
+    scope: str | None
+    """Which text counts, see `adafv.prompts.text`; None: "question" where the chat template shows it, else "turn"."""
+    tower_cache_bytes: int
+    """Of encoded images, per worker."""
+    identity: str = field(repr=False, default="")
+    """Everything but the budget that decides which tokens stay: part of what the caches know an image by."""
+
+    @classmethod
+    def of(cls, options: Any) -> "ServerSettings":
+        """Check `{"keep": 64, "method": "adafv", "parameters": {}, "max_keep": 1.0, "text": None, "tower_cache_mb": 256}`.
+
+        Raises:
+            BudgetError, OptionError: an option is missing, unknown or has no such value.
+        """
+        if not isinstance(options, Mapping):
+            raise OptionError(
+                f"the model's config says {OPTION}={options!r}; start vLLM with "
+                f"""--hf-overrides '{{"architectures": [...], "{OPTION}": {{"keep": 64}}}}'"""
+            )
+        known = {"keep", "method", "parameters", "max_keep", "text", "tower_cache_mb"}
+        _refuse_unknown(options, known, "the server's options")
+        if "keep" not in options:
+            raise OptionError(
+                f'the option keep is missing: {{"{OPTION}": {{"keep": 64}}}} keeps 64 tokens of every image'
+            )
+        parameters = options.get("parameters") or {}
+        method = method_named(options.get("method", "adafv"), **parameters)
+        _refuse_method(method)
+        scope = options.get("text")
+        if scope is not None and scope not in SCOPES:
+            raise OptionError(f"text={scope!r}; known are: {', '.join(SCOPES)}")
+        cache = options.get("tower_cache_mb", 256)
+        if isinstance(cache, bool) or not isinstance(cache, (int, float)) or not 0 <= cache < 2**40:
+            raise OptionError(f"tower_cache_mb={cache!r}; give a number of MiB, or 0 for no cache")
+        budget, most = Budget(check_keep(options["keep"])), Budget(check_keep(options.get("max_keep", 1.0)))
+        if not _within(budget, most):
+            raise BudgetError(f"keep={budget.keep} is above max_keep={most.keep}; raise max_keep or leave it out")
+        shown = asdict(method) | {"method": method.name, "text": scope}  # type: ignore[call-overload]
+        identity = json.dumps(shown, sort_keys=True, default=str)
+        return cls(method, budget, most, scope, int(cache * MEBIBYTE), identity)
+
+    def asked(self, options: Any) -> Budget:
+        """The budget of a request whose `mm_processor_kwargs` has `options` under "adafv"; None: it has none.
+
+        Raises:
+            BudgetError, OptionError: which vLLM answers with status 400.
+        """
+        if options is None:
+            return self.budget
+        if not isinstance(options, Mapping):
+            raise OptionError(f'{OPTION}={options!r} in mm_processor_kwargs; give {{"{OPTION}": {{"keep": 64}}}}')
+        _refuse_unknown(options, {"keep"}, "a request's options")
+        if "keep" not in options:
+            return self.budget
+        budget = Budget(check_keep(options["keep"]), asked=True)
+        if not _within(budget, self.most):
+            raise BudgetError(
+                f"keep={budget.keep}, but this server keeps at most max_keep={self.most.keep}; ask for less"
+            )
+        return budget
+
+
+def _within(budget: Budget, most: Budget) -> bool:
+    """Whether a budget surely is none above `most`, whatever the size of an image; numbers and shares do not compare."""
+    if isinstance(most.keep, float) and most.keep == 1.0:
+        return True
+    if isinstance(budget.keep, int) != isinstance(most.keep, int):
+        raise BudgetError(
+            f"keep={budget.keep} and max_keep={most.keep} do not compare; give two numbers of tokens, or two shares"
+        )
+    return budget.keep <= most.keep
+
+
+def _refuse_unknown(options: Mapping[str, Any], known: set[str], where: str) -> None:
+    for name in options:
+        if name not in known:
+            raise OptionError(f"{where} have no {name!r}; they have: {', '.join(sorted(known))}")
+
+
+def _refuse_method(method: Method) -> None:
+    if method.published_layout:
+        raise OptionError("the published variant repeats tokens, which vLLM's prompts cannot; use variant='corrected'")
+    if type(method).grid is not Method.grid:
+        raise OptionError(
+            f"the method {method.name!r} scales images down, which is not supported in vLLM; use another one"
+        )

@@ -1,0 +1,64 @@
+"""Encoded images, so that one image with many questions goes through the tower once."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adafv.core import ImageLayout
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What tower and projector made of one image."""
+
+    features: Tensor
+    """[N, D] as the language model would read them."""
+    saliency: Tensor | None
+    """[N] float32; None where the method does not ask for it."""
+    layout: ImageLayout
+
+    @property
+    def bytes(self) -> int:
+        """What it holds of the device's memory."""
+        tensors = [tensor for tensor in (self.features, self.saliency) if tensor is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def copy(self) -> "EncodedImage":
+        """The same in memory of its own: images that went through the tower together are views of one tensor."""
+        saliency = None if self.saliency is None else self.saliency.clone()
+        return EncodedImage(self.features.clone(), saliency, self.layout)
+
+
+class TowerCache:
+    """The most recently used encoded images, as many as fit into so many bytes of the worker's device.
+
+    The questions differ, so vLLM's encoder cache, which knows pruned images, misses; what depends on the image alone is
+    kept here. It is bounded by bytes rather than by images because images differ in size by a factor of ten.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.bytes = 0
+        self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def get(self, name: bytes) -> EncodedImage | None:
+        """The image of this name, which is then the most recently used one; or None."""
+        image = self._images.get(name)
+        if image is not None:
+            self._images.move_to_end(name)
+        return image
+
+    def put(self, name: bytes, image: EncodedImage) -> None:
+        """Remember an image; forget the least recently used ones where there is no room. Too large a one is not kept."""
+        if name in self._images:
+            self.bytes -= self._images.pop(name).bytes
+        if image.bytes > self.capacity:
+            return
+        while self.bytes + image.bytes > self.capacity:
+            self.bytes -= self._images.popitem(last=False)[1].bytes
+        self._images[name] = image
+        self.bytes += image.bytes

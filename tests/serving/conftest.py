@@ -1,0 +1,45 @@
+"""Tests of adafv inside vLLM. They need an environment of their own (`make test-vllm`), and are skipped in any other.
+
+One engine at a time lives in this process: vLLM's in-process engine is the real one, less the process boundary, so what
+the workers chose can be looked at. Tests of the server start the real server.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+STUB = Path(__file__).parent / "torchvision_stub"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STUB), os.environ.get("PYTHONPATH"))))
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+}
+
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+elif getattr(sys.modules.get("sitecustomize"), "__file__", None) != str(STUB / "sitecustomize.py"):
+    exec((STUB / "sitecustomize.py").read_text())  # this process has begun without it
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder for the checkpoints that tests make."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_engine_at_a_time() -> Iterator[None]:
+    yield
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
