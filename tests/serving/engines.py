@@ -66,3 +66,74 @@ def choices(llm: Any) -> Iterator[list[list[int]]]:
 
         llm.apply_model(spy)
         yield found
+
+
+def prompt(
+    llm: Any, messages: list[Any], keep: int | float | None = None, uuids: list[str | None] | None = None
+) -> Any:
+    """What `LLM.generate` takes for a chat, so that one batch can hold several budgets.
+
+    Args:
+        uuids: names that a client gives the images; see vLLM's `multi_modal_uuids`.
+    """
+    shown = []
+    pictures = []
+    for message in messages:
+        parts = (
+            message["content"]
+            if isinstance(message["content"], list)
+            else [{"type": "text", "text": message["content"]}]
+        )
+        pictures += [part["image_pil"] for part in parts if part["type"] == "image_pil"]
+        content = [{"type": "image"} if part["type"] == "image_pil" else part for part in parts]
+        shown.append({"role": message["role"], "content": content})
+    tokens = llm.get_tokenizer().apply_chat_template(shown, add_generation_prompt=True, return_dict=False)
+    found: dict[str, Any] = {"prompt_token_ids": tokens}
+    if pictures:
+        found["multi_modal_data"] = {"image": pictures}
+        found["mm_processor_kwargs"] = {} if keep is None else {"adafv": {"keep": keep}}
+    if uuids is not None:
+        found["multi_modal_uuids"] = {"image": uuids}
+    return found
+
+
+def generate(llm: Any, prompts: list[Any], tokens: int = 8, **sampling: Any) -> list[Any]:
+    """Greedy, all in one batch: vLLM's output of each prompt, with log probabilities."""
+    from vllm import SamplingParams
+
+    return llm.generate(
+        prompts, SamplingParams(max_tokens=tokens, temperature=0.0, logprobs=5, **sampling), use_tqdm=False
+    )
+
+
+@contextmanager
+def tower_runs(llm: Any) -> Iterator[list[int]]:
+    """Collects the number of images of every run of the vision tower."""
+    found: list[int] = []
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def spy(model: Any) -> None:
+            encode = type(model).encode
+
+            def recording(self: Any, images: Any) -> Any:
+                encoded = encode(self, images)
+                found.append(len(encoded))
+                return encoded
+
+            patch.setattr(type(model), "encode", recording)
+
+        llm.apply_model(spy)
+        yield found
+
+
+def alike(first: Any, second: Any) -> bool:
+    """Whether two outputs are the same answer to the same prompt, with the same log probabilities up to rounding."""
+    one, other = first.outputs[0], second.outputs[0]
+    if list(first.prompt_token_ids) != list(second.prompt_token_ids) or list(one.token_ids) != list(other.token_ids):
+        return False
+    return all(
+        abs(given[token].logprob - expected[token].logprob) < 1e-4
+        for given, expected in zip(one.logprobs, other.logprobs, strict=True)
+        for token in given.keys() & expected.keys()
+    )

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from checkpoints import bundled
-from engines import answers, chat, choices, engine, picture
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from both import NAMES, Both, checkpoint
+from engines import answers, chat, picture
+from transformers import AutoConfig
 
-from adafv import AdaFV
+from adafv.core.budget import tokens_to_keep
+from adafv.errors import UnsupportedModelError
+from adafv.families.base import family_of
 
 QUESTIONS = [
     ("bird", "What color is the banana?"),
@@ -17,63 +18,79 @@ QUESTIONS = [
     ("key", "Is there a key?"),
     ("tree", "What color is the background?"),
 ]
-PICTURES = ("bird", "boats", "cars", "key", "mushrooms", "tree")
-NAMES = {"llava": "LlavaForConditionalGeneration", "llava-next": "LlavaNextForConditionalGeneration"}
+SIZES = {"tiny": (40, 30), "portrait": (300, 700), "landscape": (900, 350), "banner": (1600, 60), "huge": (2400, 2300)}
 
 
 @pytest.fixture(scope="module", params=list(NAMES))
-def served(request: pytest.FixtureRequest, checkpoints: Path) -> Any:
-    folder = bundled(request.param, checkpoints)
-    return folder, engine(folder, NAMES[request.param], {"keep": 16}, limit_mm_per_prompt={"image": 2})
+def both(request: pytest.FixtureRequest, checkpoints: Path) -> Both:
+    return Both.of(request.param, checkpoints, {"keep": 16})
 
 
-def in_transformers(
-    folder: Path, pictures: list[Any], messages: Any, keep: int | float
-) -> tuple[list[list[int]], list[int], Any]:
-    """(kept tokens per image, tokens of the answer, log probabilities of the first token)."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    inputs = processor(images=pictures, text=text, return_tensors="pt")
-    with torch.no_grad(), AdaFV(keep=keep, processor=processor)(model) as adafv:
-        output = model.generate(
-            **inputs, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
-    new = output.sequences[0, inputs["input_ids"].shape[1] :]
-    kept = [] if adafv.last is None else [indices.tolist() for indices in adafv.last.kept]
-    return kept, new.tolist(), output.logits[0][0].log_softmax(-1)
-
-
-def ask_both(served: Any, content: list[str], keep: int | float) -> None:
-    """Names of pictures and words, as one turn; both engines must keep the same and say the same."""
-    folder, llm = served
-    shown = [picture(part) if part in PICTURES else part for part in content]
-    pictures = [part for part in shown if not isinstance(part, str)]
-    messages = [
-        {
-            "role": "user",
-            "content": [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in shown],
-        }
-    ]
-    kept, answer, first = in_transformers(folder, pictures, messages, keep)
-    with choices(llm) as chosen:
-        output = answers(llm, [chat(*shown)], keep)[0].outputs[0]
-    assert list(output.token_ids) == answer
-    if keep != 1.0:
-        assert chosen == kept
-    for token, given in output.logprobs[0].items():
-        assert given.logprob == pytest.approx(float(first[token]), abs=2e-4)
-
-
-@pytest.mark.parametrize("keep", [8, 36, 0.1, 1.0])
-def test_one_picture(served: Any, keep: int | float) -> None:
+@pytest.mark.parametrize("keep", [1, 36, 0.1, 0.75, 1.0])
+def test_one_picture(both: Both, keep: int | float) -> None:
     for name, question in QUESTIONS:
-        ask_both(served, [name, question], keep)
+        both.agree([picture(name), question], keep)
 
 
-def test_two_pictures_in_one_prompt(served: Any) -> None:
-    ask_both(served, ["bird", "cars", "How many cars are there?"], 12)
+@pytest.mark.parametrize("shape", list(SIZES))
+def test_a_picture_of_any_shape(both: Both, shape: str) -> None:
+    shown = picture("mushrooms").resize(SIZES[shape])
+    for keep in (12, 0.2, 1.0):
+        both.agree([shown, "What color is the mushroom?"], keep)
 
 
-def test_the_question_may_stand_in_front(served: Any) -> None:
-    ask_both(served, ["What color is the banana?", "bird"], 12)
+def test_every_token_comes_from_the_same_patch(both: Both) -> None:
+    if both.model.config.model_type == "llava":
+        pytest.skip("one crop, whose tokens are its patches")
+    for size in SIZES.values():
+        shown = picture("bird").resize(size)
+        inputs = both.processor(images=[shown], text="<image>", return_tensors="pt")
+        [theirs] = family_of(both.model).layouts(both.model, "image", inputs, [])
+        height_and_width = inputs["image_sizes"][0]
+        [ours] = both.llm.apply_model(lambda model, size=height_and_width: model.layout(size))
+        assert ours.source.tolist() == theirs.source.tolist()
+        assert (ours.crops, ours.rows, ours.columns) == (theirs.crops, theirs.rows, theirs.columns)
+        assert ours.tiling == theirs.tiling
+
+
+def test_two_pictures_in_one_prompt(both: Both) -> None:
+    both.agree([picture("bird"), picture("cars"), "How many cars are there?"], 12)
+
+
+def test_two_pictures_of_different_shapes_in_one_prompt(both: Both) -> None:
+    """The smaller one is sent with empty crops."""
+    small, large = picture("bird").resize((60, 130)), picture("cars").resize((800, 800))
+    both.agree([small, "Is there a bird?", large, "How many cars are there?"], 0.2)
+    both.agree([large, small, "How many cars are there?"], 12)
+
+
+def test_the_question_may_stand_in_front(both: Both) -> None:
+    both.agree(["What color is the banana?", picture("bird")], 12)
+
+
+def test_the_prompt_holds_as_many_placeholders_as_tokens_stay(both: Both) -> None:
+    placeholder = both.model.config.image_token_id
+
+    def placeholders(content: list[Any], keep: int | float) -> list[int]:
+        """The lengths of the runs of placeholders in the prompt."""
+        tokens = answers(both.llm, [chat(*content)], keep, tokens=1)[0].prompt_token_ids
+        return [len(run) for run in "".join("i" if token == placeholder else " " for token in tokens).split()]
+
+    small, large = picture("bird").resize((150, 60)), picture("cars")
+    two = [small, "Is there a bird, or are there", large, "cars?"]
+    whole = placeholders(two, 1.0)
+    assert len(whole) == 2
+    assert min(whole) > 40
+    assert placeholders([large, "How many cars are there?"], 7) == [7]
+    assert placeholders(two, 7) == [7, 7]
+    assert placeholders(two, 0.3) == [tokens_to_keep(0.3, count) for count in whole]
+
+
+def test_a_packing_that_vllm_does_not_know_is_refused(checkpoints: Path) -> None:
+    from adafv.engines.vllm.families.llava_onevision import AdaFVLlavaOnevisionForConditionalGeneration as Pruned
+
+    config = AutoConfig.from_pretrained(checkpoint("llava-onevision", checkpoints))
+    Pruned.check_config(config)
+    config.vision_aspect_ratio = "anyres_max_4"
+    with pytest.raises(UnsupportedModelError, match="anyres_max_4"):
+        Pruned.check_config(config)

@@ -6,7 +6,7 @@ and the first worker's choice goes to the others: kept tokens that differ in one
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,10 @@ class PrunedModel:
             for name, values in images.items()
         }
 
+    def compared(self, features: Tensor) -> Tensor:
+        """[N, D]: of the features, what is compared with the text: the tokens as the language model's input has them."""
+        return features
+
     def hand_over(self, image: EncodedImage, kept: Tensor, features: Tensor) -> Tensor:
         """What the family's model reads for the kept tokens (`kept` [K], `features` [K, D])."""
         return features
@@ -75,31 +79,35 @@ class PrunedModel:
         """[K, D] per image."""
         if not kwargs:
             return []
-        texts, budgets, names = (kwargs.pop(name) for name in FIELDS)
-        images = self._encoded(kwargs, [bytes(name.tolist()) for name in names])
-        embeddings = []
-        for image, text, budget in zip(images, texts, budgets, strict=True):
-            keep = budget_from(budget).tokens(image.layout.tokens)
-            embeddings.append(self._pruned(image, text, keep))
-            self.adafv_meter.pruned(image.layout.tokens, keep)
+        texts, budgets, digests = (kwargs.pop(name) for name in FIELDS)
+        names = [bytes(each.tolist()) for each in digests]
+        embeddings: list[Tensor | None] = [None] * len(names)
+        for name, image in self._encoded(kwargs, names):
+            for i in (i for i, other in enumerate(names) if other == name):
+                keep = budget_from(budgets[i]).tokens(image.layout.tokens)
+                embeddings[i] = self._pruned(image, texts[i], keep)
+                self.adafv_meter.pruned(image.layout.tokens, keep)
         self.adafv_meter.say(len(self.adafv_cache), self.adafv_cache.bytes)
         return embeddings
 
-    def _encoded(self, images: dict[str, Any], names: list[bytes]) -> list[EncodedImage]:
-        """Every image, from the cache or the tower; one that comes twice is encoded once."""
-        found = {name: self.adafv_cache.get(name) for name in names}
-        missing = [names.index(name) for name, image in found.items() if image is None]
+    def _encoded(self, images: dict[str, Any], names: list[bytes]) -> Iterator[tuple[bytes, EncodedImage]]:
+        """Every image once, from the cache or the tower, in such parts that whole images never take more memory at a time
+        than without pruning: what vLLM counts when it fills a step is the tokens that stay."""
+        missing = []
+        for name in dict.fromkeys(names):
+            if (image := self.adafv_cache.get(name)) is None:
+                missing.append(names.index(name))
+            else:
+                yield name, image
         self.adafv_meter.encoded(len(missing), len(names) - len(missing))
         while missing:
-            # As many as vLLM would run at a time without pruning: what it counts itself is the tokens that stay.
             at_a_time = max(1, self.adafv_encoder_tokens // self.adafv_largest) if self.adafv_largest else 1
             part, missing = missing[:at_a_time], missing[at_a_time:]
             for i, image in zip(part, self.encode(self.take(images, part)), strict=True):
-                found[names[i]] = image
                 self.adafv_largest = max(self.adafv_largest, image.layout.tokens)
                 if self.adafv_cache.capacity:
                     self.adafv_cache.put(names[i], image.copy())
-        return [found[name] for name in names]  # type: ignore[misc]
+                yield names[i], image
 
     def _pruned(self, image: EncodedImage, text: Tensor, keep: int) -> Tensor:
         layout, device = image.layout, image.features.device
@@ -112,7 +120,7 @@ class PrunedModel:
             words = self.language_model.embed_input_ids(text.to(device)).unsqueeze(0)
             mask = torch.ones(words.shape[:2], dtype=torch.bool, device=device)
         tokens = VisualTokens(
-            image.features.unsqueeze(0),
+            self.compared(image.features).unsqueeze(0),
             saliency,
             words,
             mask,
@@ -142,6 +150,7 @@ def check_engine(vllm_config: Any) -> None:
         "--enable-lora": vllm_config.lora_config is not None,
         "--speculative-config": vllm_config.speculative_config is not None,
         "--video-pruning-rate": multimodal.is_multimodal_pruning_enabled(),
+        "--pipeline-parallel-size": vllm_config.parallel_config.pipeline_parallel_size > 1,
     }
     for option, given in refused.items():
         if given:

@@ -38,7 +38,15 @@ class Tap:
         self._states: tuple[Tensor, Tensor, Tensor] | None = None
         self._runs: list[Attended] = []
         attention.register_forward_pre_hook(self._enter, with_kwargs=True)
-        layer.register_forward_hook(self._leave)
+        forward = layer.forward
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            self._leave(output)
+            return output
+
+        # Not a hook: layers that vLLM could compile have a `__call__` of their own, which runs no hooks.
+        layer.forward = recorded  # type: ignore[method-assign]
 
     def __enter__(self) -> "Tap":
         self._open, self._states, self._runs = True, None, []
@@ -64,7 +72,7 @@ class Tap:
             query, key, value = (self._by_head(given[name]) for name in ("query", "key", "value"))
             self._states = (query, key, value)
 
-    def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, output: Any) -> None:
         if self._open and self._states is not None:
             features = output[0] if isinstance(output, tuple) else output
             # The layer behind it may write over its input.

@@ -1,9 +1,10 @@
-"""LLaVA-NeXT: a thumbnail and several crops per image, packed by vLLM's own method.
+"""LLaVA-NeXT: a thumbnail and several crops per image ("anyres"), packed by vLLM's own method.
 
-As in transformers, where each patch ends up is found by sending patch numbers through the packing; see
-`adafv.families.llava_next`.
+As in transformers, where each patch ends up is found by sending the places of patches through the packing, and the
+saliency is sent through it as well; see `adafv.families.llava_onevision`, which shares this way of seeing.
 """
 
+from abc import abstractmethod
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from vllm.model_executor.models.llava_next import (
     LlavaNextForConditionalGeneration,
     LlavaNextMultiModalProcessor,
     LlavaNextProcessingInfo,
+    get_anyres_image_grid_shape,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
@@ -21,6 +23,49 @@ from adafv.core import ImageLayout
 from adafv.engines.vllm.families.llava import PrunedLlava
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
 from adafv.engines.vllm.tower_cache import EncodedImage
+
+
+class PrunedAnyres(PrunedLlava):
+    """What the model classes that cut an image into crops share."""
+
+    @abstractmethod
+    def pack(self, crops: Tensor, size: Tensor) -> Tensor:
+        """Values per crop and patch ([C, patches, E]) where vLLM puts the features: [N, E], -1 at newlines.
+
+        Args:
+            size: [2], height and width of the image.
+        """
+
+    def encode(self, images: dict[str, Any]) -> list[EncodedImage]:
+        sizes = images["image_sizes"]
+        layouts = [self.layout(size) for size in sizes]
+        # An image comes with as many crops as the largest one of its request has; the rest are zeros.
+        shown = [crops[: layout.crops] for crops, layout in zip(images["pixel_values"], layouts, strict=True)]
+        features, saliency = self.crops({**images, "pixel_values": shown})
+        scores: list[Tensor | None] = [None] * len(layouts)
+        if saliency is not None:
+            parts = saliency.unsqueeze(-1).split([layout.crops for layout in layouts])
+            scores = [self.pack(part, size).squeeze(-1) for part, size in zip(parts, sizes, strict=True)]
+        return [EncodedImage(*image) for image in zip(features, scores, layouts, strict=True)]
+
+    def layout(self, size: Tensor) -> ImageLayout:
+        """Where the tokens of an image of this size ([2], height and width) come from."""
+        rows, columns = self.patch_grid
+        side, pinpoints = self.config.vision_config.image_size, self.config.image_grid_pinpoints
+        vertical, horizontal = get_anyres_image_grid_shape(tuple(size.tolist()), pinpoints, side)
+        crops = torch.arange(vertical * horizontal)
+        down, across = (crops // horizontal * rows).view(-1, 1, 1), (crops % horizontal * columns).view(-1, 1, 1)
+        inside = torch.arange(rows).view(1, -1, 1), torch.arange(columns).view(1, 1, -1)
+        # (1, row, column) in the raster of all crops; where the raster is scaled down, these are scaled with it.
+        raster = torch.stack(torch.broadcast_tensors(torch.ones(1, 1, 1), down + inside[0], across + inside[1]), dim=-1)
+        thumbnail = raster[:1] * torch.tensor([0, 1, 1])
+        places = self.pack(torch.cat((thumbnail, raster)).flatten(1, 2).double(), size.cpu()).round().long()
+        in_raster, row, column = places.unbind(-1)
+        crop = (1 + row // rows * horizontal + column // columns).where(in_raster == 1, 0)
+        source = (crop * rows + row % rows) * columns + column % columns
+        return ImageLayout(
+            source.where(in_raster >= 0, -1), 1 + len(crops), rows, columns, tiling=(vertical, horizontal)
+        )
 
 
 class _Info(PrunedInfo, LlavaNextProcessingInfo):
@@ -32,27 +77,9 @@ class _Processor(PrunedProcessor, LlavaNextMultiModalProcessor):
 
 
 @MULTIMODAL_REGISTRY.register_processor(_Processor, info=_Info, dummy_inputs=LlavaDummyInputsBuilder)
-class AdaFVLlavaNextForConditionalGeneration(PrunedLlava, LlavaNextForConditionalGeneration):
-    def encode(self, images: dict[str, Any]) -> list[EncodedImage]:
-        features, saliency = self.crops(images)
-        counts = [len(crops) for crops in images["pixel_values"]]
-        scores = [None] * len(counts) if saliency is None else saliency.split(counts)
-        return [
-            self._image(part, score, crops, size)
-            for part, score, crops, size in zip(features, scores, counts, images["image_sizes"], strict=True)
-        ]
-
-    def _image(self, features: Tensor, saliency: Tensor | None, crops: int, size: Tensor) -> EncodedImage:
-        rows, columns = self.patch_grid
-        numbers = torch.arange(crops * rows * columns, dtype=torch.float64).view(crops, rows * columns, 1)
-        packing = SimpleNamespace(config=self.config, image_newline=torch.tensor([-1.0], dtype=torch.float64))
-        source = LlavaNextForConditionalGeneration._merge_image_patch_embeddings(
-            packing,  # type: ignore[arg-type]
-            size.cpu(),
-            numbers,
-            strategy="spatial_unpad",
+class AdaFVLlavaNextForConditionalGeneration(PrunedAnyres, LlavaNextForConditionalGeneration):
+    def pack(self, crops: Tensor, size: Tensor) -> Tensor:
+        model: Any = SimpleNamespace(config=self.config, image_newline=crops.new_full(crops.shape[-1:], -1.0))
+        return LlavaNextForConditionalGeneration._merge_image_patch_embeddings(
+            model, size, crops, strategy="spatial_unpad"
         )
-        layout = ImageLayout(source.squeeze(-1).long(), crops, rows, columns)
-        if saliency is not None:
-            saliency = saliency.flatten()[layout.source.clamp_min(0).to(saliency.device)]
-        return EncodedImage(features, saliency, layout)
