@@ -2,8 +2,8 @@
 
 vLLM's processor cache, encoder cache and prefix cache all know an image by one name: a hash of its pixels and of the
 processor's options, or what the client calls it. Here that name also covers the words that count and the budget, per
-image: so what turn 1 of a chat put into the caches is found again in turn 2, even if turn 2 shows another image. What a request wants of its images travels with its
-items, never on the processor: vLLM may run it in several threads.
+image: so what turn 1 of a chat put into the caches is found again in turn 2, even if turn 2 shows another image. What a
+request wants of its images travels with its items, never on the processor: vLLM may run it in several threads.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ class _Wanted:
 
     wish: Wish
     image: str
-    """What vLLM would know the image by without pruning: which image it is, whatever is asked about it."""
+    """A hash of its pixels and of the processor's options: which image it is, whatever is asked about it."""
 
 
 class PrunedInfo:
@@ -46,6 +46,10 @@ class PrunedInfo:
     @cached_property
     def settings(self) -> ServerSettings:
         """The server's options."""
+        if OPTION in (self.ctx.get_mm_config().mm_processor_kwargs or {}):  # type: ignore[attr-defined]
+            raise OptionError(
+                f"{OPTION} has no effect in --mm-processor-kwargs; give the server's options in --hf-overrides"
+            )
         return ServerSettings.of(getattr(self.get_hf_config(), OPTION, None))  # type: ignore[attr-defined]
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
@@ -85,7 +89,9 @@ class PrunedProcessor:
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         """The most tokens that an image can make, for vLLM to reserve memory by."""
         inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
-        text = (0,) if self.info.settings.method.needs_text else ()
+        text: tuple[int, ...] = ()
+        if self.info.settings.method.needs_text:
+            text = (self.reader.placeholder,)  # any token; a template that cannot be read is found out at the start
         images = inputs.mm_data_items.get_count("image", strict=False)
         return self._known_by([Wish(self.info.settings.most, text)] * images, inputs)
 
@@ -93,9 +99,20 @@ class PrunedProcessor:
         if not hasattr(inputs.mm_data_items, _WANTED):
             options = dict(inputs.hf_processor_mm_kwargs)
             budget = self.info.settings.asked(options.pop(OPTION, None))
+            self._check_options(options)
             wishes = self._wishes(inputs, budget)
             inputs = self._known_by(wishes, replace(inputs, hf_processor_mm_kwargs=options))
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+
+    def _check_options(self, options: Mapping[str, object]) -> None:
+        """Raise OptionError for a request's options beside its budget: some fail in the worker only, and end the server."""
+        own = self.info.ctx.get_mm_config().mm_processor_kwargs or {}
+        for name, value in options.items():
+            if name not in own or own[name] != value:
+                raise OptionError(
+                    f"mm_processor_kwargs of a request can set {OPTION!r} alone here, not {name!r}; the server can, for all "
+                    "requests, with --mm-processor-kwargs"
+                )
 
     def _known_by(self, wishes: list[Wish], inputs: ProcessorInputs) -> ProcessorInputs:
         """The same inputs, whose images are known to every cache by what is wanted of them, too.
@@ -104,10 +121,15 @@ class PrunedProcessor:
         """
         if not wishes:
             return inputs
-        names = inputs.get_mm_hashes(self.info.model_id, self.info.ctx.get_mm_config().mm_hasher_algorithm)["image"]
-        wanted = [_Wanted(*pair) for pair in zip(wishes, names, strict=True)]
-        setattr(inputs.mm_data_items, _WANTED, wanted)
-        keys = [each.wish.key(each.image, self.info.settings.identity) for each in wanted]
+        vllm_knows = self.info.model_id, self.info.ctx.get_mm_config().mm_hasher_algorithm
+        names = inputs.get_mm_hashes(*vllm_knows)["image"]
+        # A client may give two images one name. Were encoded images known by it, the second would be pruned to the first
+        # one's size, and the worker would find more or fewer tokens than the prompt has places for.
+        images = (
+            replace(inputs, mm_uuid_items=None).get_mm_hashes(*vllm_knows)["image"] if inputs.mm_uuid_items else names
+        )
+        setattr(inputs.mm_data_items, _WANTED, [_Wanted(*pair) for pair in zip(wishes, images, strict=True)])
+        keys = [wish.key(name, self.info.settings.identity) for wish, name in zip(wishes, names, strict=True)]
         return replace(inputs, mm_uuid_items={**(inputs.mm_uuid_items or {}), "image": keys})
 
     def _wishes(self, inputs: ProcessorInputs, budget: Budget) -> list[Wish]:
@@ -119,12 +141,17 @@ class PrunedProcessor:
                 "image embeddings come without the attention of the tower, so they cannot be pruned; send the images"
             )
         count = items.get_count()
-        if (budget.keep == 1.0 and isinstance(budget.keep, float)) or not self.info.settings.method.needs_text:
+        if budget.keeps_all or not self.info.settings.method.needs_text:
             return [Wish(budget, ())] * count
         return [Wish(budget, text) for text in self.reader.texts(inputs.prompt, count)]
 
     def _get_cache_missing_items(self, cache: Any, mm_data_items: Any, mm_hashes: Any) -> tuple[Any, Any]:
-        cached, missing = super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)  # type: ignore[misc]
+        try:
+            cached, missing = super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)  # type: ignore[misc]
+        except ValueError as error:  # an image that was named, not sent
+            raise UnsupportedCallError(
+                f"{error} By its name alone an image is known with the question and budget it was sent with; send it again"
+            ) from error
         pairs = zip(getattr(mm_data_items, _WANTED, []), cached.get("image", []), strict=True)
         setattr(missing, _WANTED, [wanted for wanted, is_cached in pairs if not is_cached])
         return cached, missing

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from adafv.core.budget import check_keep, tokens_to_keep
@@ -14,6 +14,8 @@ OPTION = "adafv"
 """Name of the options, in the config of the model and in a request's `mm_processor_kwargs`."""
 
 MEBIBYTE = 2**20
+MOST_TOKENS = 2**31 - 1
+"""A budget above is a mistake; one up to it is stored in any integer on its way to the worker."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class Budget:
     keep: int | float
     asked: bool = False
     """By the request itself. More than an image has is an error then; a server's own number is an upper bound."""
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every token of any image stays; 1.0 does, 1 does not."""
+        return isinstance(self.keep, float) and self.keep == 1.0
 
     def tokens(self, available: int) -> int:
         """K for an image of `available` (N) tokens.
@@ -68,20 +75,18 @@ class ServerSettings:
             raise OptionError(
                 f'the option keep is missing: {{"{OPTION}": {{"keep": 64}}}} keeps 64 tokens of every image'
             )
-        parameters = options.get("parameters") or {}
-        method = method_named(options.get("method", "adafv"), **parameters)
-        _refuse_method(method)
+        method = _method(options.get("method", "adafv"), options.get("parameters", {}))
         scope = options.get("text")
         if scope is not None and scope not in SCOPES:
             raise OptionError(f"text={scope!r}; known are: {', '.join(SCOPES)}")
         cache = options.get("tower_cache_mb", 256)
         if isinstance(cache, bool) or not isinstance(cache, (int, float)) or not 0 <= cache < 2**40:
             raise OptionError(f"tower_cache_mb={cache!r}; give a number of MiB, or 0 for no cache")
-        budget, most = Budget(check_keep(options["keep"])), Budget(check_keep(options.get("max_keep", 1.0)))
+        budget, most = Budget(_keep("keep", options["keep"])), Budget(_keep("max_keep", options.get("max_keep", 1.0)))
         if not _within(budget, most):
             raise BudgetError(f"keep={budget.keep} is above max_keep={most.keep}; raise max_keep or leave it out")
         shown = asdict(method) | {"method": method.name, "text": scope}  # type: ignore[call-overload]
-        identity = json.dumps(shown, sort_keys=True, default=str)
+        identity = json.dumps(shown, sort_keys=True)
         return cls(method, budget, most, scope, int(cache * MEBIBYTE), identity)
 
     def asked(self, options: Any) -> Budget:
@@ -97,7 +102,7 @@ class ServerSettings:
         _refuse_unknown(options, {"keep"}, "a request's options")
         if "keep" not in options:
             return self.budget
-        budget = Budget(check_keep(options["keep"]), asked=True)
+        budget = Budget(_keep("keep", options["keep"]), asked=True)
         if not _within(budget, self.most):
             raise BudgetError(
                 f"keep={budget.keep}, but this server keeps at most max_keep={self.most.keep}; ask for less"
@@ -107,7 +112,7 @@ class ServerSettings:
 
 def _within(budget: Budget, most: Budget) -> bool:
     """Whether a budget surely is none above `most`, whatever the size of an image; numbers and shares do not compare."""
-    if isinstance(most.keep, float) and most.keep == 1.0:
+    if most.keeps_all:
         return True
     if isinstance(budget.keep, int) != isinstance(most.keep, int):
         raise BudgetError(
@@ -119,13 +124,41 @@ def _within(budget: Budget, most: Budget) -> bool:
 def _refuse_unknown(options: Mapping[str, Any], known: set[str], where: str) -> None:
     for name in options:
         if name not in known:
-            raise OptionError(f"{where} have no {name!r}; they have: {', '.join(sorted(known))}")
+            raise OptionError(f"{where} have no {name!r}; they have: {', '.join(sorted(known)) or 'none'}")
 
 
-def _refuse_method(method: Method) -> None:
+def _keep(name: str, value: Any) -> int | float:
+    """`value` as a plain number; see `check_keep`, which also takes the text of a share."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise BudgetError(f"keep={value!r} is text; give a number of tokens (64) or a share (0.1)")
+        keep = check_keep(value)
+        if keep > MOST_TOKENS:
+            raise BudgetError(f"keep is above {MOST_TOKENS}; no image has so many visual tokens")
+    except BudgetError as error:
+        raise error if name == "keep" else BudgetError(f"{name}: {error}") from None
+    return keep
+
+
+def _method(name: Any, parameters: Any) -> Method:
+    """The method, if it does what vLLM's prompts can show."""
+    if not isinstance(name, str):
+        raise OptionError(f"method={name!r}; give its name, such as 'adafv'")
+    if not isinstance(parameters, Mapping):
+        raise OptionError(
+            f"parameters={parameters!r}; give the method's options by name, such as {{'objective': 'joint'}}"
+        )
+    defaults = {option.name: option.default for option in fields(method_named(name))}  # type: ignore[arg-type]
+    _refuse_unknown(parameters, set(defaults), f"the options of the method {name!r}")
+    for option, value in parameters.items():
+        # The worker would find it out in the midst of a request.
+        if type(value) is not type(defaults[option]):
+            raise OptionError(f"{option}={value!r}; give a value like {defaults[option]!r}")
+    method = method_named(name, **parameters)
     if method.published_layout:
         raise OptionError("the published variant repeats tokens, which vLLM's prompts cannot; use variant='corrected'")
     if type(method).grid is not Method.grid:
         raise OptionError(
             f"the method {method.name!r} scales images down, which is not supported in vLLM; use another one"
         )
+    return method
