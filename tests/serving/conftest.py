@@ -12,23 +12,23 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 STUB = Path(__file__).parent / "torchvision_stub"
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STUB), os.environ.get("PYTHONPATH"))))
-os.environ |= {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-}
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
-elif getattr(sys.modules.get("sitecustomize"), "__file__", None) != str(STUB / "sitecustomize.py"):
-    exec((STUB / "sitecustomize.py").read_text())  # this process has begun without it
+else:
+    sys.path.insert(0, str(Path(__file__).parent))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STUB), os.environ.get("PYTHONPATH"))))
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+    if getattr(sys.modules.get("sitecustomize"), "__file__", None) != str(STUB / "sitecustomize.py"):
+        exec((STUB / "sitecustomize.py").read_text())  # this process has begun without it
 
 
 @pytest.fixture(scope="session")
