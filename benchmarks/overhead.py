@@ -698,7 +698,7 @@ def header(options: Options, threads: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "load average": round(os.getloadavg()[0], 2),
         "threads": threads,
@@ -708,7 +708,7 @@ def header(options: Options, threads: int) -> dict[str, Any]:
     }
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
