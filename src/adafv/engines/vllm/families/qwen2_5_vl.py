@@ -1,0 +1,140 @@
+"""Qwen2.5-VL: images of any size in one row of patches, windows, positions in time, height and width.
+
+As in transformers, the saliency is read off the tower's last block that looks at the whole image, patch by patch of each
+image by itself; a token shows four patches, and gets their mean. See `adafv.families.qwen2_5_vl`.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models.qwen2_5_vl import (
+    Qwen2_5_VLDummyInputsBuilder,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLMultiModalProcessor,
+    Qwen2_5_VLProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from adafv.core import ImageLayout, patch_saliency
+from adafv.engines.vllm.model import PrunedModel
+from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
+from adafv.engines.vllm.request import Wish
+from adafv.engines.vllm.rotary import ROTATIONS, RotaryPositions, place_channels
+from adafv.engines.vllm.settings import Budget
+from adafv.engines.vllm.tap import Attended, Tap
+from adafv.engines.vllm.tower_cache import EncodedImage
+from adafv.errors import UnsupportedCallError, UnsupportedModelError
+from adafv.families.qwen2_5_vl import window_order
+
+LONGEST = 200
+"""How many times longer than wide an image may be, for Qwen's image processor."""
+
+
+class PrunedQwen(PrunedModel, RotaryPositions):
+    """What the Qwen-like model classes of vLLM share."""
+
+    visual: Any
+
+    def tap(self) -> Tap:
+        block = self.visual.blocks[self.tapped_block]
+        return Tap(block, block.attn.attn)
+
+    @property
+    def tapped_block(self) -> int:
+        """The block whose attention is read: the last, from whose output the merger makes the tokens."""
+        return len(self.visual.blocks) - 1
+
+    def take(self, images: dict[str, Any], wanted: Sequence[int]) -> dict[str, Any]:
+        sizes = images["image_grid_thw"]
+        parts = images["pixel_values"].split(sizes.prod(-1).tolist())
+        return {"pixel_values": torch.cat([parts[i] for i in wanted]), "image_grid_thw": sizes[list(wanted)]}
+
+    def encode(self, images: dict[str, Any]) -> list[EncodedImage]:
+        image_input = self._parse_and_validate_image_input(**images)  # type: ignore[attr-defined]
+        sizes = images["image_grid_thw"]
+        scores: list[Tensor] | list[None] = [None] * len(sizes)
+        if self.adafv_tap is None:
+            features = self._process_image_input(image_input)  # type: ignore[attr-defined]
+        else:
+            with self.adafv_tap as tap:
+                features = self._process_image_input(image_input)  # type: ignore[attr-defined]
+            scores = self._scores(tap.runs()[0], sizes)
+        merge = self.visual.spatial_merge_size
+        layouts = [
+            ImageLayout(torch.arange(rows * columns), crops=1, rows=rows, columns=columns)
+            for rows, columns in (sizes[:, 1:] // merge).tolist()
+        ]
+        return [EncodedImage(*each) for each in zip(features, scores, layouts, strict=True)]
+
+    def _scores(self, run: Attended, sizes: Tensor) -> list[Tensor]:
+        """[tokens] per image, from a run of the tapped block over all of them in a row ([1, H, N, d])."""
+        patches = sizes.prod(-1).tolist()
+        states = (part.squeeze(0).split(patches, dim=1) for part in (run.query, run.key, run.value))
+        features = run.features.flatten(0, 1).split(patches)
+        return [
+            self.by_token(patch_saliency(query, key, value, output, run.scaling), size)
+            for query, key, value, output, size in zip(*states, features, sizes, strict=True)
+        ]
+
+    def by_token(self, patches: Tensor, size: Tensor) -> Tensor:
+        """Scores of one image's patches, in the tower's own order -> [tokens]."""
+        return patches.unflatten(0, (-1, self.visual.spatial_merge_unit)).mean(-1)
+
+    def hand_over(self, image: EncodedImage, kept: Tensor, features: Tensor) -> Tensor:
+        return torch.cat((features, place_channels(image.layout, kept).to(features)), dim=1)
+
+
+class QwenInfo(PrunedInfo):
+    """In front of a Qwen-like `ProcessingInfo`."""
+
+    @cached_property
+    def longest_side(self) -> int:
+        """Of an image that the image processor does not refuse, in tokens."""
+        return isqrt(LONGEST * self.get_max_image_tokens())  # type: ignore[attr-defined]
+
+
+class QwenProcessor(PrunedProcessor):
+    """In front of a Qwen-like processor: refuses what would go wrong in the worker, where nothing can be refused."""
+
+    def _wishes(self, inputs: Any, budget: Budget) -> list[Wish]:
+        wishes = super()._wishes(inputs, budget)
+        # An image that keeps few tokens still takes as many positions as it is high or wide.
+        model = self.info.ctx.model_config
+        positions = model.max_model_len + len(wishes) * self.info.longest_side
+        if positions > ROTATIONS * model.hf_text_config.max_position_embeddings:
+            raise UnsupportedCallError(
+                f"{len(wishes)} images in one prompt could take {positions} positions, more than vLLM prepares for this "
+                "model; send fewer"
+            )
+        return wishes
+
+
+class _Info(QwenInfo, Qwen2_5_VLProcessingInfo):
+    pass
+
+
+class _Processor(QwenProcessor, Qwen2_5_VLMultiModalProcessor):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(_Processor, info=_Info, dummy_inputs=Qwen2_5_VLDummyInputsBuilder)
+class AdaFVQwen2_5_VLForConditionalGeneration(PrunedQwen, Qwen2_5_VLForConditionalGeneration):
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        if not config.vision_config.fullatt_block_indexes:
+            raise UnsupportedModelError(
+                "no block of this vision tower looks at a whole image (fullatt_block_indexes is empty), so nothing says "
+                "which patches the image attends to"
+            )
+
+    @property
+    def tapped_block(self) -> int:
+        return max(self.visual.fullatt_block_indexes)
+
+    def by_token(self, patches: Tensor, size: Tensor) -> Tensor:
+        order = window_order(self.visual, size.unsqueeze(0)).to(patches.device)
+        return super().by_token(patches, size).index_select(0, order.argsort())
