@@ -1,4 +1,4 @@
-"""The command line: `adafv ask`, `adafv page`, `adafv methods`, `adafv families`.
+"""The command line: `adafv ask`, `adafv page`, `adafv serve`, `adafv methods`, `adafv families`.
 
 torch and transformers take seconds to import, so a command imports them once its options are known to be sound.
 Answers go to standard output, everything else to standard error; no error ends in a traceback.
@@ -14,6 +14,7 @@ import typer
 from adafv.cli.ask import ask
 from adafv.cli.failures import INTERRUPTED, failures_as_messages
 from adafv.cli.page import page
+from adafv.cli.serve import serve
 
 app = typer.Typer(
     name="adafv",
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command("ask")(ask)
 app.command("page")(page)
+app.command("serve")(serve)
 
 
 def _show_version(wanted: bool) -> None:

@@ -37,9 +37,9 @@ def page(
         str | None, typer.Option(help="Such as cpu, cuda, cuda:1. Default: cuda where there is one.")
     ] = None,
 ) -> None:
-    """Open a page on which to ask questions about images, unpruned and pruned side by side.
+    r"""Open a page on which to ask questions about images, unpruned and pruned side by side.
 
-    Needs the extra: pip install 'adafv[page]'. Without --model, a small model answers that comes with adafv and knows
+    Needs the extra: pip install 'adafv\[page]'. Without --model, a small model answers that comes with adafv and knows
     only simple drawings.
 
         adafv page --model llava-hf/llava-1.5-7b-hf

@@ -30,7 +30,12 @@ import re
 from functools import cache
 from importlib.resources import files
 
+from adafv.errors import VersionError
+
 PREFIX = "AdaFV"
+
+RELEASES = ">=0.31,<0.34"
+"""Of vLLM, whose classes the plug-in extends."""
 
 
 @cache
@@ -49,8 +54,17 @@ def architectures() -> dict[str, str]:
 
 
 def register() -> None:
-    """Make the architectures known to vLLM; the entry point `vllm.general_plugins`, called in each of its processes."""
-    from vllm import ModelRegistry
+    """Make the architectures known to vLLM; the entry point `vllm.general_plugins`, called in each of its processes.
 
+    Raises:
+        VersionError: of vLLM. It logs that and goes on, but knows no AdaFV architecture.
+    """
+    from packaging.specifiers import SpecifierSet
+    from vllm import ModelRegistry, __version__
+
+    if not SpecifierSet(RELEASES).contains(__version__, prereleases=True):
+        raise VersionError(
+            f"vLLM {__version__} is installed, but adafv supports {RELEASES}; run: pip install 'adafv[vllm]'"
+        )
     for name, home in architectures().items():
         ModelRegistry.register_model(PREFIX + name, home)

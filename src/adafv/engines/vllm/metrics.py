@@ -6,53 +6,68 @@ variable PROMETHEUS_MULTIPROC_DIR names a folder, which `adafv serve` sees to; w
 
 import logging
 import time
+from functools import cache
 
 from prometheus_client import Counter, Gauge
-
-IMAGES = Counter("adafv:images", "Images pruned; those in vLLM's own caches are not pruned again.")
-TOWER_RUNS = Counter("adafv:tower_runs", "Images that went through the vision tower.")
-TOWER_CACHE_HITS = Counter("adafv:tower_cache_hits", "Images taken from the cache of encoded images.")
-TOKENS_BEFORE = Counter("adafv:visual_tokens_before", "Visual tokens that the images would have had.")
-TOKENS_KEPT = Counter("adafv:visual_tokens_kept", "Visual tokens that the language model read.")
-TOWER_CACHE_BYTES = Gauge(
-    "adafv:tower_cache_bytes", "Size of the cache of encoded images.", multiprocess_mode="livesum"
-)
 
 SECONDS_BETWEEN_LINES = 10.0
 
 logger = logging.getLogger("vllm.adafv")  # a child of vLLM's, so that its lines look and go like vLLM's
 
 
+class _Counters:
+    """What /metrics shows.
+
+    Made by the first worker, not on import: the front imports this module too, and would show zeros for ever where the
+    processes' counters are not joined.
+    """
+
+    def __init__(self) -> None:
+        self.images = Counter("adafv:images", "Images pruned; those in vLLM's own caches are not pruned again.")
+        self.tower_runs = Counter("adafv:tower_runs", "Images that went through the vision tower.")
+        self.tower_cache_hits = Counter("adafv:tower_cache_hits", "Images taken from the cache of encoded images.")
+        self.tokens_before = Counter("adafv:visual_tokens_before", "Visual tokens that the images would have had.")
+        self.tokens_kept = Counter("adafv:visual_tokens_kept", "Visual tokens that the language model read.")
+        self.cache_bytes = Gauge(
+            "adafv:tower_cache_bytes", "Size of the cache of encoded images.", multiprocess_mode="livesum"
+        )
+
+
+_counters = cache(_Counters)
+"""One set per process, whose registry takes no name twice."""
+
+
 class Meter:
     """Counts in one worker; of several that hold the same images (tensor parallelism), only the first counts."""
 
     def __init__(self, counts: bool, capacity: int) -> None:
-        self._counts = counts
+        self._counters = _counters() if counts else None
         self._capacity = capacity
         self._images = self._hits = self._before = self._kept = 0
-        self._said = 0.0
+        self._said = -SECONDS_BETWEEN_LINES
 
     def pruned(self, before: int, kept: int) -> None:
         """One image lost tokens, or was to keep all."""
         self._images, self._before, self._kept = self._images + 1, self._before + before, self._kept + kept
-        if self._counts:
-            IMAGES.inc()
-            TOKENS_BEFORE.inc(before)
-            TOKENS_KEPT.inc(kept)
+        if self._counters:
+            self._counters.images.inc()
+            self._counters.tokens_before.inc(before)
+            self._counters.tokens_kept.inc(kept)
 
     def encoded(self, runs: int, hits: int) -> None:
         """So many images go through the tower, and so many are taken from the cache."""
         self._hits += hits
-        if self._counts:
-            TOWER_RUNS.inc(runs)
-            TOWER_CACHE_HITS.inc(hits)
+        if self._counters:
+            self._counters.tower_runs.inc(runs)
+            self._counters.tower_cache_hits.inc(hits)
 
     def say(self, cached_images: int, cached_bytes: int) -> None:
         """Show the cache in /metrics, and all of it in the log, unless there was a line just now."""
-        if self._counts:
-            TOWER_CACHE_BYTES.set(cached_bytes)
+        if self._counters is None:
+            return
+        self._counters.cache_bytes.set(cached_bytes)
         now = time.monotonic()
-        if not self._counts or now - self._said < SECONDS_BETWEEN_LINES:
+        if now - self._said < SECONDS_BETWEEN_LINES:
             return
         self._said = now
         logger.info(

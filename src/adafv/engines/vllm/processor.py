@@ -18,7 +18,7 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from adafv.engines.vllm.request import Reader, Wish, digest, special_ids
+from adafv.engines.vllm.request import Reader, Wish, check_placeholders, digest, special_ids
 from adafv.engines.vllm.settings import OPTION, Budget, ServerSettings
 from adafv.errors import OptionError, UnsupportedCallError, UnsupportedModelError
 from adafv.prompts.text import ChatTemplate, resolve_scope
@@ -142,6 +142,7 @@ class PrunedProcessor:
             )
         count = items.get_count()
         if budget.keeps_all or not self.info.settings.method.needs_text:
+            check_placeholders(inputs.prompt, image_placeholder(self.info.get_hf_config()), count)
             return [Wish(budget, ())] * count
         return [Wish(budget, text) for text in self.reader.texts(inputs.prompt, count)]
 

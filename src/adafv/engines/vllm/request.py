@@ -65,12 +65,9 @@ class Reader:
         Raises:
             PromptError: an image has no text, or there are not as many placeholders as images.
         """
+        check_placeholders(tokens, self.placeholder, images)
         prompt = self._prompt(tokens)
         places = prompt.placeholders["image"][0].nonzero()
-        if len(places) != images:
-            raise PromptError(
-                f"the prompt has {len(places)} image placeholders for {images} image(s); write one where each image belongs"
-            )
         placed = [PlacedImage("image", i, 0, place, _ONE_TOKEN) for i, place in enumerate(places)]
         columns = [text_columns(prompt, image, self.scope, self.template) for image in placed]
         return [tuple(prompt.tokens[0, found].tolist()) for found in columns]
@@ -79,6 +76,15 @@ class Reader:
         row = torch.tensor([list(tokens)], dtype=torch.long)
         ends, special = (torch.isin(row, torch.tensor(sorted(ids or {-2}))) for ids in (self.turn_ends, self.special))
         return Prompt(row, torch.ones_like(row, dtype=torch.bool), {"image": row == self.placeholder}, ends, special)
+
+
+def check_placeholders(tokens: Sequence[int], placeholder: int, images: int) -> None:
+    """Raise PromptError unless there is one placeholder per image: of others vLLM would take the first for an image."""
+    found = tokens.count(placeholder)
+    if found != images:
+        raise PromptError(
+            f"the prompt has {found} image placeholders for {images} image(s); write one where each image belongs"
+        )
 
 
 def budget_from(values: Tensor) -> Budget:

