@@ -10,7 +10,7 @@ Every engine (transformers, vLLM) calls these functions; none has an implementat
 """
 
 from adafv.core.budget import tokens_to_keep
-from adafv.core.layout import ImageLayout
+from adafv.core.layout import ImageLayout, anyres_layout, anyres_places
 from adafv.core.received import patch_saliency
 from adafv.core.scores import class_attention, text_to_image_attention
 from adafv.core.selection import (
@@ -26,6 +26,8 @@ from adafv.core.selection import (
 __all__ = [
     "ImageLayout",
     "Selection",
+    "anyres_layout",
+    "anyres_places",
     "class_attention",
     "geometric_mean",
     "joint_search",

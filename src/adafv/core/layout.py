@@ -41,3 +41,30 @@ class ImageLayout:
             value.where(patch, torch.full_like(value, -1))
             for value in (source // (self.rows * self.columns), inside // self.columns, inside % self.columns)
         )
+
+
+def anyres_places(tiling: tuple[int, int], rows: int, columns: int) -> Tensor:
+    """Where each patch lies in an image of a thumbnail and `tiling` crops, to be packed as a model packs its features.
+
+    Returns:
+        [1 + V * H, rows * columns, 3] float64: (0, row, column) in the thumbnail, then (1, row, column) in the raster that
+        the other crops make. Where a model scales that raster down, these are scaled with it.
+    """
+    vertical, horizontal = tiling
+    down, across = torch.arange(vertical * rows), torch.arange(horizontal * columns)
+    raster = torch.stack(torch.meshgrid(torch.tensor([1]), down, across, indexing="ij"), dim=-1)[0]
+    crops = raster.unflatten(0, (vertical, rows)).unflatten(2, (horizontal, columns)).transpose(1, 2).flatten(0, 1)
+    thumbnail = crops[:1] * torch.tensor([0, 1, 1])
+    return torch.cat((thumbnail, crops)).flatten(1, 2).double()
+
+
+def anyres_layout(packed: Tensor, tiling: tuple[int, int], rows: int, columns: int) -> ImageLayout:
+    """The layout of an image whose `anyres_places` ended up in this order.
+
+    Args:
+        packed: [N, 3], negative at tokens that show no patch. A place between patches is that of the nearest one.
+    """
+    in_raster, row, column = packed.round().long().unbind(-1)
+    crop = (1 + row // rows * tiling[1] + column // columns).where(in_raster == 1, 0)
+    source = (crop * rows + row % rows) * columns + column % columns
+    return ImageLayout(source.where(in_raster >= 0, -1), 1 + tiling[0] * tiling[1], rows, columns, tiling)

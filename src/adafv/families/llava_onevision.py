@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafv.core import ImageLayout
+from adafv.core import ImageLayout, anyres_layout, anyres_places
 from adafv.errors import UnsupportedCallError
 from adafv.families.base import Encoded, Run
 from adafv.families.llava import Llava, feature_options
@@ -101,22 +101,11 @@ class LlavaOnevision(Llava):
         stock = sys.modules[type(model.model).__module__]
         side, pinpoints = model.config.vision_config.image_size, model.config.image_grid_pinpoints
         rows, columns = patch_grid(model.model.vision_tower, *visuals["pixel_values"].shape[-2:])
-        down, across = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
-        base = torch.stack((torch.zeros_like(down), down, across), dim=-1)
         if not in_crops:
             return ImageLayout(torch.cat((torch.arange(rows * columns), torch.tensor([-1]))), 1, rows, columns)
         tiling = stock.get_anyres_image_grid_shape(tuple(size), pinpoints, side)
-        # (1, row, column) in the raster of all crops; scaling the raster down scales these coordinates with it.
-        tiles = [
-            torch.stack((torch.ones_like(down), down + vertical * rows, across + horizontal * columns), dim=-1)
-            for vertical in range(tiling[0])
-            for horizontal in range(tiling[1])
-        ]
-        places = self._packed(model, visuals, torch.stack([base, *tiles]).double(), size).round().long()
-        in_raster, row, column = places.unbind(-1)
-        crop = 1 + (row // rows) * tiling[1] + column // columns
-        source = (crop.where(in_raster == 1, 0) * rows + row % rows) * columns + column % columns
-        return ImageLayout(source.where(in_raster >= 0, -1), 1 + len(tiles), rows, columns, tiling)
+        packed = self._packed(model, visuals, anyres_places(tiling, rows, columns), size)
+        return anyres_layout(packed, tiling, rows, columns)
 
     @staticmethod
     def _packed(model: Any, visuals: Mapping[str, Any], crops: Tensor, size: list[int]) -> Tensor:

@@ -8,7 +8,6 @@ from abc import abstractmethod
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.model_executor.models.llava_next import (
@@ -19,7 +18,7 @@ from vllm.model_executor.models.llava_next import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from adafv.core import ImageLayout
+from adafv.core import ImageLayout, anyres_layout, anyres_places
 from adafv.engines.vllm.families.llava import PrunedLlava
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
 from adafv.engines.vllm.tower_cache import EncodedImage
@@ -52,20 +51,8 @@ class PrunedAnyres(PrunedLlava):
         """Where the tokens of an image of this size ([2], height and width) come from."""
         rows, columns = self.patch_grid
         side, pinpoints = self.config.vision_config.image_size, self.config.image_grid_pinpoints
-        vertical, horizontal = get_anyres_image_grid_shape(tuple(size.tolist()), pinpoints, side)
-        crops = torch.arange(vertical * horizontal)
-        down, across = (crops // horizontal * rows).view(-1, 1, 1), (crops % horizontal * columns).view(-1, 1, 1)
-        inside = torch.arange(rows).view(1, -1, 1), torch.arange(columns).view(1, 1, -1)
-        # (1, row, column) in the raster of all crops; where the raster is scaled down, these are scaled with it.
-        raster = torch.stack(torch.broadcast_tensors(torch.ones(1, 1, 1), down + inside[0], across + inside[1]), dim=-1)
-        thumbnail = raster[:1] * torch.tensor([0, 1, 1])
-        places = self.pack(torch.cat((thumbnail, raster)).flatten(1, 2).double(), size.cpu()).round().long()
-        in_raster, row, column = places.unbind(-1)
-        crop = (1 + row // rows * horizontal + column // columns).where(in_raster == 1, 0)
-        source = (crop * rows + row % rows) * columns + column % columns
-        return ImageLayout(
-            source.where(in_raster >= 0, -1), 1 + len(crops), rows, columns, tiling=(vertical, horizontal)
-        )
+        tiling = get_anyres_image_grid_shape(tuple(size.tolist()), pinpoints, side)
+        return anyres_layout(self.pack(anyres_places(tiling, rows, columns), size.cpu()), tiling, rows, columns)
 
 
 class _Info(PrunedInfo, LlavaNextProcessingInfo):
