@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from cli_checkpoint import TOKENS, save_llava
+from command_line import refused, run
 from PIL import Image
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import adafv.asking.session
 from adafv.asking.failures import UsageError
-from adafv.cli import app
 from adafv.cli.ask import parse_keep
 
 QUESTION = "What is in the picture?"
@@ -42,10 +42,6 @@ def no_model_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADAFV_TRACEBACK", raising=False)
 
 
-def run(*arguments: object, **options: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)  # type: ignore[arg-type]
-
-
 @pytest.fixture
 def ask(checkpoint: Path, photo: Path) -> Ask:
     def ask(*options: object, image: object = photo, question: str = QUESTION, **more: object) -> Result:
@@ -54,16 +50,6 @@ def ask(checkpoint: Path, photo: Path) -> Ask:
         )
 
     return ask
-
-
-def refused(result: Result, code: int, *parts: str) -> None:
-    """A message on standard error, nothing on standard output, no traceback."""
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    said = " ".join(result.stderr.split())
-    for part in parts:
-        assert part in said
 
 
 class TestAnswer:

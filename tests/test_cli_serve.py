@@ -15,11 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
-from typer.testing import CliRunner, Result
+from command_line import refused
+from typer.testing import Result
 
 from adafv.bundled import bundled_model
-from adafv.cli import app
 from adafv.engines.vllm import architectures
 from adafv.engines.vllm.launch import (
     RELEASES,
@@ -46,7 +47,7 @@ sys.exit(7)
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["serve", *map(str, arguments)])
+    return command_line.run("serve", *arguments)
 
 
 def printed(*arguments: object) -> list[str]:
@@ -59,15 +60,6 @@ def overrides(command: list[str]) -> dict[str, Any]:
     assert command.count("--hf-overrides") == 1
     found: dict[str, Any] = json.loads(command[command.index("--hf-overrides") + 1])
     return found
-
-
-def refused(result: Result, code: int, *parts: str) -> None:
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    said = " ".join(result.stderr.split())
-    for part in parts:
-        assert part in said
 
 
 def checkpoint(folder: Path, **config: Any) -> Path:

@@ -18,7 +18,7 @@ import typer
 from adafv.asking.failures import UsageError
 from adafv.asking.models import about, checked_model, unknown_words, unknown_words_warning
 from adafv.cli.failures import failures_as_messages
-from adafv.cli.options import ModelOption
+from adafv.cli.options import METHOD, MethodOption, ModelOption, ObjectiveOption, TextOption
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 PICTURE_KINDS = (".png", ".jpg", ".jpeg", ".webp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_METHOD = "Method"
 _RUN = "How to run it"
 _OUTPUT = "What to show"
 
@@ -40,24 +39,17 @@ def ask(
     keep: Annotated[
         str,
         typer.Option(
-            help="Visual tokens to keep: a number (64), a share (0.1 or 10%), or all.", rich_help_panel=_METHOD
+            help="Visual tokens to keep: a number (64), a share (0.1 or 10%), or all.", rich_help_panel=METHOD
         ),
     ] = "0.1",
-    method: Annotated[
-        str, typer.Option(help="How tokens are chosen; see `adafv methods`.", rich_help_panel=_METHOD)
-    ] = "adafv",
-    objective: Annotated[
-        str | None, typer.Option(help="Of method adafv: joint (default) or split.", rich_help_panel=_METHOD)
-    ] = None,
+    method: MethodOption = "adafv",
+    objective: ObjectiveOption = None,
     variant: Annotated[
-        str | None, typer.Option(help="Of method adafv: corrected (default) or published.", rich_help_panel=_METHOD)
+        str | None, typer.Option(help="Of method adafv: corrected (default) or published.", rich_help_panel=METHOD)
     ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(help="Which text counts: question, turn or after. Default: question.", rich_help_panel=_METHOD),
-    ] = None,
+    text: TextOption = None,
     positions: Annotated[
-        str, typer.Option(help="Of the kept tokens: compact or original.", rich_help_panel=_METHOD)
+        str, typer.Option(help="Of the kept tokens: compact or original.", rich_help_panel=METHOD)
     ] = "compact",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=_RUN)] = 64,
     dtype: Annotated[

@@ -13,3 +13,15 @@ ModelOption = Annotated[
         show_default=False,
     ),
 ]
+
+METHOD = "Method"
+"""Heading of the options that say how to prune."""
+
+MethodOption = Annotated[str, typer.Option(help="How tokens are chosen; see `adafv methods`.", rich_help_panel=METHOD)]
+ObjectiveOption = Annotated[
+    str | None, typer.Option(help="Of method adafv: joint (default) or split.", rich_help_panel=METHOD)
+]
+TextOption = Annotated[
+    str | None,
+    typer.Option(help="Which text counts: question, turn or after. Default: question.", rich_help_panel=METHOD),
+]

@@ -8,11 +8,11 @@ from adafv.asking.failures import UsageError
 from adafv.asking.models import folder_or_id
 from adafv.cli.ask import parse_keep
 from adafv.cli.failures import failures_as_messages
+from adafv.cli.options import METHOD, MethodOption, ObjectiveOption, TextOption
 
 if TYPE_CHECKING:
     from adafv.engines.vllm.launch import Launch
 
-_PRUNING = "Pruning"
 _SERVER = "Server"
 
 
@@ -26,35 +26,28 @@ def serve(
         str,
         typer.Option(
             help="Visual tokens to keep of every image: a number (64; of smaller images all), a share (0.1 or 10%), or all.",
-            rich_help_panel=_PRUNING,
+            rich_help_panel=METHOD,
         ),
     ],
-    method: Annotated[
-        str, typer.Option(help="How tokens are chosen; see `adafv methods`.", rich_help_panel=_PRUNING)
-    ] = "adafv",
-    objective: Annotated[
-        str | None, typer.Option(help="Of method adafv: joint (default) or split.", rich_help_panel=_PRUNING)
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(help="Which text counts: question, turn or after. Default: question.", rich_help_panel=_PRUNING),
-    ] = None,
+    method: MethodOption = "adafv",
+    objective: ObjectiveOption = None,
+    text: TextOption = None,
     request_budgets: Annotated[
         bool,
         typer.Option(
             "--request-budgets",
             help="Let a request have its own budget. Turns on vLLM's --trust-request-mm-kwargs, which trusts clients with "
             "the other options of the image processor, too.",
-            rich_help_panel=_PRUNING,
+            rich_help_panel=METHOD,
         ),
     ] = False,
     max_keep: Annotated[
         str | None,
-        typer.Option(help="Of --request-budgets: the largest. Default: all.", rich_help_panel=_PRUNING),
+        typer.Option(help="Of --request-budgets: the largest. Default: all.", rich_help_panel=METHOD),
     ] = None,
     tower_cache_mb: Annotated[
         float,
-        typer.Option(min=0, help="MiB per worker for images encoded before; 0: none.", rich_help_panel=_PRUNING),
+        typer.Option(min=0, help="MiB per worker for images encoded before; 0: none.", rich_help_panel=METHOD),
     ] = 256,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on. Default: vLLM's, every one.", rich_help_panel=_SERVER)
