@@ -36,8 +36,8 @@ def serve(
         bool,
         typer.Option(
             "--request-budgets",
-            help="Let a request have its own budget. Turns on vLLM's --trust-request-mm-kwargs, which trusts clients with "
-            "the other options of the image processor, too.",
+            help="Let a request have its own budget. Turns on vLLM's --trust-request-mm-kwargs; the image processor's "
+            "other options stay the server's.",
             rich_help_panel=METHOD,
         ),
     ] = False,
