@@ -55,6 +55,14 @@ def test_a_cache_of_no_size_keeps_nothing(size: int) -> None:
     assert (len(cache), cache.bytes) == (0, 0)
 
 
+def test_forgetting_all() -> None:
+    cache = TowerCache(CAPACITY)
+    cache.put(b"name", image(10))
+    cache.clear()
+    assert cache.get(b"name") is None
+    assert (len(cache), cache.bytes) == (0, 0)
+
+
 def test_too_large_an_image_takes_nobodys_place() -> None:
     cache = TowerCache(CAPACITY)
     cache.put(b"small", image(10))

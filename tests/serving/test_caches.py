@@ -248,6 +248,16 @@ def test_the_cache_of_encoded_pictures_is_bounded(narrow: Any) -> None:
     assert {size / images for images, size in sizes} == {sizes[0][1]}
 
 
+def test_new_weights_encode_anew(fresh: Any) -> None:
+    with tower_runs(fresh) as runs:
+        ask(fresh, ("bird", QUESTIONS[0], 8))
+        ask(fresh, ("bird", QUESTIONS[1], 8))
+        assert runs == [1]
+        fresh.apply_model(lambda model: model.load_weights(iter(())))
+        ask(fresh, ("bird", QUESTIONS[2], 8))
+        assert runs == [1, 1]
+
+
 def test_a_picture_is_encoded_once_in_one_prompt(fresh: Any, uncached: Any) -> None:
     twice = prompt(fresh, chat(picture("tree"), picture("tree"), picture("cars"), QUESTIONS[1]), 12)
     with tower_runs(fresh) as runs:

@@ -6,7 +6,7 @@ and the first worker's choice goes to the others: kept tokens that differ in one
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,11 @@ class PrunedModel:
     def hand_over(self, image: EncodedImage, kept: Tensor, features: Tensor) -> Tensor:
         """What the family's model reads for the kept tokens (`kept` [K], `features` [K, D])."""
         return features
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        """Also called while the server runs, by who trains the model meanwhile: images encoded before are outdated then."""
+        self.adafv_cache.clear()
+        return super().load_weights(weights)  # type: ignore[misc]
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """[K, D] per image."""

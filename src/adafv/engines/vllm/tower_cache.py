@@ -62,3 +62,8 @@ class TowerCache:
             self.bytes -= self._images.popitem(last=False)[1].bytes
         self._images[name] = image
         self.bytes += image.bytes
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._images.clear()
+        self.bytes = 0
