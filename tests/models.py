@@ -27,6 +27,8 @@ IMAGE, VIDEO, PAD, BEGIN, END = 119, 118, 0, 1, 2
 MARKERS = range(110, 118)
 """Tokens that models put around images."""
 SIDE, PATCH = 56, 14
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+"""Size of a small vision tower, by the names that most configs have."""
 
 
 def vision_config(tower: str = "clip", **overrides: Any) -> Any:

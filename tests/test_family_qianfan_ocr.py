@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from models import PATCH, SIDE, make_inputs
+from joined_tiles import check_changed_token, check_saliency
+from models import make_inputs
 
-from adafv import compress
 from adafv.engines.transformers.prompt import read_prompt
 from adafv.errors import UnsupportedModelError
 from adafv.families import family_of
@@ -15,41 +15,13 @@ qianfan = pytest.importorskip("rows.qianfan_ocr")
 @pytest.mark.parametrize("layer", [-1, -2, 1])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_saliency_is_the_class_row_joined_as_the_tokens_are(layer: int, attention: str) -> None:
-    model = qianfan.build(vision_feature_layer=layer)
-    tower = model.model.vision_tower
-    tower.set_attn_implementation(attention)
-    inputs = make_inputs(qianfan.ROW, model, [2])
-    record = compress(model, inputs, keep=0.3).record
-    assert record is not None
-    tower.set_attn_implementation("eager")
-    with torch.no_grad():
-        maps = tower(inputs["pixel_values"], output_attentions=True).attentions
-    # hidden_states[-1] is the output of the last layer, hidden_states[1] that of the first
-    heard = maps[layer if layer < 0 else layer - 1][:, :, 0, 1:].mean(1)
-    side = SIDE // PATCH
-    squares = torch.nn.functional.avg_pool2d(heard.view(-1, 1, side, side), 2).flatten()
-    torch.testing.assert_close(torch.cat(record.saliency), squares, atol=1e-6, rtol=1e-5)
+    check_saliency(qianfan.ROW, qianfan.build(vision_feature_layer=layer), layer, attention)
 
 
 @pytest.mark.parametrize(("tile", "row", "column"), [(0, 0, 3), (-1, 2, 1)])
 def test_a_patch_changes_the_token_that_the_layout_names(tile: int, row: int, column: int) -> None:
-    """Without attention a tower's patches do not mix, so one patch changes one token."""
     model = qianfan.build()
-    with torch.no_grad():
-        for layer in model.model.vision_tower.layers:
-            layer.attention.projection_layer.weight.zero_()
-    inputs = make_inputs(qianfan.ROW, model, [1])
-    other = inputs["pixel_values"].clone()
-    other[tile, :, row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH] += 1
-    family = family_of(model)
-    [layout] = family.layouts(model, "image", inputs, read_prompt(model, family, inputs).runs("image"))
-    features = [
-        family.encode(model, "image", {"pixel_values": pixels}, [layout], saliency=False).features[0]
-        for pixels in (inputs["pixel_values"], other)
-    ]
-    [changed] = (features[0] - features[1]).abs().amax(-1).gt(1e-6).nonzero().tolist()
-    crop = (tile + 1) % layout.crops  # the last tile is the thumbnail, which is crop 0
-    assert [int(place) for place in layout.place(torch.tensor(changed))] == [crop, row // 2, column // 2]
+    check_changed_token(qianfan.ROW, model, model.model.vision_tower.layers, tile, row, column)
 
 
 @pytest.mark.parametrize("mean_pooling", [True, False])

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import BEGIN, END, IMAGE, MARKERS, PAD, PATCH, VIDEO, VOCABULARY, FamilyRow, Visuals, finish, noise
+from models import BEGIN, END, IMAGE, MARKERS, PAD, PATCH, TOWER, VIDEO, VOCABULARY, FamilyRow, Visuals, finish, noise
 
 try:
     from transformers import Dots3NoteConfig, Dots3NoteForConditionalGeneration
@@ -60,10 +60,7 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float32, window: int = 512, 
     """The sliding window is wider than any prompt here, since it is counted in tokens of the prompt that the model sees."""
     config = Dots3NoteConfig(
         vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
+            **TOWER,
             "patch_size": PATCH,
             "spatial_merge_size": MERGE,
             "adapter_merge_size": MERGE,

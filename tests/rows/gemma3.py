@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from models import BEGIN, END, IMAGE, MARKERS, PAD, PATCH, SIDE, VOCABULARY, FamilyRow, Visuals, finish, noise
+from models import BEGIN, END, IMAGE, MARKERS, PAD, PATCH, SIDE, TOWER, VOCABULARY, FamilyRow, Visuals, finish, noise
 from packaging.version import Version
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
 
@@ -23,10 +23,7 @@ def build(
     config = Gemma3Config(
         vision_config=SiglipVisionConfig(
             **{
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
+                **TOWER,
                 "image_size": 2 * SIDE,
                 "patch_size": PATCH,
                 "vision_use_head": False,

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import BEGIN, END, IMAGE, MARKERS, PAD, PATCH, VIDEO, VOCABULARY, FamilyRow, Visuals, finish, noise
+from models import BEGIN, END, IMAGE, MARKERS, PAD, PATCH, TOWER, VIDEO, VOCABULARY, FamilyRow, Visuals, finish, noise
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
 BEGIN_IMAGE, END_IMAGE = MARKERS[0], MARKERS[1]
@@ -17,10 +17,7 @@ def build(
     """The sliding window is wider than any prompt here, since it is counted in tokens of the prompt that the model sees."""
     config = Gemma4Config(
         vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
+            **TOWER,
             "num_key_value_heads": 4,
             "head_dim": 8,
             "patch_size": PATCH,

@@ -4,17 +4,14 @@ import math
 from typing import Any
 
 import torch
-from models import IMAGE, MARKERS, PAD, PATCH, SIDE, FamilyRow, Visuals, finish, noise, text_config
+from models import IMAGE, MARKERS, PAD, PATCH, SIDE, TOWER, FamilyRow, Visuals, finish, noise, text_config
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
 AROUND, OPEN, CLOSE, WHOLE, NEW_LINE, BLANK_LINE = (MARKERS[number] for number in range(6))
 TOKENS = (SIDE // PATCH // 2) ** 2
 """Of one tile."""
 VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
+    **TOWER,
     "image_size": SIDE,
     "patch_size": PATCH,
 }

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import IMAGE, MARKERS, PATCH, SIDE, FamilyRow, Visuals, finish, noise, text_config
+from models import IMAGE, MARKERS, PATCH, SIDE, TOWER, FamilyRow, Visuals, finish, noise, text_config
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
 BEGIN_IMAGE, END_IMAGE = MARKERS[0], MARKERS[1]
@@ -15,10 +15,7 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float32, vision: Any = None,
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
             **{
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
+                **TOWER,
                 "image_size": SIDE,
                 "patch_size": PATCH,
                 "attention_bias": True,

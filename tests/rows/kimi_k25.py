@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import BEGIN, END, IMAGE, PAD, PATCH, VIDEO, VOCABULARY, FamilyRow, finish
+from models import BEGIN, END, IMAGE, PAD, PATCH, TOWER, VIDEO, VOCABULARY, FamilyRow, finish
 from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
 from rows.paddleocr_vl import images
@@ -38,10 +38,7 @@ TEXT = {
 def build(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     config = Kimi_K25Config(
         vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
+            **TOWER,
             "patch_size": PATCH,
             "pos_emb_height": 4,
             "pos_emb_width": 4,

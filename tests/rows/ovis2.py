@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import IMAGE, MARKERS, PATCH, SIDE, FamilyRow, Visuals, finish, noise, text_config
+from models import IMAGE, MARKERS, PATCH, SIDE, TOWER, FamilyRow, Visuals, finish, noise, text_config
 from transformers import Ovis2Config, Ovis2ForConditionalGeneration, Qwen2Config
 
 START, GRID, COLUMN, ROW_END, END = MARKERS[:5]
@@ -13,10 +13,7 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float32, vision: Any = None,
     text = Qwen2Config(**text_config().to_diff_dict())
     config = Ovis2Config(
         vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
+            **TOWER,
             "image_size": SIDE,
             "patch_size": PATCH,
             "vocab_size": 40,

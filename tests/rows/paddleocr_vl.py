@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import IMAGE, PATCH, VIDEO, FamilyRow, Visuals, finish, noise
+from models import IMAGE, PATCH, TOWER, VIDEO, FamilyRow, Visuals, finish, noise
 from transformers import PaddleOCRVLConfig, PaddleOCRVLForConditionalGeneration
 
 from rows.qwen2_5_vl import MERGE, VISION_END, VISION_START, rotary_text_config
@@ -13,10 +13,7 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> 
     text = {name: value for name, value in rotary_text_config().items() if value is not None}
     config = PaddleOCRVLConfig(
         vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
+            **TOWER,
             "image_size": 4 * PATCH,
             "patch_size": PATCH,
             "spatial_merge_size": MERGE,

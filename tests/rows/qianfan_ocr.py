@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import IMAGE, PATCH, SIDE, FamilyRow, finish, text_config
+from models import IMAGE, PATCH, SIDE, TOWER, FamilyRow, finish, text_config
 from transformers import QianfanOCRConfig, QianfanOCRForConditionalGeneration, Qwen3Config
 
 from rows.internvl import TOKENS, images
@@ -12,10 +12,7 @@ from rows.internvl import TOKENS, images
 def build(seed: int = 0, dtype: torch.dtype = torch.float32, vision: Any = None, **options: Any) -> Any:
     config = QianfanOCRConfig(
         vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
+            **TOWER,
             "image_size": SIDE,
             "patch_size": PATCH,
             "drop_path_rate": 0.0,  # chance has no place in a comparison of two models that are trained

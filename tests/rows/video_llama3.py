@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import IMAGE, PATCH, VIDEO, FamilyRow, Visuals, finish, noise, text_config, words
+from models import IMAGE, PATCH, TOWER, VIDEO, FamilyRow, Visuals, finish, noise, text_config, words
 from transformers import Qwen2Config, VideoLlama3Config, VideoLlama3ForConditionalGeneration
 
 MERGE = 2
@@ -12,10 +12,7 @@ MERGE = 2
 def build(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     config = VideoLlama3Config(
         vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
+            **TOWER,
             "patch_size": PATCH,
         },
         text_config=Qwen2Config(**text_config().to_diff_dict()),
