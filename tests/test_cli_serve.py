@@ -21,9 +21,8 @@ from command_line import refused
 from typer.testing import Result
 
 from adafv.bundled import bundled_model
-from adafv.engines.vllm import architectures
+from adafv.engines.vllm import RELEASES, architectures
 from adafv.engines.vllm.launch import (
-    RELEASES,
     LaunchError,
     installed_vllm,
     launch,

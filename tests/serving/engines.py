@@ -49,23 +49,34 @@ def answers(llm: Any, chats: list[Any], keep: int | float | None = None, tokens:
 
 
 @contextmanager
-def choices(llm: Any) -> Iterator[list[list[int]]]:
-    """Collects, per image that is pruned meanwhile, the tokens that were kept."""
-    found: list[list[int]] = []
+def spied(llm: Any, method: str, seen: Any) -> Iterator[list[Any]]:
+    """Collects what `seen` makes of (arguments, result) of every call of one of the model's methods meanwhile."""
+    found: list[Any] = []
 
     with pytest.MonkeyPatch.context() as patch:
 
         def spy(model: Any) -> None:
-            hand_over = type(model).hand_over
+            original = getattr(type(model), method)
 
-            def recording(self: Any, image: Any, kept: Any, features: Any) -> Any:
-                found.append(kept.tolist())
-                return hand_over(self, image, kept, features)
+            def recording(self: Any, *arguments: Any) -> Any:
+                result = original(self, *arguments)
+                found.append(seen(arguments, result))
+                return result
 
-            patch.setattr(type(model), "hand_over", recording)
+            patch.setattr(type(model), method, recording)
 
         llm.apply_model(spy)
         yield found
+
+
+def choices(llm: Any) -> Any:
+    """Collects, per image that is pruned meanwhile, the tokens that were kept."""
+    return spied(llm, "hand_over", lambda arguments, _: arguments[1].tolist())
+
+
+def tower_runs(llm: Any) -> Any:
+    """Collects the number of images of every run of the vision tower."""
+    return spied(llm, "encode", lambda _, encoded: len(encoded))
 
 
 def prompt(
@@ -104,27 +115,6 @@ def generate(llm: Any, prompts: list[Any], tokens: int = 8, **sampling: Any) -> 
     return llm.generate(
         prompts, SamplingParams(max_tokens=tokens, temperature=0.0, logprobs=5, **sampling), use_tqdm=False
     )
-
-
-@contextmanager
-def tower_runs(llm: Any) -> Iterator[list[int]]:
-    """Collects the number of images of every run of the vision tower."""
-    found: list[int] = []
-
-    with pytest.MonkeyPatch.context() as patch:
-
-        def spy(model: Any) -> None:
-            encode = type(model).encode
-
-            def recording(self: Any, images: Any) -> Any:
-                encoded = encode(self, images)
-                found.append(len(encoded))
-                return encoded
-
-            patch.setattr(type(model), "encode", recording)
-
-        llm.apply_model(spy)
-        yield found
 
 
 def alike(first: Any, second: Any) -> bool:

@@ -1,5 +1,6 @@
 """What is image and what is text in a prompt: rows of tokens, one column per token, read on the host."""
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,11 @@ def special_tokens(config: Any, generation_config: Any, placeholders: set[int]) 
         if name.endswith(("_token_id", "_token_index")):
             others |= _ids(value)
     return ends - placeholders, (ends | others) - placeholders
+
+
+def any_of(tokens: Tensor, ids: Set[int]) -> Tensor:
+    """Which of the tokens are one of `ids`: bool, as `tokens` are shaped."""
+    return torch.isin(tokens, torch.tensor(sorted(ids), dtype=torch.long))
 
 
 def _ids(value: Any) -> set[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adafv.errors import PromptError, UnsupportedCallError
 from adafv.families import Family
-from adafv.prompts.prompt import Prompt, special_tokens
+from adafv.prompts.prompt import Prompt, any_of, special_tokens
 
 
 def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt:
@@ -45,7 +45,7 @@ def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt
         raise PromptError(f"attention_mask is {list(mask.shape)}, but the prompt is {list(tokens.shape)}")
     else:
         attended = mask.cpu() != 0
-    is_special, is_end = (torch.isin(tokens, torch.tensor(sorted(group or {-2}))) for group in (specials, ends))
+    is_special, is_end = any_of(tokens, specials), any_of(tokens, ends)
     prompt = Prompt(tokens, attended, family.placeholders(model, tokens), is_end, is_special)
     for modality in family.modalities:
         for row, start, stop in family.markers(prompt.runs(modality)):

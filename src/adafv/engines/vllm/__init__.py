@@ -53,18 +53,24 @@ def architectures() -> dict[str, str]:
     return found
 
 
+def check_release(release: str) -> None:
+    """Raise VersionError for a release of vLLM that is not supported."""
+    from packaging.specifiers import SpecifierSet
+
+    if not SpecifierSet(RELEASES).contains(release, prereleases=True):
+        raise VersionError(
+            f"vLLM {release} is installed, but adafv supports {RELEASES}; run: pip install 'adafv[vllm]'"
+        )
+
+
 def register() -> None:
     """Make the architectures known to vLLM; the entry point `vllm.general_plugins`, called in each of its processes.
 
     Raises:
         VersionError: of vLLM. It logs that and goes on, but knows no AdaFV architecture.
     """
-    from packaging.specifiers import SpecifierSet
     from vllm import ModelRegistry, __version__
 
-    if not SpecifierSet(RELEASES).contains(__version__, prereleases=True):
-        raise VersionError(
-            f"vLLM {__version__} is installed, but adafv supports {RELEASES}; run: pip install 'adafv[vllm]'"
-        )
+    check_release(__version__)
     for name, home in architectures().items():
         ModelRegistry.register_model(PREFIX + name, home)

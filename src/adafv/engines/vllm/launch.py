@@ -21,8 +21,8 @@ from importlib.metadata import packages_distributions, version
 from itertools import zip_longest
 from typing import Any, NoReturn
 
-from adafv.engines.vllm import PREFIX, RELEASES, architectures
-from adafv.errors import AdaFVError, OptionError, UnsupportedModelError
+from adafv.engines.vllm import PREFIX, architectures, check_release
+from adafv.errors import AdaFVError, OptionError, UnsupportedModelError, VersionError
 
 OVERRIDES = "--hf-overrides"
 
@@ -75,14 +75,13 @@ def installed_vllm() -> str:
     Raises:
         LaunchError: there is none, or not of a supported release.
     """
-    from packaging.specifiers import SpecifierSet
-
     found = packages_distributions().get("vllm", []) if importlib.util.find_spec("vllm") else []
     if not found:
         raise LaunchError("the server needs vLLM, which is not installed; run: pip install 'adafv[vllm]'")
-    release = version(found[0])
-    if not SpecifierSet(RELEASES).contains(release, prereleases=True):
-        raise LaunchError(f"vLLM {release} is installed, but adafv supports {RELEASES}; run: pip install 'adafv[vllm]'")
+    try:
+        check_release(version(found[0]))
+    except VersionError as error:
+        raise LaunchError(str(error)) from None
     return found[0]
 
 

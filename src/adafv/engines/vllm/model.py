@@ -147,7 +147,7 @@ def check_engine(vllm_config: Any) -> None:
     """Raise UnsupportedModelError for ways of running vLLM in which pruning would go wrong, or unseen."""
     multimodal = vllm_config.model_config.multimodal_config
     compilation = vllm_config.compilation_config
-    refused = {
+    options = {
         "--mm-encoder-tp-mode data": multimodal.mm_encoder_tp_mode == "data",
         "--enable-mm-embeds": multimodal.enable_mm_embeds,
         "compile_mm_encoder in --compilation-config": getattr(compilation, "compile_mm_encoder", False),
@@ -157,6 +157,11 @@ def check_engine(vllm_config: Any) -> None:
         "--video-pruning-rate": multimodal.is_multimodal_pruning_enabled(),
         "--pipeline-parallel-size": vllm_config.parallel_config.pipeline_parallel_size > 1,
     }
-    for option, given in refused.items():
+    refuse_options(options, "with pruned images")
+
+
+def refuse_options(options: dict[str, bool], where: str) -> None:
+    """Raise UnsupportedModelError for the first of vLLM's options that is given (name -> whether it is)."""
+    for option, given in options.items():
         if given:
-            raise UnsupportedModelError(f"{option} is not supported with pruned images; leave it out")
+            raise UnsupportedModelError(f"{option} is not supported {where}; leave it out")

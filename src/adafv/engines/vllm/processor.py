@@ -18,9 +18,10 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from adafv.engines.vllm.request import Reader, Wish, check_placeholders, digest, special_ids
+from adafv.engines.vllm.request import Reader, Wish, check_placeholders, digest
 from adafv.engines.vllm.settings import OPTION, Budget, ServerSettings
 from adafv.errors import OptionError, UnsupportedCallError, UnsupportedModelError
+from adafv.prompts.prompt import special_tokens
 from adafv.prompts.text import ChatTemplate, resolve_scope
 
 TEXT, BUDGET, IMAGE = "adafv_text", "adafv_budget", "adafv_image"
@@ -74,7 +75,7 @@ class PrunedProcessor:
         config, model = self.info.get_hf_config(), self.info.ctx.model_config
         placeholder = image_placeholder(config)
         generation = SimpleNamespace(**model.try_get_generation_config())
-        ends, special = special_ids(config, generation, placeholder)
+        ends, special = special_tokens(config, generation, {placeholder})
         processor, scope = self.info.get_hf_processor(), self.info.settings.scope
         template: ChatTemplate | None = None
         if scope is None:

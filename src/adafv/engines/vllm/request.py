@@ -3,9 +3,8 @@
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from adafv.core import ImageLayout
 from adafv.engines.vllm.settings import Budget
 from adafv.errors import PromptError
-from adafv.prompts.prompt import PlacedImage, Prompt
+from adafv.prompts.prompt import PlacedImage, Prompt, any_of
 from adafv.prompts.text import ChatTemplate, text_columns
 
 VERSION = 1
@@ -51,8 +50,8 @@ class Reader:
     """Finds the words that count for an image, as in transformers; see `adafv.prompts.text`."""
 
     placeholder: int
-    turn_ends: frozenset[int]
-    special: frozenset[int]
+    turn_ends: Set[int]
+    special: Set[int]
     scope: str
     template: ChatTemplate | None
 
@@ -74,8 +73,8 @@ class Reader:
 
     def _prompt(self, tokens: Sequence[int]) -> Prompt:
         row = torch.tensor([list(tokens)], dtype=torch.long)
-        ends, special = (torch.isin(row, torch.tensor(sorted(ids or {-2}))) for ids in (self.turn_ends, self.special))
-        return Prompt(row, torch.ones_like(row, dtype=torch.bool), {"image": row == self.placeholder}, ends, special)
+        attended, shown = torch.ones_like(row, dtype=torch.bool), {"image": row == self.placeholder}
+        return Prompt(row, attended, shown, any_of(row, self.turn_ends), any_of(row, self.special))
 
 
 def check_placeholders(tokens: Sequence[int], placeholder: int, images: int) -> None:
@@ -103,11 +102,3 @@ def _to_tensor(keep: int | float) -> Tensor:
 def digest(name: str) -> Tensor:
     """[32] uint8, of what vLLM knows an image by, to travel with it."""
     return torch.tensor(list(hashlib.sha256(name.encode()).digest()), dtype=torch.uint8)
-
-
-def special_ids(config: Any, generation_config: Any, placeholder: int) -> tuple[frozenset[int], frozenset[int]]:
-    """(tokens that end a turn, tokens that are nobody's words), see `adafv.prompts.prompt.special_tokens`."""
-    from adafv.prompts.prompt import special_tokens
-
-    ends, others = special_tokens(config, generation_config, {placeholder})
-    return frozenset(ends), frozenset(others)

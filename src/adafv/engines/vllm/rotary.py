@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.engines.vllm.model import refuse_options
 from adafv.errors import UnsupportedModelError
 
 BASE = 256
@@ -115,16 +116,12 @@ class RotaryPositions:
 def check_positions(vllm_config: Any) -> None:
     """Raise UnsupportedModelError where positions would not get their corrections."""
     parallel = vllm_config.parallel_config
-    refused = {
+    options = {
         "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
         "--prefill-context-parallel-size above 1": parallel.prefill_context_parallel_size > 1,
         "--enable-dbo": parallel.use_ubatching,
     }
-    for option, given in refused.items():
-        if given:
-            raise UnsupportedModelError(
-                f"{option} is not supported with pruned images in a model with positions in height and width; leave it out"
-            )
+    refuse_options(options, "with pruned images in a model with positions in height and width")
     if not vllm_config.model_config.uses_mrope:
         raise UnsupportedModelError(
             "the checkpoint has no positions in height and width (mrope_section), as its class has"

@@ -13,15 +13,19 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from adafv.core import ImageLayout, class_attention, patch_saliency
+from adafv.core import ImageLayout
 from adafv.engines.vllm.model import PrunedModel
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
 from adafv.engines.vllm.tap import Tap
 from adafv.engines.vllm.tower_cache import EncodedImage
 from adafv.errors import UnsupportedModelError
+from adafv.families import towers
 
-TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
-"""Model type of a tower -> the `vision_feature_select_strategy` with which its tokens are its patches."""
+TOWERS = {
+    "clip_vision_model": towers.TOWERS["CLIPVisionModel"],
+    "siglip_vision_model": towers.TOWERS["SiglipVisionModel"],
+}
+"""By model type: how a tower's saliency is scored, and the `vision_feature_select_strategy` with which tokens are patches."""
 
 
 class PrunedLlava(PrunedModel):
@@ -36,9 +40,9 @@ class PrunedLlava(PrunedModel):
             raise UnsupportedModelError(
                 f"the vision tower {tower} is not supported in vLLM; supported are: {', '.join(TOWERS)}"
             )
-        if strategy != TOWERS[tower]:
+        if strategy != (expected := TOWERS[tower].strategy):
             raise UnsupportedModelError(
-                f"vision_feature_select_strategy={strategy!r}; only {TOWERS[tower]!r} is supported with {tower}"
+                f"vision_feature_select_strategy={strategy!r}; only {expected!r} is supported with {tower}"
             )
         if not isinstance(config.vision_feature_layer, int):
             raise UnsupportedModelError("several vision feature layers are not supported in vLLM")
@@ -63,13 +67,8 @@ class PrunedLlava(PrunedModel):
             return self._process_image_input(image_input), None  # type: ignore[attr-defined]
         with self.adafv_tap as tap:
             features = self._process_image_input(image_input)  # type: ignore[attr-defined]
-        has_class = self.config.vision_config.model_type == "clip_vision_model"
-        scores = [
-            class_attention(run.query, run.key, run.scaling)
-            if has_class
-            else patch_saliency(run.query, run.key, run.value, run.features, run.scaling)
-            for run in tap.runs()
-        ]
+        score = TOWERS[self.config.vision_config.model_type].score
+        scores = [score(run.query, run.key, run.value, run.features, run.scaling, None) for run in tap.runs()]
         return features, torch.cat(scores)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
