@@ -10,7 +10,7 @@ class AdaFVError(Exception):
 
 
 class BudgetError(AdaFVError, ValueError):
-    """`keep` is not a usable budget: zero, negative, above the number of tokens, NaN, or of the wrong type."""
+    """`keep` is not a usable budget: zero, negative, a share above 1, NaN, or of the wrong type."""
 
 
 class OptionError(AdaFVError, ValueError):

@@ -33,17 +33,13 @@ def check_keep(keep: int | float) -> int | float:
 def tokens_to_keep(keep: int | float, tokens: int) -> int:
     """The number of tokens K that `keep` leaves of an image that has `tokens` (N) of them; 1 <= K <= N.
 
-    An int counts tokens of the image, over all its crops. A float is a share of N, rounded to the nearest token and
-    never below one.
+    An int is an upper bound on the tokens of the image, over all its crops: a smaller image keeps all that it has. A float
+    is a share of N, rounded to the nearest token and never below one.
 
     Raises:
-        BudgetError: `keep` is out of range, not a number, or an int above N.
+        BudgetError: `keep` is out of range, or not a number.
     """
     keep = check_keep(keep)
     if isinstance(keep, float):
         return max(1, math.floor(keep * tokens + 0.5))
-    if keep > tokens:
-        raise BudgetError(
-            f"keep={keep}, but the image has only {tokens} visual tokens; give at most {tokens} or a share"
-        )
-    return keep
+    return min(keep, tokens)

@@ -98,11 +98,12 @@ class Family(ABC):
     def check(self, model: Any) -> None:
         """Raise UnsupportedModelError where this checkpoint cannot be pruned correctly."""
 
-    def check_call(self, model: Any, inputs: Mapping[str, Any], cached: bool, generates: bool) -> None:
+    def check_call(self, model: Any, inputs: Mapping[str, Any], cache: Any, cached: bool, generates: bool) -> None:
         """Raise UnsupportedCallError where the stock model would read the new images of a call wrongly.
 
         Args:
             inputs: of the call, less the images.
+            cache: the key/value cache of the call, or None.
             cached: whether the new images follow tokens that are cached.
             generates: a call of `generate`, not of `forward`.
         """

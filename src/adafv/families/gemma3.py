@@ -40,16 +40,16 @@ class Gemma3(Family):
     def check(self, model: Any) -> None:
         check_tower(model.model.vision_tower, -1, "full")
 
-    def check_call(self, model: Any, inputs: Mapping[str, Any], cached: bool, generates: bool) -> None:
+    def check_call(self, model: Any, inputs: Mapping[str, Any], cache: Any, cached: bool, generates: bool) -> None:
         if not (cached and generates):
             return
-        mend = "pass the whole conversation without past_key_values"
+        mend = "pass the whole conversation without a cache"
         if not READS_TYPES_FROM_THE_BEGINNING:
             raise UnsupportedCallError(
                 "this release of transformers forgets that the tokens of an image look at each other where the image follows "
                 f"cached tokens; {mend}, or run: pip install --upgrade transformers"
             )
-        if getattr(inputs["past_key_values"], "is_compileable", False):
+        if getattr(cache, "is_compileable", False):
             raise UnsupportedCallError(
                 "with a static cache, stock transformers forgets that the tokens of an image look at each other where the "
                 f"image follows cached tokens; use a DynamicCache, or {mend}"

@@ -34,7 +34,7 @@ class Gemma4(Family):
                 "supported are its models without it (E2B, E4B)"
             )
 
-    def check_call(self, model: Any, inputs: Mapping[str, Any], cached: bool, generates: bool) -> None:
+    def check_call(self, model: Any, inputs: Mapping[str, Any], cache: Any, cached: bool, generates: bool) -> None:
         if inputs.get("inputs_embeds") is not None and model.config.get_text_config().hidden_size_per_layer_input:
             raise UnsupportedCallError(
                 "this model looks up an input for every layer by the token's number, and stock transformers cannot find it "

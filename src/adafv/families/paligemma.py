@@ -29,7 +29,7 @@ class PaliGemma(Gemma3):
         "refuses images without token_type_ids, chunked prefill, images behind a cache; a static cache in PaliGemma 2"
     )
 
-    def check_call(self, model: Any, inputs: Mapping[str, Any], cached: bool, generates: bool) -> None:
+    def check_call(self, model: Any, inputs: Mapping[str, Any], cache: Any, cached: bool, generates: bool) -> None:
         if inputs.get("token_type_ids") is None:
             raise UnsupportedCallError(
                 "without token_type_ids it depends on the padding whether a prompt of PaliGemma looks ahead; pass the "
@@ -38,9 +38,9 @@ class PaliGemma(Gemma3):
         if cached:
             raise UnsupportedCallError(
                 "an image of PaliGemma is read together with its whole prompt, and cannot follow cached tokens; pass the "
-                "whole prompt without past_key_values"
+                "whole prompt without a cache"
             )
-        if generates and model.config.text_config.model_type == "gemma2" and _is_static(model, inputs):
+        if generates and model.config.text_config.model_type == "gemma2" and _is_static(model, inputs, cache):
             raise UnsupportedCallError(
                 "PaliGemma 2 fails with a static cache in stock transformers; leave cache_implementation out"
             )
@@ -54,8 +54,8 @@ class PaliGemma(Gemma3):
         return patches
 
 
-def _is_static(model: Any, inputs: Mapping[str, Any]) -> bool:
+def _is_static(model: Any, inputs: Mapping[str, Any], cache: Any) -> bool:
     given, config = inputs.get("cache_implementation"), inputs.get("generation_config") or model.generation_config
     return "static" in str(given or config.cache_implementation) or bool(
-        getattr(inputs.get("past_key_values"), "is_compileable", False)
+        getattr(cache, "is_compileable", False)
     )

@@ -34,7 +34,7 @@ class Thinker(Qwen2VL):
             )
         super().check(model)
 
-    def check_call(self, model: Any, inputs: Mapping[str, Any], cached: bool, generates: bool) -> None:
+    def check_call(self, model: Any, inputs: Mapping[str, Any], cache: Any, cached: bool, generates: bool) -> None:
         if inputs.get("use_audio_in_video"):
             raise UnsupportedCallError(
                 "use_audio_in_video is not supported with pruned tokens, as positions then depend on the sound; pass the "

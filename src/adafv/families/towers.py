@@ -244,7 +244,7 @@ def twin_of(module: nn.Module, **modules: nn.Module) -> Any:
     Hooks registered on the twin stay on the twin. Accelerate's device hooks, which replace `forward` on the object, are
     bound anew so that they run the twin.
     """
-    twin = module.__class__.__new__(module.__class__)
+    twin = object.__new__(module.__class__)  # FSDP2 runs the constructor in `__new__`
     twin.__dict__.update(module.__dict__)
     twin.__dict__["_modules"] = {**module._modules, **modules}
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):

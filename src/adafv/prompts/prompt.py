@@ -26,6 +26,8 @@ class Prompt:
     """[B, S] bool, tokens that end a turn (end-of-sequence tokens of the model)."""
     special: Tensor
     """[B, S] bool, begin, end and padding tokens, and what stands around images."""
+    segments: Tensor | None = None
+    """[B, S] long, which of the prompts packed into its row each column belongs to; None: every row is one prompt."""
 
     @property
     def length(self) -> int:
@@ -42,7 +44,8 @@ class Prompt:
         tokens, attended, ends, special = (
             part[:, column:] for part in (self.tokens, self.attended, self.turn_ends, self.special)
         )
-        return Prompt(tokens, attended, marks, ends, special)
+        segments = None if self.segments is None else self.segments[:, column:]
+        return Prompt(tokens, attended, marks, ends, special, segments)
 
     def runs(self, modality: str) -> list[Run]:
         """The runs of neighbouring placeholders of one modality, in reading order."""

@@ -3,9 +3,13 @@
 The caller of a chat keeps the cache and passes the whole conversation again, with all placeholders. The cache lacks the
 dropped ones, so the same columns must be taken out of the new prompt before it meets the cache. What was dropped is
 written on the cache object itself: it is the one thing that travels with the conversation, also through
-`copy.deepcopy` (the common idiom for sharing a prefix), and it dies with it.
+`copy.deepcopy` (the common idiom for sharing a prefix), and it dies with it. A cache can also be repeated for several
+answers, or its rows chosen and reordered; so from then on the object (and no other) has a class of its own, derived from
+its stock class, that does the same to what is written on it, as an enabled model has.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +20,7 @@ from adafv.engines.transformers.prompt import Compaction, nothing_removed
 from adafv.errors import CacheError
 
 _ATTRIBUTE = "_adafv_contents"
-_MEND = "pass the conversation that this cache was made from, continued, or start without past_key_values"
+_MEND = "pass the conversation that this cache was made from, continued, or start without a cache"
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,95 @@ class CacheContents:
     attended: Tensor | None = None
     """[B] long on the host, that number."""
 
+    def rows(self, index: Tensor) -> "CacheContents":
+        """Of other rows: those at `index` ([B'] long on the host)."""
+        tokens, delta, attended = (
+            None if part is None else part[index] for part in (self.tokens, self.position_delta, self.attended)
+        )
+        return CacheContents(self.compaction.rows(index), tokens, delta, attended)
+
+    @property
+    def batch(self) -> int:
+        return self.compaction.columns.shape[0]
+
 
 def remember(cache: Any, contents: CacheContents) -> None:
-    """Write on `cache` what it holds."""
+    """Write on `cache` what it holds; repeated, where it holds several answers to each prompt."""
+    if cache is None:
+        return
+    setattr(cache, _ATTRIBUTE, _for_rows(contents, _rows_held(cache)))
+    if not isinstance(cache, _Followed):
+        cache.__class__ = _followed_class(type(cache))
+
+
+def forget(cache: Any) -> None:
+    """Take off `cache` what was written on it: it was emptied, and will be filled anew."""
     if cache is not None:
-        setattr(cache, _ATTRIBUTE, contents)
+        cache.__dict__.pop(_ATTRIBUTE, None)
+
+
+def _rows_held(cache: Any) -> int | None:
+    """Prompts in the cache, None where it cannot be seen."""
+    for layer in getattr(cache, "layers", ()):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.dim() > 1:
+            return int(keys.shape[0])
+    return None
+
+
+class _Followed:
+    """Of a cache on which something is written: what is done to its rows is done to that too."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        contents = _written(self)
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        _rewrite(self, contents, lambda rows: rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        contents = _written(self)
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        _rewrite(self, contents, lambda rows: rows[torch.as_tensor(indices).cpu()])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        contents = _written(self)
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        _rewrite(self, contents, lambda rows: rows[torch.as_tensor(beam_idx).cpu()])
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        forget(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are followed too."""
+        return _restored, (type(self).__mro__[2],), self.__dict__
+
+
+def _written(cache: Any) -> CacheContents | None:
+    """What is written on a cache, with a row for each row that it holds by now."""
+    contents: CacheContents | None = cache.__dict__.get(_ATTRIBUTE)
+    return None if contents is None else _for_rows(contents, _rows_held(cache))
+
+
+def _for_rows(contents: CacheContents, held: int | None) -> CacheContents:
+    """The same for `held` rows, where those are several answers to each prompt."""
+    if held is None or held == contents.batch or held % contents.batch:
+        return contents
+    return contents.rows(torch.arange(contents.batch).repeat_interleave(held // contents.batch))
+
+
+def _rewrite(cache: Any, contents: CacheContents | None, choose: Callable[[Tensor], Tensor]) -> None:
+    if contents is not None:
+        setattr(cache, _ATTRIBUTE, contents.rows(choose(torch.arange(contents.batch))))
+
+
+@functools.cache
+def _followed_class(stock_class: Any) -> Any:
+    identity = {name: getattr(stock_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(stock_class.__name__, (_Followed, stock_class), identity)
+
+
+def _restored(stock_class: Any) -> Any:
+    return object.__new__(_followed_class(stock_class))
 
 
 def contents_of(cache: Any) -> CacheContents | None:
@@ -73,8 +161,14 @@ def cached_prefix(cache: Any, batch: int) -> Compaction:
     if contents is None:
         return nothing_removed(batch, length)
     before = contents.compaction
-    if before.columns.shape[0] != batch:
-        raise CacheError(f"the cache holds {before.columns.shape[0]} prompts, but {batch} are given; {_MEND}")
+    held = _rows_held(cache)
+    if held is not None and held != contents.batch:
+        raise CacheError(
+            f"the cache holds {held} prompts, but it held {contents.batch} when it was filled, and its rows were changed "
+            f"where that could not be followed; use its own batch_repeat_interleave or batch_select_indices, or {_MEND}"
+        )
+    if contents.batch != batch:
+        raise CacheError(f"the cache holds {contents.batch} prompts, but {batch} are given; {_MEND}")
     more = length - before.columns.shape[1]
     if more >= 0:
         return before.then(nothing_removed(batch, more, before.columns.device))
@@ -82,7 +176,9 @@ def cached_prefix(cache: Any, batch: int) -> Compaction:
     ends = columns[:, -1].tolist()
     if len(set(ends)) > 1 or ends[0] < 0:
         raise CacheError(f"the cache was cropped where the prompts of the batch lost different tokens; {_MEND}")
-    return Compaction(columns, ends[0] + 1, changed=True)
+    behind = before.length - 1 - ends[0]
+    lost = (before.lost - (behind - (before.columns > ends[0]).sum(1).cpu())).clamp_min(0)
+    return Compaction(columns, ends[0] + 1, changed=True, lost=lost)
 
 
 def check_same_conversation(cache: Any, tokens: Tensor, prefix: Compaction) -> None:

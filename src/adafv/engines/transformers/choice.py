@@ -169,6 +169,7 @@ def _embedded_text(
             parts.append(call.embeds[row, columns.to(call.embeds.device)].detach().to(device))
         else:
             ids = call.prompt.tokens[row, columns].to(call.device)
-            parts.append(model.get_input_embeddings()(ids).detach().to(device))
+            # As a batch of one: hooks on the embeddings, as NEFTune puts there, expect [B, T, D].
+            parts.append(model.get_input_embeddings()(ids[None])[0].detach().to(device))
     mask = pad_sequence([torch.ones(len(part), dtype=torch.bool, device=device) for part in parts], batch_first=True)
     return pad_sequence(parts, batch_first=True), mask

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.core import ImageLayout, tokens_to_keep
@@ -16,15 +17,19 @@ from adafv.engines.transformers.cache import (
     CacheContents,
     cached_length,
     contents_of,
+    forget,
     holds_pruned,
     positions_known,
     remember,
 )
 from adafv.engines.transformers.choice import Choice, choose_tokens, encode_images
 from adafv.engines.transformers.conversation import Conversation, new_images
-from adafv.engines.transformers.positions import set_linear_positions, set_rotary_positions
+from adafv.engines.transformers.devices import host_by_default
+from adafv.engines.transformers.packing import BORDERS, LONGEST, shorten_borders
+from adafv.engines.transformers.positions import needs_guard, set_linear_positions, set_rotary_positions
 from adafv.engines.transformers.prompt import Compaction, compact, nothing_removed
 from adafv.engines.transformers.record import Record, kv_bytes, timed
+from adafv.engines.transformers.releases import NEWEST_TESTED, OLDEST_TESTED, cache_of, warn_if_untested
 from adafv.engines.transformers.settings import Settings
 from adafv.errors import PromptError, UnsupportedCallError
 from adafv.families import MODALITIES, Family, family_of
@@ -35,6 +40,28 @@ from adafv.prompts.text import text_columns
 
 _IGNORED_LABEL = -100
 
+ALONG_THE_PROMPT = {
+    "inputs_embeds": 0.0,
+    "attention_mask": 0,
+    "labels": _IGNORED_LABEL,
+    "token_type_ids": 0,
+    "mm_token_type_ids": 0,
+    "seq_idx": 0,
+}
+"""Arguments that have a column per token of the prompt, besides `input_ids`, and what padding gets in them."""
+_KNOWN = {
+    "input_ids",
+    *ALONG_THE_PROMPT,
+    "shift_labels",
+    "position_ids",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "logits_to_keep",
+    *BORDERS,
+    *LONGEST,
+}
+_GENERATION_SETTINGS = frozenset(vars(GenerationConfig()))
+
 
 class CompressedInputs(dict[str, Any]):
     """Inputs for `model.generate(**...)` or `model(**...)`, with what was done to them."""
@@ -43,6 +70,8 @@ class CompressedInputs(dict[str, Any]):
     """None where there was no image to prune."""
     compaction: Compaction
     """How the prompt became shorter, over the whole conversation where a cache is continued."""
+    new: Compaction
+    """The same of the columns of this call alone."""
     contents: CacheContents | None = None
     """What the cache will hold; None where that is what any cache would hold."""
 
@@ -66,7 +95,7 @@ def compress(
 
     `generate` then returns the shorter prompt before the answer; `AdaFV` gives the caller's own prompt back, and sees to
     lengths, streamers and the next turn too. What is generated this way can be continued only on a cache that was passed
-    here, empty, as `past_key_values`. Runs without gradients; to train through pruned tokens use `AdaFV`.
+    here, empty, as `cache` (`past_key_values` before transformers 5.24). Runs without gradients; to train through pruned tokens use `AdaFV`.
 
     Args:
         model: a supported model, wrapped or not. It is not changed.
@@ -78,10 +107,11 @@ def compress(
     """
     model = stock_model(model)
     settings = Settings.of(method, keep, positions, text, processor, video, **parameters)
-    cache = inputs.get("past_key_values")
+    warn_if_untested()
+    cache = cache_of(inputs)
     if cached_length(cache) > 0 and contents_of(cache) is None:
         raise UnsupportedCallError("compress() cannot tell what this cache holds; to continue a conversation use AdaFV")
-    with torch.no_grad():
+    with torch.no_grad(), host_by_default():
         result = compress_call(model, family_of(model), settings, inputs, whole_conversation=True)
     if result.contents is not None:
         remember(cache, result.contents)
@@ -99,7 +129,9 @@ def compress_call(
     seconds: dict[str, float] = {}
     result = CompressedInputs({name: value for name, value in inputs.items() if value is not None})
     visuals, taken = _visuals(family, result)
-    cache = result.get("past_key_values")
+    cache = cache_of(result)
+    if cached_length(cache) == 0:
+        forget(cache)
     encoded_already = bool(result.get("mm_encoder_outputs"))
     if encoded_already or (not visuals and not holds_pruned(cache) and not positions_known(cache)):
         result.update(taken)
@@ -114,7 +146,7 @@ def compress_call(
             "ask about them in turns"
         )
     if placed:
-        family.check_call(model, result, call.prefix.length > 0, call.generates)
+        family.check_call(model, result, cache, call.prefix.length > 0, call.generates)
     if not placed and not call.prefix.changed and not positions_known(cache):
         return result
     if "cache_position" in result:
@@ -132,6 +164,8 @@ def compress_call(
                     "method, or scale the images before the processor"
                 )
             keeps[i] = settings.method.budget(keeps[i], image.layout)
+    if any(pruned) or call.prefix.changed:
+        refuse_unknown_columns(result, (call.prompt.length, call.prefix.length + call.prompt.length))
     texts: list[Tensor | None] = [None] * len(placed)
     if settings.method.needs_text:
         texts = [
@@ -154,13 +188,16 @@ def compress_call(
             dropped[image.row] += image.layout.tokens - choice.places.numel()
             stays[image.row, columns] = False
             stays[image.row, columns[choice.places.to(call.device)]] = True
-        compaction = compact(call.prompt.attended, dropped, stays)
+        anchored = call.prompt.is_visual.any(1)
+        guard = needs_guard(model, family, call, result, settings.positions)
+        compaction = result.new = compact(call.prompt.attended, dropped, stays, anchored, guard)
         whole = result.compaction = call.prefix.then(compaction)
         if family.rotary_axes:
-            delta, attended = set_rotary_positions(model, family, result, call, visuals, whole, compaction)
+            delta, attended = set_rotary_positions(model, family, result, call, visuals, whole, compaction, stays)
         else:
-            set_linear_positions(family, result, call, whole, compaction, settings.positions, whole_conversation)
+            set_linear_positions(family, result, call, whole, compaction, stays, settings.positions)
         _take_out(model, family, result, call, whole, compaction)
+        shorten_borders(result, _dropped_in_order(placed, choices))
         if placed:
             result["mm_encoder_outputs"] = _by_prompt(model, family, placed, choices)
     cached = contents_of(cache)
@@ -222,14 +259,9 @@ def _take_out(
         compaction: over the new ones alone.
     """
     batch, new = call.prompt.tokens.shape
-    fills = {
-        "input_ids": _padding_id(model, family),
-        "inputs_embeds": 0.0,
-        "attention_mask": 0,
-        "labels": _IGNORED_LABEL,
-        "token_type_ids": 0,
-        "mm_token_type_ids": 0,
-    }
+    fills = {"input_ids": _padding_id(model, family, result, call), **ALONG_THE_PROMPT}
+    if isinstance(result.get("shift_labels"), Tensor):
+        result["shift_labels"] = _shifted(result["shift_labels"], compaction)
     for name, fill in fills.items():
         values = result.get(name)
         if not isinstance(values, Tensor) or values.dim() < 2 or values.shape[1] == 0:
@@ -246,10 +278,58 @@ def _take_out(
             result[name] = cached.then(compaction).take(values, fill)
         else:
             raise PromptError(f"{name} is {list(values.shape)}, but the prompt is [{batch}, {new}]")
-    if result.get("attention_mask") is None and (whole.columns < 0).any():
+        if name == "labels":
+            # Nothing predicts the first token of a prompt, and padding put in front of it must not begin to.
+            first = (compaction.columns == 0).to(values.device)
+            first[:, 0] = False
+            labels = result[name]
+            result[name] = labels.masked_fill(
+                torch.nn.functional.pad(first, (labels.shape[1] - first.shape[1], 0)), _IGNORED_LABEL
+            )
+    packed = call.packing is not None and call.packing.apart
+    if result.get("attention_mask") is None and not packed and (whole.columns < 0).any():
         result["attention_mask"] = (whole.columns >= 0).long()
-    if whole.changed and isinstance(result.get("logits_to_keep"), Tensor):
-        raise UnsupportedCallError("logits_to_keep must be a number with pruned tokens: the columns of the prompt move")
+
+
+def _shifted(values: Tensor, compaction: Compaction) -> Tensor:
+    """`shift_labels` [B, S], each at the column in front of its token, in the shorter prompt.
+
+    The column in front may have been dropped, as the last visual token in front of the answer may be; then the label goes
+    to the column that is in front of the token now.
+    """
+    if values.shape[1] != compaction.length:
+        raise PromptError(f"shift_labels is {list(values.shape)}, but the prompt has {compaction.length} columns")
+    columns = compaction.columns.to(values.device)
+    behind = torch.nn.functional.pad(columns[:, 1:] - 1, (0, 1))
+    behind[:, -1] = columns[:, -1]
+    return values.gather(1, behind.clamp_min(0)).masked_fill((columns < 0) | (behind < 0), _IGNORED_LABEL)
+
+
+def _dropped_in_order(placed: list[PlacedImage], choices: list[Choice]) -> list[tuple[int, int]]:
+    """(first column, tokens dropped) of every image."""
+    return [
+        (int(image.columns[0]), image.layout.tokens - choice.places.numel())
+        for image, choice in zip(placed, choices, strict=True)
+    ]
+
+
+def refuse_unknown_columns(inputs: Mapping[str, Any], lengths: tuple[int, int]) -> None:
+    """Raise UnsupportedCallError for a tensor as long as the prompt (or the conversation) under a name not known here.
+
+    It would keep its length while the prompt becomes shorter; so a release that renames an argument, or adds one, is not
+    silently wrong.
+    """
+    for name, value in inputs.items():
+        if name in _KNOWN or name in _GENERATION_SETTINGS or not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        if any(sound in name for sound in ("audio", "feature")):  # of models that hear too
+            continue
+        sizes = {value.shape[min(1, value.dim() - 1)], value.shape[-1]}
+        if any(size in lengths and size > 1 for size in sizes):
+            raise UnsupportedCallError(
+                f"{name} is {list(value.shape)}, as long as the prompt, but adafv does not know what it says of the dropped "
+                f"tokens; leave it out, or use keep=1.0 (transformers {OLDEST_TESTED} to {NEWEST_TESTED} were tested)"
+            )
 
 
 def _record(
@@ -313,12 +393,19 @@ def _restate(values: Tensor, own: ImageLayout, other: ImageLayout, missing: Any)
     return by_patch[source.clamp_min(0)].masked_fill(source < 0, missing)
 
 
-def _padding_id(model: Any, family: Family) -> int:
+def _padding_id(model: Any, family: Family, inputs: Mapping[str, Any], call: Conversation) -> int:
+    """The token of the caller's own padding; where there is none, the one that `generate` would take."""
+    padding = call.prompt.tokens[~call.prompt.attended]
+    if padding.numel() and int(padding[0]) >= 0:
+        return int(padding[0])
     placeholders = {family.placeholder(model, modality) for modality in family.modalities}
-    for config in (getattr(model, "generation_config", None), model.config.get_text_config(), model.config):
+    given = inputs.get("generation_config")
+    text = model.config.get_text_config()
+    for sources in ((inputs, given, getattr(model, "generation_config", None)), (text, model.config)):
         for name in ("pad_token_id", "eos_token_id"):
-            value = getattr(config, name, None)
-            value = value[0] if isinstance(value, (list, tuple)) and value else value
-            if isinstance(value, int) and value >= 0 and value not in placeholders:
-                return value
+            for source in sources:
+                value = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+                values = torch.as_tensor([] if value is None else value).flatten().tolist()
+                if values and values[0] >= 0 and values[0] not in placeholders:
+                    return int(values[0])
     return 0

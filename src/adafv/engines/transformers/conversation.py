@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.engines.transformers.cache import cached_prefix, check_same_conversation
+from adafv.engines.transformers.packing import Packing, read_packing
 from adafv.engines.transformers.prompt import Compaction, check_mask, given_prompt, read_prompt
 from adafv.engines.transformers.settings import Settings
 from adafv.errors import CacheError, PromptError
@@ -32,6 +33,8 @@ class Conversation:
     device: torch.device
     generates: bool
     """A call of `generate`, not of `forward`."""
+    packing: Packing | None = None
+    """The prompts packed into each row; None where every row is one."""
 
     @classmethod
     def read(
@@ -54,7 +57,12 @@ class Conversation:
                 read = whole.after(prefix.length)
             else:
                 tokens = None
-        return cls(read, prefix, tokens, embeds, whole, given.device, generates)
+        packing = None
+        if not prefix.length and not generates:
+            packing = read_packing(model, family, inputs, read.attended)
+            if packing is not None:
+                whole = read = replace(read, segments=packing.segments)
+        return cls(read, prefix, tokens, embeds, whole, given.device, generates, packing)
 
 
 def _new_part_of_mask(mask: Any, new: int, prefix: Compaction) -> Any:

@@ -1,18 +1,29 @@
 """The arguments of `generate` that speak of the prompt, and its result.
 
-Inside, the prompt is shorter. Outside nobody shall notice: lengths count from the caller's prompt, and whatever the
-caller hooked into the decoding loop (logits processors, stopping criteria, streamers) sees the caller's prompt too. A
-stopping criterion that cuts the prompt off by its length, as most do, would otherwise silently look at the wrong tokens.
+Inside, the prompt is shorter. Outside nobody shall notice: lengths count from the caller's prompt, and whatever looks at
+tokens in the decoding loop (logits processors, stopping criteria, streamers) sees the caller's prompt too. A stopping
+criterion that cuts the prompt off by its length, as most do, would otherwise silently look at the wrong tokens; a penalty
+for repeated tokens would see other padding.
 """
 
-from collections.abc import Callable
+import copy
+import functools
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import transformers.generation.utils
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
+from adafv.engines.transformers.settings import setting
 from adafv.errors import UnsupportedCallError
 from adafv.families import Family
 from adafv.families.base import REPEATS_IMAGES_IN_ORDER
@@ -29,14 +40,14 @@ def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) ->
         raise UnsupportedCallError(
             f"generation_mode={arguments['generation_mode']!r} sees no images, so there is nothing to prune; leave them out"
         )
-    if _setting(model, arguments, "token_healing"):
+    if setting(model, arguments, "token_healing"):
         raise UnsupportedCallError("token_healing writes the prompt anew and loses its images; leave it out")
-    implementation = str(_setting(model, arguments, "cache_implementation") or "")
+    implementation = str(setting(model, arguments, "cache_implementation") or "")
     if implementation.startswith("paged") or str(model.config._attn_implementation).startswith("paged"):
         raise UnsupportedCallError(
             "continuous batching (paged caches) takes no images; use another cache_implementation"
         )
-    if _setting(model, arguments, "prefill_chunk_size"):
+    if setting(model, arguments, "prefill_chunk_size"):
         if not CHUNKED_PREFILL_KEEPS_IMAGES:
             raise UnsupportedCallError(
                 "this release of transformers loses the images in chunked prefill; leave prefill_chunk_size out, or run: "
@@ -51,7 +62,7 @@ def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) ->
             raise UnsupportedCallError(
                 f"chunked prefill fails in stock transformers with images of {family.name}; leave prefill_chunk_size out"
             )
-    if _setting(model, arguments, "guidance_scale") not in (None, 1.0):
+    if setting(model, arguments, "guidance_scale") not in (None, 1.0):
         if family.rotary_axes:
             raise UnsupportedCallError(
                 f"classifier-free guidance fails in stock transformers with {family.name}; leave guidance_scale out"
@@ -64,7 +75,7 @@ def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) ->
 
 def refuse_mixed_up(model: Any, arguments: dict[str, Any]) -> None:
     """Raise UnsupportedCallError where `generate` would repeat the kept features in the wrong order."""
-    repeats = [_setting(model, arguments, name) or 1 for name in ("num_beams", "num_return_sequences")]
+    repeats = [setting(model, arguments, name) or 1 for name in ("num_beams", "num_return_sequences")]
     if REPEATS_IMAGES_IN_ORDER or max(repeats) == 1:
         return
     for output in (arguments.get("mm_encoder_outputs") or {}).values():
@@ -81,7 +92,7 @@ def fill_in_mask(model: Any, arguments: dict[str, Any]) -> None:
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     if mask is not None or ids is None or arguments.get("inputs_embeds") is not None:
         return
-    pad, end = (_setting(model, arguments, name) for name in ("pad_token_id", "eos_token_id"))
+    pad, end = (setting(model, arguments, name) for name in ("pad_token_id", "eos_token_id"))
     ends = end if isinstance(end, (list, tuple)) else [end]
     if pad is not None and pad not in ends and bool((ids == pad).any()):
         arguments["attention_mask"] = (ids != pad).long()
@@ -92,25 +103,17 @@ def shift_lengths(model: Any, arguments: dict[str, Any], length: int, shortened:
     removed = length - shortened
     if not removed:
         return
-    longest = _setting(model, arguments, "max_length")
+    longest = setting(model, arguments, "max_length")
     if longest is not None:
-        if longest <= length and _setting(model, arguments, "max_new_tokens") is None:
+        if longest <= length and setting(model, arguments, "max_new_tokens") is None:
             raise UnsupportedCallError(
                 f"the prompt is {length} tokens long (before pruning), but max_length is {longest}; "
                 "increase max_length or, better, set max_new_tokens"
             )
         arguments["max_length"] = max(longest - removed, 1)
-    shortest = _setting(model, arguments, "min_length")
+    shortest = setting(model, arguments, "min_length")
     if shortest:
         arguments["min_length"] = max(shortest - removed, 0)
-
-
-def _setting(model: Any, arguments: dict[str, Any], name: str) -> Any:
-    """A generation setting, by `generate`'s own precedence: argument, generation_config, the model's default."""
-    for source in (arguments.get(name), getattr(arguments.get("generation_config"), name, None)):
-        if source is not None:
-            return source
-    return getattr(model.generation_config, name, None)
 
 
 class PromptRestorer:
@@ -118,52 +121,139 @@ class PromptRestorer:
 
     Args:
         original: [B, S] long, the prompt as given.
-        shortened: S', the length of the prompt that the model saw.
+        shortened: [B, S'] long, the prompt that the model saw.
     """
 
-    def __init__(self, original: Tensor, shortened: int) -> None:
+    def __init__(self, original: Tensor, shortened: Tensor) -> None:
         self.original = original
         self.shortened = shortened
 
+    @property
+    def removed(self) -> int:
+        return self.original.shape[1] - self.shortened.shape[1]
+
     def restore(self, tokens: Tensor) -> Tensor:
         """[B * m, S' + new] -> [B * m, S + new]; m > 1 for beams and several return sequences."""
-        original = self.original.to(tokens.device)
-        if tokens.shape[0] != original.shape[0]:
-            original = original.repeat_interleave(tokens.shape[0] // original.shape[0], dim=0)
-        return torch.cat((original, tokens[:, self.shortened :]), dim=1)
+        original = _repeated(self.original, tokens)
+        return torch.cat((original, tokens[:, self.shortened.shape[1] :]), dim=1)
 
-    def apply(self, arguments: dict[str, Any]) -> None:
-        """Wrap everything of the caller's that will look at the tokens."""
-        for name, kind in (("logits_processor", LogitsProcessorList), ("stopping_criteria", StoppingCriteriaList)):
-            if arguments.get(name):
-                arguments[name] = kind(_Restored(item, self) for item in arguments[name])
-        if (allowed := arguments.get("prefix_allowed_tokens_fn")) is not None:
-            arguments["prefix_allowed_tokens_fn"] = self._allowed(allowed)
-        if arguments.get("streamer") is not None:
-            arguments["streamer"] = _RestoredStreamer(arguments["streamer"], self)
+    def restore_if_there(self, tokens: Any) -> Any:
+        """The same for what a loop of the caller's own returned: the answer may come without the prompt, or be no tokens."""
+        length = self.shortened.shape[1]
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[1] < length or not len(tokens):
+            return tokens
+        if tokens.shape[0] % len(self.original) or tokens.is_floating_point():
+            return tokens
+        return self.restore(tokens) if torch.equal(tokens[:, :length], _repeated(self.shortened, tokens)) else tokens
 
-    def _allowed(self, allowed: Callable[[int, Tensor], list[int]]) -> Callable[[int, Tensor], list[int]]:
-        def restored(batch: int, tokens: Tensor) -> list[int]:
-            return allowed(batch, torch.cat((self.original[batch].to(tokens.device), tokens[self.shortened :])))
 
-        return restored
+def _repeated(prompt: Tensor, tokens: Tensor) -> Tensor:
+    """The prompt for every row of `tokens`, where there are several rows to each prompt."""
+    prompt = prompt.to(tokens.device)
+    repeats = tokens.shape[0] // prompt.shape[0]
+    return prompt if repeats == 1 else prompt.repeat_interleave(repeats, dim=0)
+
+
+_PENDING: ContextVar[PromptRestorer | None] = ContextVar("adafv_restorer", default=None)
+"""Of the call of `generate` that is being prepared in this thread or task. Taken by the first `generate` inside it: one that
+the caller's own loop may call in turn has prompts of its own."""
+
+HOOKS = ("_get_logits_processor", "_get_stopping_criteria")
+"""The methods in which `generate` makes the processors and criteria that its settings ask for, and merges the caller's."""
+
+
+@contextmanager
+def decoding_sees(restorer: PromptRestorer | None) -> Iterator[None]:
+    """Within, everything that looks at tokens during decoding sees the caller's prompt."""
+    token = _PENDING.set(restorer)
+    try:
+        yield
+    finally:
+        _PENDING.reset(token)
+
+
+class RestoredPrompts:
+    """Put in front of a stock class: its `generate` shows processors and criteria the caller's prompt.
+
+    Those of the caller's and those that `generate` makes itself: penalties and n-gram bans look at the tokens of the prompt,
+    its padding included, and lengths count them. They are made by stock code for the caller's prompt, so that one of the
+    caller's replaces one of the same type, as in stock; then each is wrapped.
+    """
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        stock = super()._get_logits_processor  # type: ignore[misc]
+        restorer = _PENDING.get()
+        if restorer is None:
+            return stock(*args, **kwargs)
+        given = inspect.signature(stock).bind(*args, **kwargs).arguments
+        given["generation_config"] = _lengthened(given["generation_config"], restorer.removed)
+        given["input_ids_seq_length"] = restorer.original.shape[1]
+        if isinstance(given.get("encoder_input_ids"), Tensor) and given["encoder_input_ids"].dim() == 2:
+            given["encoder_input_ids"] = restorer.original.to(given["encoder_input_ids"].device)
+        return LogitsProcessorList(_restored(item, restorer) for item in stock(**given))
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
+        stock = super()._get_stopping_criteria  # type: ignore[misc]
+        restorer = _PENDING.get()
+        if restorer is None:
+            return stock(*args, **kwargs)
+        _PENDING.set(None)  # what `generate` asks for last; the loop that runs now is another matter
+        given = inspect.signature(stock).bind(*args, **kwargs).arguments
+        given["generation_config"] = _lengthened(given["generation_config"], restorer.removed)
+        return _RestoredCriteria((_restored(item, restorer) for item in stock(**given)), restorer.removed)
+
+
+def _lengthened(config: Any, removed: int) -> Any:
+    """A generation config whose lengths count the caller's prompt again: what `shift_lengths` shortened."""
+    config = copy.copy(config)
+    for name in ("max_length", "min_length"):
+        if getattr(config, name, None):
+            setattr(config, name, getattr(config, name) + removed)
+    return config
+
+
+def _restored(item: Any, restorer: PromptRestorer) -> Any:
+    # Guidance looks at no token: it runs the model on the last one.
+    return item if isinstance(item, UnbatchedClassifierFreeGuidanceLogitsProcessor) else _Restored(item, restorer)
+
+
+class _RestoredCriteria(StoppingCriteriaList):
+    """`max_length` counts the shortened prompt: the loop compares it with the tokens that it has."""
+
+    def __init__(self, items: Iterable[Any], removed: int) -> None:
+        super().__init__(items)
+        self._removed = removed
+
+    @property
+    def max_length(self) -> int | None:
+        longest = super().max_length
+        return None if longest is None else longest - self._removed
 
 
 class _Restored:
-    """A logits processor or stopping criterion of the caller's, shown the caller's prompt."""
+    """A logits processor or stopping criterion, shown the caller's prompt. It passes for what it wraps."""
 
     def __init__(self, wrapped: Any, restorer: PromptRestorer) -> None:
-        self._wrapped = wrapped
-        self._restorer = restorer
+        def shown(input_ids: Tensor, scores: Any, *args: Any, **kwargs: Any) -> Any:
+            return wrapped(restorer.restore(input_ids), scores, *args, **kwargs)
 
-    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
-        return self._wrapped(self._restorer.restore(input_ids), scores)
+        # The list of processors hands further arguments to those whose `__call__` names them, so ours has that signature.
+        self.__dict__ |= {"_wrapped": wrapped, "__call__": functools.wraps(wrapped.__call__)(shown)}
+
+    @property
+    def __class__(self) -> Any:
+        return type(self._wrapped)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["__call__"](*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_wrapped":  # of a copy that is not made yet
+            raise AttributeError(name)
         return getattr(self._wrapped, name)
 
 
-class _RestoredStreamer:
+class RestoredStreamer:
     """A streamer of the caller's, whose first piece is the caller's prompt."""
 
     def __init__(self, wrapped: Any, restorer: PromptRestorer) -> None:

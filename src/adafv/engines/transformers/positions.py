@@ -11,6 +11,7 @@ sizes of the images, keeps what it needs for the next turn on the model, and wou
 they are worked out from the full prompt, by the stock model's own code, and kept beside the cache.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ from torch import Tensor
 
 from adafv.engines.transformers.cache import contents_of
 from adafv.engines.transformers.conversation import Conversation
+from adafv.engines.transformers.packing import positions_along
 from adafv.engines.transformers.prompt import Compaction
-from adafv.errors import CacheError, PromptError
+from adafv.engines.transformers.releases import cache_of
+from adafv.engines.transformers.settings import setting
+from adafv.errors import CacheError, PromptError, UnsupportedCallError
 from adafv.families import Family
 
 
@@ -29,8 +33,8 @@ def set_linear_positions(
     call: Conversation,
     whole: Compaction,
     compaction: Compaction,
+    stays: Tensor,
     positions: str,
-    whole_conversation: bool,
 ) -> None:
     """Set `position_ids` [B, S'] where the stock model would not come to them by itself.
 
@@ -38,39 +42,77 @@ def set_linear_positions(
         result: the inputs, with whatever the caller gave.
         whole: over the cached columns and the new ones.
         compaction: over the new ones alone.
+        stays: [B, new] bool, which of the new columns are not dropped.
         positions: "compact" or "original".
-        whole_conversation: whether the prompt repeats what is cached.
     """
     given = result.get("position_ids")
-    if given is None and positions == "compact":
+    if not whole.changed or (given is None and positions == "compact"):
         return
     batch, new = call.prompt.tokens.shape
     length = call.prefix.length + new
     if given is None:
         mask = result.get("attention_mask")
         given = torch.arange(length, device=call.device).expand(batch, length)
-        if whole_conversation and isinstance(mask, Tensor) and mask.shape[1] == length:
+        if call.generates and isinstance(mask, Tensor) and mask.shape[1] == length:
             given = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        elif not whole_conversation:
+        elif not call.generates:
             given = given[:, -new:] + family.first_position
     given = given.expand(batch, -1)
     if given.shape[1] not in (length, new):
         raise PromptError(f"position_ids is {list(given.shape)}, but the prompt is [{batch}, {length}]")
     part = whole if given.shape[1] == length else compaction
-    moved = part.take(given, 0)
     if positions == "compact":
-        columns = part.columns.to(moved.device)
-        before = torch.zeros(batch, 1, dtype=torch.long, device=moved.device)
-        if part is compaction and call.prefix.length:
-            before = call.prefix.lost.to(moved.device).unsqueeze(1)
-        # A token's position falls by the number of tokens that its row lost in front of it.
-        first = columns.where(columns >= 0, part.length).amin(1, keepdim=True)
-        lost = columns - first - ((columns >= 0).cumsum(1) - 1)
-        moved = (moved - before - lost).where(columns >= 0, 0)
-    result["position_ids"] = moved
-    if result.get("attention_mask") is None:
+        given = given - _lost_in_front(call, stays, given.shape[1]).to(given.device)
+    given = _from_zero(call, given)
+    result["position_ids"] = _padded(call, part, part.take(given, 0))
+    packed = call.packing is not None and call.packing.apart
+    if packed and positions == "original" and compaction.changed:
+        raise UnsupportedCallError(
+            "positions='original' leaves gaps, which the stock model takes for borders between prompts packed into one row; "
+            "use positions='compact', or one prompt per row with an attention_mask"
+        )
+    if not packed and result.get("attention_mask") is None:
         # Without a mask, stock models take a gap in the positions for the border between prompts packed into one row.
         result["attention_mask"] = torch.ones(batch, length, dtype=torch.long, device=call.device)
+
+
+def needs_guard(model: Any, family: Family, call: Conversation, result: Mapping[str, Any], positions: str) -> bool:
+    """Whether the shorter prompt needs a column of padding so that gaps in its positions are not taken for borders.
+
+    Stock models do take them so where they see no mask, and some drop a mask that masks nothing: flash attention always,
+    `generate` before it runs without a cache.
+    """
+    if positions != "original" or family.rotary_axes or (call.packing is not None and call.packing.apart):
+        return False
+    without_cache = call.generates and setting(model, result, "use_cache") is False
+    return without_cache or "flash" in str(model.config.get_text_config()._attn_implementation)
+
+
+def _lost_in_front(call: Conversation, stays: Tensor, width: int) -> Tensor:
+    """[B, width]: how many tokens were dropped in front of each of the last columns, in the prompt that it belongs to."""
+    dropped = (~stays).long()
+    lost = dropped.cumsum(1) - dropped
+    if call.packing is not None:
+        lost = lost - lost.gather(1, call.packing.starts.to(lost.device))
+    lost = lost + call.prefix.lost.to(lost.device).unsqueeze(1)
+    return torch.nn.functional.pad(lost, (width - lost.shape[1], 0))  # what is cached has its positions
+
+
+def _from_zero(call: Conversation, positions: Tensor) -> Tensor:
+    """Positions of packed prompts after the first one, from 0: so that a border stays one however the first one ends."""
+    if call.packing is None or not call.packing.apart:
+        return positions
+    starts = call.packing.starts.to(positions.device)
+    return positions - positions.gather(1, starts).where(starts > 0, 0)
+
+
+def _padded(call: Conversation, part: Compaction, moved: Tensor) -> Tensor:
+    """Padding that was put in front of packed prompts must be no part of the first one: see `adafv...packing`."""
+    if call.packing is None or not call.packing.apart:
+        return moved
+    padding = part.columns.to(moved.device) < 0
+    first = padding.sum(1, keepdim=True).clamp_max(moved.shape[1] - 1)
+    return moved.where(~padding, moved.gather(1, first) + 1)
 
 
 def set_rotary_positions(
@@ -81,12 +123,15 @@ def set_rotary_positions(
     visuals: dict[str, dict[str, Any]],
     whole: Compaction,
     compaction: Compaction,
+    stays: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Set `position_ids` [R, B, S'] or, for `generate`, [1 + R, B, S'], whose first row counts along the prompt.
+    """Set `position_ids` [R, B, S'] or, for `generate` and where it is given so, [1 + R, B, S'], whose first row counts
+    along the prompt.
 
     Args:
         result: the inputs, not yet shortened.
         visuals: of the images whose placeholders are new.
+        stays: [B, new] bool, which of the new columns are not dropped.
 
     Returns:
         What a cache must remember, each [B]: by how much the next position is above the number of attended tokens, and
@@ -100,7 +145,7 @@ def set_rotary_positions(
         fresh = family.positions(model, call.prompt.tokens.to(call.device), attended.to(call.device), visuals)
         fresh = fresh + (before + delta).to(fresh.device)[None, :, None]
     else:
-        fresh = given[-family.rotary_axes :] if given.dim() == 3 else given.expand(family.rotary_axes, batch, -1)
+        fresh = (given[-family.rotary_axes :] if given.dim() == 3 else given).expand(family.rotary_axes, batch, -1)
         if fresh.shape[-1] not in (call.prefix.length + new, new):
             raise PromptError(
                 f"position_ids is {list(given.shape)}, but the prompt has {call.prefix.length + new} columns"
@@ -113,6 +158,12 @@ def set_rotary_positions(
     if covers_cache:  # what is cached has its positions; these are never read
         part, fresh = whole, torch.cat((fresh.new_zeros(*fresh.shape[:2], call.prefix.length), fresh), dim=-1)
     moved = part.take(fresh.permute(1, 2, 0), 0).permute(2, 0, 1)
+    along = None if call.generates else positions_along(family, given)
+    if along is not None:
+        along = along.expand(batch, -1)
+        along = _from_zero(call, along - _lost_in_front(call, stays, along.shape[1]).to(along.device))
+        along = _padded(call, compaction, compaction.take(along[:, -new:], 0))
+        moved = torch.cat((along[None], moved))
     if call.generates:
         mask = result.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape[1] == part.length:
@@ -130,17 +181,17 @@ def _cached(call: Conversation, result: dict[str, Any]) -> tuple[Tensor, Tensor]
     if not length:
         nothing = torch.zeros(batch, dtype=torch.long)
         return nothing, nothing
-    contents = contents_of(result["past_key_values"])
+    contents = contents_of(cache_of(result))
     if contents is None or contents.position_delta is None or contents.attended is None:
         unknown = call.tokens is None or bool(call.given.is_visual[:, :length].any())
         if unknown:
             raise CacheError(
                 "this cache was filled outside adafv, so the positions of its images are not known; start the conversation "
-                "inside the `with` block, or without past_key_values"
+                "inside the `with` block, or without a cache"
             )
         delta, attended = torch.zeros(batch, dtype=torch.long), torch.full((batch,), length)
     elif length < contents.compaction.length:
-        raise CacheError("a cropped cache cannot be continued with M-RoPE positions; start without past_key_values")
+        raise CacheError("a cropped cache cannot be continued with M-RoPE positions; start without a cache")
     else:
         delta, attended = contents.position_delta, contents.attended + (length - contents.compaction.length)
     mask = result.get("attention_mask")

@@ -36,7 +36,7 @@ def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt
         for token in visual | specials:
             if token >= table.weight.shape[0]:
                 continue  # configs name tokens that the model lacks
-            embedding = table(torch.tensor(token, device=given.device)).to(given.dtype)
+            embedding = table(torch.tensor([[token]], device=given.device))[0, 0].to(given.dtype)
             tokens[(given == embedding).all(-1).cpu()] = token
     mask = inputs.get("attention_mask")
     if mask is None:
@@ -79,11 +79,13 @@ class Compaction:
     """Which columns of a prompt stay, row by row."""
 
     columns: Tensor
-    """[B, S'] long on the device: the column that each new column was; -1 for padding put in."""
+    """[B, S'] long on the device: the column that each new column was; -1 for padding put in. Ascending."""
     length: int
     """S, columns before."""
     changed: bool
     """Whether any row lost a column."""
+    lost: Tensor
+    """[B] long on the host: visual tokens that each row lost; padding does not count."""
 
     @property
     def removed(self) -> int:
@@ -99,54 +101,91 @@ class Compaction:
             padding = padding.unsqueeze(-1)
         return values.gather(1, index).masked_fill(padding, fill)
 
-    @property
-    def lost(self) -> Tensor:
-        """[B] long, tokens that each row lost; padding does not count."""
-        real = self.columns >= 0
-        if self.columns.shape[1] == 0:
-            return real.sum(1)
-        first = self.columns.where(real, self.length).amin(1)
-        last = self.columns.amax(1)
-        return (last - first + 1 - real.sum(1)).clamp_min(0)
+    def give_back(self, values: Tensor, last: int | None = None, *, fill: float | None, repeats: int = 1) -> Tensor:
+        """Values of the new columns -> of the columns before, where the caller looks for them: what `take` took apart.
+
+        Args:
+            values: [B * repeats, L, ...], of the last L new columns (L <= S').
+            last: how many of the last columns before are asked for; None: all S.
+            fill: what stands at columns that were taken out; None: what stands at the column that stayed in front of it,
+                from which the next one that stayed is predicted.
+            repeats: rows of `values` per row of the prompt, one after the other: beams, return sequences.
+
+        Returns:
+            [B * repeats, S or `last`, ...]
+        """
+        width = self.length if last is None else min(last, self.length)
+        columns = self.columns.to(values.device)[:, self.columns.shape[1] - values.shape[1] :]
+        place = columns - (self.length - width)
+        # One column more takes what is not asked for.
+        index = torch.full((len(columns), width + 1), -1, device=values.device)
+        order = torch.arange(values.shape[1], device=values.device).expand_as(place)
+        index = index.scatter(1, place.where(place >= 0, width), order)[:, :width]
+        if fill is None:
+            index = index.cummax(1).values
+        index = index.repeat_interleave(repeats, dim=0)
+        missing = index < 0
+        for _ in range(values.dim() - 2):
+            index, missing = index.unsqueeze(-1), missing.unsqueeze(-1)
+        index = index.clamp_min(0).expand(*index.shape[:2], *values.shape[2:])
+        return values.gather(1, index).masked_fill(missing, float("nan") if fill is None else fill)
 
     def then(self, after: "Compaction") -> "Compaction":
         """Both, side by side: `after` is about the columns that follow these."""
         shifted = after.columns.where(after.columns < 0, after.columns + self.length)
         columns = torch.cat((self.columns.to(shifted.device), shifted), dim=1)
-        return Compaction(columns, self.length + after.length, self.changed or after.changed)
+        return Compaction(
+            columns, self.length + after.length, self.changed or after.changed, self.lost + after.lost
+        )
+
+    def rows(self, index: Tensor) -> "Compaction":
+        """Of other rows: those at `index` ([B'] long on the host), as a cache may be reordered or repeated."""
+        columns = self.columns[index.to(self.columns.device)]
+        return Compaction(columns, self.length, self.changed, self.lost[index])
 
 
 def nothing_removed(batch: int, length: int, device: torch.device | None = None) -> Compaction:
     """The compaction that leaves [batch, length] as it is."""
-    return Compaction(torch.arange(length, device=device).expand(batch, length), length, changed=False)
+    columns = torch.arange(length, device=device).expand(batch, length)
+    return Compaction(columns, length, changed=False, lost=torch.zeros(batch, dtype=torch.long))
 
 
-def compact(attended: Tensor, dropped: list[int], stays: Tensor) -> Compaction:
+def compact(
+    attended: Tensor, dropped: list[int], stays: Tensor, anchored: Tensor | None = None, guard: bool = False
+) -> Compaction:
     """Take out the columns where `stays` is False.
 
-    Rows that lose different numbers of columns are aligned again by their padding: padding is taken away where a row
-    has more than it needs, and put in where it has too little, on the side where the batch has it (left if it has
-    none: generation continues on the right). The new length is as small as the longest row allows, but never smaller
-    than the row that loses most would be, so that prompts padded to a fixed length keep a fixed length.
+    What stands behind the last image of a row keeps its distance from the end of the row, trailing padding included: who
+    reads logits or answers from the end reads the same tokens, and `generate` goes on from the column from which it would
+    have gone on. Rows that lose different numbers of columns are aligned again in front: padding is taken away there where
+    a row has more than it needs, and put in where it has too little. The new length is as small as the longest row allows,
+    but never smaller than the row that loses most would be, so that prompts padded to a fixed length keep a fixed length.
 
     Args:
         attended: [B, S] bool on the host.
         dropped: per row, the number of columns that `stays` takes out; known on the host before `stays` is.
         stays: [B, S] bool on the device.
+        anchored: [B] bool on the host, rows that have an image; the others may lose trailing padding. None: all.
+        guard: whether to leave at least one column of padding in front of every row.
     """
     batch, length = attended.shape
     if not any(dropped):
         return nothing_removed(batch, length, stays.device)
+    lost = torch.tensor(dropped)
     # From the first attended column to the last: what is masked inside that span stays, and stays masked.
-    inside = attended.cumsum(1).bool() & attended.flip(1).cumsum(1).flip(1).bool()
-    new_length = max(int((inside.sum(1) - torch.tensor(dropped)).max()), length - max(dropped))
-    padded_left, padded_right = not inside[:, 0].all(), not inside[:, -1].all()
+    not_before, not_behind = attended.cumsum(1).bool(), attended.flip(1).cumsum(1).flip(1).bool()
+    inside = not_before & not_behind
+    trailing = (not_before & ~not_behind).sum(1)
+    needed = inside.sum(1) - lost
+    fixed = needed + (trailing if anchored is None else trailing * anchored)
+    new_length = max(int(fixed.max()), length - max(dropped)) + guard
+    trailing = trailing.minimum(new_length - guard - needed)
+    behind_by = (~not_behind).cumsum(1)  # 1 at the first column of the trailing padding
+    kept = inside | (not_before & ~not_behind & (behind_by <= trailing.unsqueeze(1)))
 
-    wanted = stays & inside.to(stays.device)
-    place = wanted.cumsum(1) - 1
-    if padded_left or not padded_right:
-        place = place + new_length - wanted.sum(1, keepdim=True)
+    wanted = stays & kept.to(stays.device)
+    place = (wanted.cumsum(1) - 1) + new_length - wanted.sum(1, keepdim=True)
     place = place.masked_fill(~wanted, new_length)  # one column beyond the end takes what is not wanted
     columns = torch.full((batch, new_length + 1), -1, device=stays.device)
     columns = columns.scatter(1, place, torch.arange(length, device=stays.device).expand(batch, length))
-    return Compaction(columns[:, :new_length], length, changed=True)
+    return Compaction(columns[:, :new_length], length, changed=True, lost=lost)

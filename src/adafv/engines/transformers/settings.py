@@ -1,5 +1,6 @@
 """The options, checked."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from adafv.methods import Method, method_named
 from adafv.prompts.text import ChatTemplate, resolve_scope
 
 POSITIONS = ("compact", "original")
+LOGITS = ("prompt", "kept")
 VIDEO_BUDGETS = ("clip", "frame")
 
 
@@ -22,6 +24,7 @@ class Settings:
     scope: str
     template: ChatTemplate | None
     video: str
+    logits: str = "prompt"
 
     @classmethod
     def of(
@@ -32,6 +35,7 @@ class Settings:
         text: str | None = None,
         processor: Any = None,
         video: str = "clip",
+        logits: str = "prompt",
         **parameters: Any,
     ) -> "Settings":
         """Check the options, see `Pruner`."""
@@ -41,9 +45,19 @@ class Settings:
             raise OptionError(f"positions={positions!r}; known are: {', '.join(POSITIONS)}")
         if video not in VIDEO_BUDGETS:
             raise OptionError(f"video={video!r}; known are: {', '.join(VIDEO_BUDGETS)}")
+        if logits not in LOGITS:
+            raise OptionError(f"logits={logits!r}; known are: {', '.join(LOGITS)}")
         if method.published_layout:
             if positions != "compact":
                 raise OptionError("the published variant repeats tokens, so they have no original positions")
             text = "after" if text is None else text
         scope, template = resolve_scope(text, processor)
-        return cls(method, check_keep(keep), positions, scope, template, video)
+        return cls(method, check_keep(keep), positions, scope, template, video, logits)
+
+
+def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
+    """A generation setting, by `generate`'s own precedence: argument, generation_config, the model's default."""
+    for source in (arguments.get(name), getattr(arguments.get("generation_config"), name, None)):
+        if source is not None:
+            return source
+    return getattr(model.generation_config, name, None)

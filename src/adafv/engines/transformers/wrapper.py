@@ -25,15 +25,28 @@ from transformers.utils import ModelOutput
 
 from adafv.engines.transformers.cache import remember
 from adafv.engines.transformers.compress import CompressedInputs, compress_call
+from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
 from adafv.engines.transformers.generation import (
     PromptRestorer,
+    RestoredPrompts,
+    RestoredStreamer,
+    decoding_sees,
     fill_in_mask,
     refuse_mixed_up,
     refuse_unsupported,
     shift_lengths,
 )
+from adafv.engines.transformers.outputs import in_the_callers_columns, logits_asked_for, of_generate
 from adafv.engines.transformers.record import Record, timed
-from adafv.engines.transformers.settings import Settings
+from adafv.engines.transformers.releases import (
+    CACHE_NAMES,
+    cache_of,
+    holds_a_cache,
+    named_for_this_release,
+    returned_cache,
+    warn_if_untested,
+)
+from adafv.engines.transformers.settings import Settings, setting
 from adafv.errors import AlreadyEnabledError, UnsupportedCallError
 from adafv.families.base import family_of, stock_model
 from adafv.methods import Method
@@ -58,6 +71,11 @@ class Pruner:
         processor: the model's processor, to know its chat template.
         video: what `keep` counts in a video: "clip", the tokens over all its frames, which compete with each other; or
             "frame", the tokens of each frame.
+        logits: what `forward` returns logits (and hidden states, and attentions) of: "prompt", the columns of the prompt as
+            given, NaN at those that were dropped, so that code that slices by its own prompt fits; or "kept", the shorter
+            prompt alone, which takes less memory. Where gradients are recorded, a dropped column has the logits of the
+            kept one in front of it, which the next kept token is predicted from: a loss outside the model is then the loss
+            inside it.
         **parameters: of the method, where it is given by name.
 
     Raises:
@@ -73,9 +91,10 @@ class Pruner:
         text: str | None = None,
         processor: Any = None,
         video: str = "clip",
+        logits: str = "prompt",
         **parameters: Any,
     ) -> None:
-        self.settings = Settings.of(method, keep, positions, text, processor, video, **parameters)
+        self.settings = Settings.of(method, keep, positions, text, processor, video, logits, **parameters)
 
     def __call__(self, model: Any) -> "PrunedModel":
         """Prepare `model`; nothing changes until the result is entered (`with`) or `enable` is called.
@@ -94,7 +113,7 @@ class AdaFV(Pruner):
         adafv.last.kept
 
     Args:
-        keep, positions, text, processor, video: see `Pruner`.
+        keep, positions, text, processor, video, logits: see `Pruner`.
         objective: how the geometric mean is maximised: "joint" (optimum by Frank-Wolfe, with a certificate) or "split"
             (the paper's search).
         variant: "corrected", or "published" for the published code to the letter, bugs and token layout included; then
@@ -111,6 +130,7 @@ class AdaFV(Pruner):
         text: str | None = None,
         processor: Any = None,
         video: str = "clip",
+        logits: str = "prompt",
     ) -> None:
         super().__init__(
             "adafv",
@@ -119,6 +139,7 @@ class AdaFV(Pruner):
             text=text,
             processor=processor,
             video=video,
+            logits=logits,
             objective=objective,
             variant=variant,
         )
@@ -128,6 +149,7 @@ class PrunedModel:
     """A model and how it is pruned; a context manager, or switched by `enable` and `disable`."""
 
     def __init__(self, model: Any, settings: Settings) -> None:
+        warn_if_untested()
         self.model = stock_model(model)
         self.settings = settings
         self.family = family_of(self.model)
@@ -157,7 +179,7 @@ class PrunedModel:
                     "call disable() on what enable() returned"
                 )
             stock_class: Any = type(self.model)
-            self._stock = _blank(stock_class)
+            self._stock = _blank(_inner_class(stock_class))
             object.__setattr__(self._stock, "__dict__", self.model.__dict__)
             self.model.__dict__[_HANDLE] = self
             self.model.__class__ = _wrapped_class(stock_class)
@@ -167,7 +189,7 @@ class PrunedModel:
         """Make the model exactly what it was. Does nothing where it is not enabled."""
         with _enabling:
             if self.enabled:
-                self.model.__class__ = type(self._stock)
+                self.model.__class__ = type(self.model).__mro__[1]
                 del self.model.__dict__[_HANDLE]
 
     def __enter__(self) -> "PrunedModel":
@@ -195,28 +217,38 @@ class PrunedModel:
         both = "inputs" in arguments and "input_ids" in arguments  # an error, which is for the stock model to raise
         if both or not self._concerned(arguments):
             return stock.generate(*args, **kwargs)
+        arguments = named_for_this_release(arguments)
         if "inputs" in arguments:
             arguments["input_ids"] = arguments.pop("inputs")
         refuse_unsupported(self.model, self.family, arguments)
-        fill_in_mask(self.model, arguments)
-        with torch.no_grad():
-            call = compress_call(stock, self.family, self.settings, arguments, whole_conversation=True)
-        refuse_mixed_up(self.model, call)
-        prompt = arguments.get("input_ids")
         restorer = None
-        if call.contents is not None:
-            if prompt is not None and prompt.shape[1] > 0:
-                restorer = PromptRestorer(prompt, call["input_ids"].shape[1])
-                restorer.apply(call)
-            name = "inputs_embeds" if restorer is None else "input_ids"
-            shift_lengths(self.model, call, arguments[name].shape[1], call[name].shape[1])
-        output = self._run(call, stock.generate)
-        if restorer is not None:
-            if isinstance(output, ModelOutput):
-                output.sequences = restorer.restore(output.sequences)
-            else:
-                output = restorer.restore(output)
-        self._remember(call, output, arguments.get("past_key_values"))
+        with host_by_default(), torch.no_grad():
+            fill_in_mask(self.model, arguments)
+            with sharded_parts_ready(self.model):
+                call = compress_call(stock, self.family, self.settings, arguments, whole_conversation=True)
+            refuse_mixed_up(self.model, call)
+            prompt = arguments.get("input_ids")
+            if call.contents is not None:
+                if prompt is not None and prompt.shape[1] > 0:
+                    restorer = PromptRestorer(prompt, call["input_ids"])
+                    if call.get("streamer") is not None:
+                        call["streamer"] = RestoredStreamer(call["streamer"], restorer)
+                name = "inputs_embeds" if restorer is None else "input_ids"
+                shift_lengths(self.model, call, arguments[name].shape[1], call[name].shape[1])
+        with decoding_sees(restorer):
+            output = self._run(call, stock.generate)
+        with host_by_default(), torch.no_grad():
+            own_loop = arguments.get("custom_generate") is not None
+            if restorer is not None:
+                restore = restorer.restore_if_there if own_loop else restorer.restore
+                if isinstance(output, ModelOutput) and getattr(output, "sequences", None) is not None:
+                    output.sequences = restore(output.sequences)
+                elif isinstance(output, torch.Tensor):
+                    output = restore(output)
+            if self.settings.logits == "prompt" and call.contents is not None and isinstance(output, ModelOutput):
+                of_generate(output, call)
+            one_answer = not own_loop and (setting(self.model, arguments, "num_beams") or 1) == 1
+            self._remember(call, output, cache_of(arguments), one_answer)
         return output
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -224,14 +256,34 @@ class PrunedModel:
         arguments = _by_name(stock.forward, args, kwargs)
         if not self._concerned(arguments):
             return stock.forward(*args, **kwargs)
-        call = compress_call(stock, self.family, self.settings, arguments, whole_conversation=False)
-        output = self._run(call, stock.forward)
-        self._remember(call, output, arguments.get("past_key_values"))
-        return output
+        arguments = named_for_this_release(arguments)
+        with host_by_default(), sharded_parts_ready(self.model):
+            call = compress_call(stock, self.family, self.settings, arguments, whole_conversation=False)
+        if call.contents is None:
+            return self._run(call, stock.forward)
+        # A tuple says neither where the cache is in it nor where the logits are.
+        as_tuple = not call.pop("return_dict", getattr(self.model.config, "return_dict", True))
+        asked = logits_asked_for(call, self.settings)
+        output = self._run(call, functools.partial(stock.forward, return_dict=True))
+        with host_by_default():
+            if self.settings.logits == "prompt" and call.compaction.changed:
+                in_the_callers_columns(output, call, asked)
+            self._remember(call, output, cache_of(arguments), one_answer=True)
+        return output.to_tuple() if as_tuple else output
 
     def _concerned(self, arguments: dict[str, Any]) -> bool:
-        """Whether a call has images or continues a cache; text alone goes straight to the stock model."""
-        names = {"past_key_values", "pixel_values_videos", self.family.images[0], *self.family.other_names}
+        """Whether a call has images or continues a cache; text alone goes straight to the stock model.
+
+        Raises:
+            UnsupportedCallError: a cache under a name that is not known; what it holds would not be looked at.
+        """
+        for name, value in arguments.items():
+            if name not in CACHE_NAMES and holds_a_cache(value):
+                raise UnsupportedCallError(
+                    f"{name} holds a key/value cache, but adafv knows it as {' or '.join(CACHE_NAMES)} alone, and would not "
+                    "see which tokens it lacks; pass it under one of these names"
+                )
+        names = {*CACHE_NAMES, "pixel_values_videos", self.family.images[0], *self.family.other_names}
         return any(arguments.get(name) is not None for name in names)
 
     def _run(self, call: CompressedInputs, function: Callable[..., Any]) -> Any:
@@ -242,16 +294,21 @@ class PrunedModel:
         with timed(record.seconds, "model"):
             return function(**call)
 
-    def _remember(self, call: CompressedInputs, output: Any, given_cache: Any) -> None:
+    def _remember(self, call: CompressedInputs, output: Any, given_cache: Any, one_answer: bool) -> None:
+        """Write on the cache what it holds.
+
+        Args:
+            one_answer: whether the rows of the cache hold what the sequences say. With beams they do not.
+        """
         contents = call.contents
         if contents is None:
             return
         sequences = getattr(output, "sequences", output if isinstance(output, torch.Tensor) else None)
         tokens = contents.tokens
-        if sequences is not None and tokens is not None and sequences.shape[0] == tokens.shape[0]:
-            tokens = sequences.cpu() if sequences.shape[1] > tokens.shape[1] else tokens  # with the answer
-        contents = replace(contents, tokens=tokens)
-        for cache in (given_cache, getattr(output, "past_key_values", None)):
+        if one_answer and sequences is not None and tokens is not None and sequences.shape[1] > tokens.shape[1]:
+            contents = contents.rows(torch.arange(len(tokens)).repeat_interleave(len(sequences) // len(tokens)))
+            contents = replace(contents, tokens=sequences.cpu())  # with the answer
+        for cache in (given_cache, returned_cache(output)):
             remember(cache, contents)
 
 
@@ -259,8 +316,8 @@ _enabling = threading.Lock()
 
 
 def _blank(cls: Any) -> Any:
-    """An object of a class, without running its constructor."""
-    return cls.__new__(cls)
+    """An object of a class, without running its constructor (FSDP2 runs it in `__new__`)."""
+    return object.__new__(cls)
 
 
 def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -323,5 +380,17 @@ def _wrapped_class(stock_class: Any) -> Any:
         return stock.__reduce_ex__(1)  # from protocol 2 on, pickle insists on the class of the very object
 
     names = {**{name: _Entry(stock_class, name) for name in ("generate", "forward")}, "__reduce_ex__": reduce}
+    return _derived((stock_class,), names)
+
+
+@functools.cache
+def _inner_class(stock_class: Any) -> Any:
+    """The class of the object on which the stock methods are called: `stock_class`, whose decoding sees whole prompts."""
+    return _derived((RestoredPrompts, stock_class), {})
+
+
+def _derived(bases: tuple[Any, ...], names: dict[str, Any]) -> Any:
+    """A class that passes for its last base."""
+    stock_class = bases[-1]
     identity = {name: getattr(stock_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(stock_class.__name__, (stock_class,), {**names, **identity})
+    return type(stock_class.__name__, bases, {**names, **identity})
