@@ -68,6 +68,20 @@ def kept_logits(logits: Tensor, mask: Tensor) -> list[Tensor]:
     return [row[attended.bool()] for row, attended in zip(logits, mask, strict=True)]
 
 
+def same_logits(
+    pruned: Tensor, expected: Tensor, given: Tensor, keep_mask: Tensor, atol: float = 2e-5, rtol: float = 2e-5
+) -> None:
+    """Logits in the caller's columns: as the masked stock model's at every kept token, NaN at every dropped one.
+
+    Args:
+        given: [B, S], the attention mask of the caller.
+    """
+    assert pruned.shape == expected.shape
+    kept, dropped = given.bool() & keep_mask, given.bool() & ~keep_mask
+    assert pruned[dropped].isnan().all()
+    torch.testing.assert_close(pruned[kept], expected[kept], atol=atol, rtol=rtol)
+
+
 VISUAL_INPUTS = (
     "pixel_values",
     "high_res_pixel_values",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, IMAGE, FamilyRow, make_inputs
-from oracle import kept_logits, masked_inputs
+from oracle import masked_inputs, same_logits
 from shortened import shortened_by_hand
 from test_wrapper import state
 from torch import Tensor
@@ -50,12 +50,10 @@ def lora(adapter: str, task: str | None = None, seed: int = 0) -> Any:
     return peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, task_type=task, **ADAPTERS[adapter])
 
 
-def assert_oracle(model: Any, call: dict[str, Any], inputs: dict[str, Any], logits: Tensor, keep_mask: Tensor) -> None:
+def assert_oracle(model: Any, inputs: dict[str, Any], logits: Tensor, keep_mask: Tensor) -> None:
     """`logits` are those of `model` on the whole prompt with the dropped tokens masked."""
     oracle = masked_inputs(inputs, keep_mask)
-    theirs = kept_logits(model(**oracle).logits, oracle["attention_mask"])
-    for one, two in zip(kept_logits(logits, call["attention_mask"]), theirs, strict=True):
-        torch.testing.assert_close(one, two, **TOLERANCE)
+    same_logits(logits, model(**oracle).logits, inputs["attention_mask"], keep_mask, **TOLERANCE)
 
 
 @rows
@@ -161,10 +159,9 @@ def test_switching_adapters_inside_the_block(row: FamilyRow) -> None:
                     logits = model(**inputs).logits
             last = adafv.last
             if adapter == "none":
-                call = compress(plain, inputs, keep=KEEP)
-                assert_oracle(plain, call, inputs, logits, last.keep_mask)
+                assert_oracle(plain, inputs, logits, last.keep_mask)
             else:
-                assert_oracle(model, compress(stock_model, inputs, keep=KEEP), inputs, logits, last.keep_mask)
+                assert_oracle(model, inputs, logits, last.keep_mask)
             assert torch.equal(last.keep_mask, kept.setdefault(adapter, last.keep_mask))
     assert not torch.equal(kept["default"], kept["other"])
     assert not torch.equal(kept["default"], kept["none"])
@@ -268,7 +265,7 @@ def test_the_peft_model_itself_can_be_wrapped() -> None:
     with torch.no_grad(), AdaFV(keep=KEEP)(model) as adafv:
         outside = model(**inputs).logits
     assert adafv.last.tokens_after[0] < adafv.last.tokens_before[0]
-    assert torch.equal(inside, outside)
+    torch.testing.assert_close(inside, outside, atol=0, rtol=0, equal_nan=True)
     short = compress(model, inputs, keep=KEEP)
     with torch.no_grad():
-        assert torch.equal(model(**short).logits, inside)
+        assert torch.equal(model(**short).logits[:, -1], inside[:, -1])

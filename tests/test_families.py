@@ -195,7 +195,7 @@ def test_published_features_are_what_the_indices_say() -> None:
 
     model = llava()
     inputs = make_inputs(DEEP[0], model, [1])
-    with torch.no_grad(), AdaFV(keep=9, variant="published")(model) as adafv:
+    with torch.no_grad(), AdaFV(keep=9, variant="published", logits="kept")(model) as adafv:
         pruned = model(**inputs).logits
     kept = adafv.last.kept[0]
     assert len(kept) == 8

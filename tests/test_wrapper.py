@@ -76,7 +76,7 @@ def test_permanent_use(model: Any, family: FamilyRow) -> None:
     inputs = make_inputs(family, model, [1])
     stock = model(**inputs).logits
     adafv = AdaFV(keep=0.3)(model).enable()
-    assert model(**inputs).logits.shape[1] < stock.shape[1]
+    assert model(**inputs).logits.isnan().any()
     adafv.disable()
     adafv.disable()  # no harm
     assert torch.equal(model(**inputs).logits, stock)
@@ -116,7 +116,7 @@ def test_copies_are_unwrapped(family: FamilyRow, how: Any) -> None:
         with AdaFV(keep=0.5)(twin) as adafv:
             twin.generate(**inputs, **GREEDY)
         assert adafv.last is not None
-        assert model(**inputs).logits.shape[1] < inputs["input_ids"].shape[1]
+        assert model(**inputs).logits.isnan().any()
 
 
 def test_replicas_are_refused(family: FamilyRow, model: Any) -> None:
