@@ -9,7 +9,7 @@ from models import BEGIN, FAMILIES, PATCH, FamilyRow, make_inputs, noise, words
 from oracle import kept_logits
 from rows.qwen2_5_omni import AUDIO, AUDIO_END, AUDIO_START, MELS
 
-from adafv import AdaFV, compress
+from adafv import AdaFV
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
 
 ROWS = [row for row in FAMILIES if row.name in ("qwen2.5-omni", "qwen3-omni")]

@@ -87,6 +87,8 @@ class Family(ABC):
     model reads from `token_type_ids` which do."""
     chunked_prefill: ClassVar[bool] = True
     """Whether the stock model takes encoded images in chunked prefill."""
+    packed_rows: ClassVar[bool] = True
+    """Whether the stock model keeps prompts packed into one row apart."""
     first_position: ClassVar[int] = 0
     """What `forward` counts positions from where it is given none."""
     prompt: ClassVar[str] = "USER: {image}\n{question} ASSISTANT:"

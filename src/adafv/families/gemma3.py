@@ -35,6 +35,7 @@ class Gemma3(Family):
     saliency = "received"
     as_tensor = ("image",)
     looks_ahead = True
+    packed_rows = False  # its sliding layers find the tokens of an image by positions, which start again
     limits = "refuses chunked prefill, and new images behind a static cache"
 
     def check(self, model: Any) -> None:

@@ -23,6 +23,7 @@ from adafv.families.towers import patch_grid
 class PaliGemma(Gemma3):
     name = "PaliGemma"
     model_classes = ("PaliGemmaForConditionalGeneration",)
+    packed_rows = True  # it has no sliding layers that look ahead
     first_position = 1
     prompt = "{image}{question}"
     limits = (
@@ -56,6 +57,4 @@ class PaliGemma(Gemma3):
 
 def _is_static(model: Any, inputs: Mapping[str, Any], cache: Any) -> bool:
     given, config = inputs.get("cache_implementation"), inputs.get("generation_config") or model.generation_config
-    return "static" in str(given or config.cache_implementation) or bool(
-        getattr(cache, "is_compileable", False)
-    )
+    return "static" in str(given or config.cache_implementation) or bool(getattr(cache, "is_compileable", False))

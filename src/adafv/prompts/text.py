@@ -103,11 +103,13 @@ def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatT
     row, (first, last) = image.row, image.span
     countable = prompt.attended[row] & ~prompt.is_visual[row]
     column = torch.arange(prompt.length)
+    own = torch.ones_like(countable) if prompt.segments is None else prompt.segments[row] == prompt.segments[row, first]
+    countable &= own
     countable &= (column < first) | (column > last)  # the times between the frames of a video are nobody's words
     if scope == "after":
         counts = countable & (column > last)
     else:
-        ends = prompt.turn_ends[row].nonzero().flatten()
+        ends = (prompt.turn_ends[row] & own).nonzero().flatten()
         turn = (
             int(ends[ends < first].max()) + 1 if (ends < first).any() else 0,
             int(ends[ends > last].min()) if (ends > last).any() else prompt.length,

@@ -55,7 +55,8 @@ def remember(cache: Any, contents: CacheContents) -> None:
         return
     setattr(cache, _ATTRIBUTE, _for_rows(contents, _rows_held(cache)))
     if not isinstance(cache, _Followed):
-        cache.__class__ = _followed_class(type(cache))
+        stock_class: Any = type(cache)
+        cache.__class__ = _followed_class(stock_class)
 
 
 def forget(cache: Any) -> None:

@@ -164,6 +164,11 @@ def compress_call(
                     "method, or scale the images before the processor"
                 )
             keeps[i] = settings.method.budget(keeps[i], image.layout)
+    if any(pruned) and call.packing is not None and call.packing.apart and not family.packed_rows:
+        raise UnsupportedCallError(
+            f"stock transformers mixes up the images of prompts packed into one row with {family.name}; give one prompt per "
+            "row"
+        )
     if any(pruned) or call.prefix.changed:
         refuse_unknown_columns(result, (call.prompt.length, call.prefix.length + call.prompt.length))
     texts: list[Tensor | None] = [None] * len(placed)

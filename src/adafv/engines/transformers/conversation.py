@@ -58,7 +58,7 @@ class Conversation:
             else:
                 tokens = None
         packing = None
-        if not prefix.length and not generates:
+        if not prefix.length:
             packing = read_packing(model, family, inputs, read.attended)
             if packing is not None:
                 whole = read = replace(read, segments=packing.segments)

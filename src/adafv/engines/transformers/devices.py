@@ -31,14 +31,15 @@ def sharded_parts_ready(model: Any) -> Iterator[None]:
             those of the projector come later where the part is not the whole model.
     """
     base = model.model
-    around = [part for part in (model, base, getattr(base, "language_model", None)) if _is_sharded(part)]
+    around: list[Any] = [part for part in (model, base, getattr(base, "language_model", None)) if _is_sharded(part)]
     if around:
         if base in around and torch.is_grad_enabled() and any(p.requires_grad for p in base.parameters()):
             raise UnsupportedCallError(
                 "with the base model sharded by fully_shard on its own, gradients of the projector would be lost; shard the "
                 "layers, the tower and the whole model instead, not model.model, or run under torch.no_grad()"
             )
-        around[0]._get_fsdp_state()._lazy_init()  # else the tower, called first, would take itself for the root
+        root: Any = around[0]
+        root._get_fsdp_state()._lazy_init()  # else the tower, called first, would take itself for the root
         for part in around:
             part.unshard()
     yield
@@ -47,4 +48,3 @@ def sharded_parts_ready(model: Any) -> Iterator[None]:
 def _is_sharded(module: Any) -> bool:
     """Whether `fully_shard` was called on this very module."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
-

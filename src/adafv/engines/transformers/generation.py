@@ -122,11 +122,13 @@ class PromptRestorer:
     Args:
         original: [B, S] long, the prompt as given.
         shortened: [B, S'] long, the prompt that the model saw.
+        mask: [B, S], the caller's attention mask, where there is one.
     """
 
-    def __init__(self, original: Tensor, shortened: Tensor) -> None:
+    def __init__(self, original: Tensor, shortened: Tensor, mask: Tensor | None) -> None:
         self.original = original
         self.shortened = shortened
+        self.mask = mask
 
     @property
     def removed(self) -> int:
@@ -190,6 +192,11 @@ class RestoredPrompts:
         given["input_ids_seq_length"] = restorer.original.shape[1]
         if isinstance(given.get("encoder_input_ids"), Tensor) and given["encoder_input_ids"].dim() == 2:
             given["encoder_input_ids"] = restorer.original.to(given["encoder_input_ids"].device)
+        if given.get("model_kwargs"):  # where a penalty reads off the mask which tokens are padding
+            config, mask = given["generation_config"], restorer.mask
+            if mask is not None:
+                mask = mask.repeat_interleave(max(config.num_beams or 1, config.num_return_sequences or 1), dim=0)
+            given["model_kwargs"] = {**given["model_kwargs"], "attention_mask": mask}
         return LogitsProcessorList(_restored(item, restorer) for item in stock(**given))
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
@@ -241,7 +248,7 @@ class _Restored:
         self.__dict__ |= {"_wrapped": wrapped, "__call__": functools.wraps(wrapped.__call__)(shown)}
 
     @property
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # type: ignore[misc]
         return type(self._wrapped)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -94,6 +94,6 @@ def _attention(values: Tensor | None, call: CompressedInputs) -> Tensor | None:
 
 def _unknown(what: str, values: Tensor) -> UnsupportedCallError:
     return UnsupportedCallError(
-        f"{what} of shape {list(values.shape)} cannot be told apart by the columns of the prompt, as with a static cache or a "
-        "sliding window; use logits='kept' to have them as they are"
+        f"{what} of shape {list(values.shape)} cannot be told apart by the columns of the prompt, as with a static "
+        "cache or a sliding window; use logits='kept' to have them as they are"
     )

@@ -48,7 +48,7 @@ class Packing:
 
 
 def read_packing(model: Any, family: Family, inputs: Mapping[str, Any], attended: Tensor) -> Packing | None:
-    """The packed prompts of a call of `forward` without cached tokens; None where every row is one prompt.
+    """The packed prompts of a call without cached tokens; None where every row is one prompt.
 
     Args:
         attended: [B, S] bool on the host.
@@ -100,6 +100,8 @@ def positions_along(family: Family, positions: Any) -> Tensor | None:
 def _makes_a_cache(model: Any, inputs: Mapping[str, Any]) -> bool:
     """Whether `forward` will make a cache, as `use_cache`, the config and gradient checkpointing say."""
     use = inputs.get("use_cache")
+    if use is None:
+        use = getattr(inputs.get("generation_config"), "use_cache", None)
     if use is None:
         use = getattr(model.config.get_text_config(), "use_cache", None)
     checkpointing = model.training and torch.is_grad_enabled()

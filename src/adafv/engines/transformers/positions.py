@@ -158,13 +158,13 @@ def set_rotary_positions(
     if covers_cache:  # what is cached has its positions; these are never read
         part, fresh = whole, torch.cat((fresh.new_zeros(*fresh.shape[:2], call.prefix.length), fresh), dim=-1)
     moved = part.take(fresh.permute(1, 2, 0), 0).permute(2, 0, 1)
-    along = None if call.generates else positions_along(family, given)
+    along = None if call.prefix.length and call.generates else positions_along(family, given)
     if along is not None:
         along = along.expand(batch, -1)
         along = _from_zero(call, along - _lost_in_front(call, stays, along.shape[1]).to(along.device))
         along = _padded(call, compaction, compaction.take(along[:, -new:], 0))
         moved = torch.cat((along[None], moved))
-    if call.generates:
+    elif call.generates:
         mask = result.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape[1] == part.length:
             along = (part.take(mask.long(), 0).cumsum(-1) - 1).clamp_min(0)

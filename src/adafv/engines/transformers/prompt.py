@@ -108,7 +108,7 @@ class Compaction:
             values: [B * repeats, L, ...], of the last L new columns (L <= S').
             last: how many of the last columns before are asked for; None: all S.
             fill: what stands at columns that were taken out; None: what stands at the column that stayed in front of it,
-                from which the next one that stayed is predicted.
+                from which the next one that stayed is predicted, and 0 where none did.
             repeats: rows of `values` per row of the prompt, one after the other: beams, return sequences.
 
         Returns:
@@ -128,15 +128,13 @@ class Compaction:
         for _ in range(values.dim() - 2):
             index, missing = index.unsqueeze(-1), missing.unsqueeze(-1)
         index = index.clamp_min(0).expand(*index.shape[:2], *values.shape[2:])
-        return values.gather(1, index).masked_fill(missing, float("nan") if fill is None else fill)
+        return values.gather(1, index).masked_fill(missing, 0.0 if fill is None else fill)
 
     def then(self, after: "Compaction") -> "Compaction":
         """Both, side by side: `after` is about the columns that follow these."""
         shifted = after.columns.where(after.columns < 0, after.columns + self.length)
         columns = torch.cat((self.columns.to(shifted.device), shifted), dim=1)
-        return Compaction(
-            columns, self.length + after.length, self.changed or after.changed, self.lost + after.lost
-        )
+        return Compaction(columns, self.length + after.length, self.changed or after.changed, self.lost + after.lost)
 
     def rows(self, index: Tensor) -> "Compaction":
         """Of other rows: those at `index` ([B'] long on the host), as a cache may be reordered or repeated."""

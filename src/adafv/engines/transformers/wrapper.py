@@ -230,7 +230,7 @@ class PrunedModel:
             prompt = arguments.get("input_ids")
             if call.contents is not None:
                 if prompt is not None and prompt.shape[1] > 0:
-                    restorer = PromptRestorer(prompt, call["input_ids"])
+                    restorer = PromptRestorer(prompt, call["input_ids"], arguments.get("attention_mask"))
                     if call.get("streamer") is not None:
                         call["streamer"] = RestoredStreamer(call["streamer"], restorer)
                 name = "inputs_embeds" if restorer is None else "input_ids"
