@@ -8,6 +8,7 @@ side, and look at the last columns.
 import contextlib
 import copy
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ def packed(row: FamilyRow, model: Any, batch: dict[str, Any], rows: list[list[in
 
 
 def two_rows_of_one_length(row: FamilyRow, model: Any) -> tuple[dict[str, Any], list[list[int]]]:
-    """Four prompts; the two with images make one row, and one more with an image makes a row with a text as long as needed."""
+    """Two prompts with images make one row; another with an image makes one with a text as long as needed."""
     batch = make_inputs(row, model, [1, 1, 1], seed=2)
     lengths = batch["attention_mask"].sum(1).tolist()
     rest = lengths[0] + lengths[1] - lengths[2]
@@ -116,7 +117,7 @@ def test_borders_of_packed_prompts_move_with_them(any_family: FamilyRow, any_mod
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         assert short[name].tolist() == expected
         assert short[name].dtype == torch.int32
-    longest = max(b - a for a, b in zip(expected, expected[1:], strict=False))
+    longest = max(end - start for start, end in pairwise(expected))
     assert short["max_length_q"] == short["max_length_k"] == longest
     assert short["input_ids"].shape[1] == expected[-1]
     del inputs["position_ids"]
@@ -299,7 +300,9 @@ def test_several_answers_continued(any_family: FamilyRow, any_model: Any, how: s
         kept = torch.nn.functional.pad(keep[[place, place]], (0, more), value=True)
         kept[other] = both_mask[other].bool()
         oracle = masked_inputs(whole, kept, row=row, model=model, generates=True)
-        expected.append(model.generate(**oracle, **{**DECODED, "max_new_tokens": 1, "min_new_tokens": 1}).logits[0][prompt])
+        expected.append(
+            model.generate(**oracle, **{**DECODED, "max_new_tokens": 1, "min_new_tokens": 1}).logits[0][prompt]
+        )
     torch.testing.assert_close(two.logits[0], torch.stack(expected), **TOLERANCE)
 
 

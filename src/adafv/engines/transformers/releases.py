@@ -75,7 +75,13 @@ def returned_cache(output: Any) -> Any:
 
 
 def holds_a_cache(value: Any) -> bool:
-    """Whether an argument is, or contains, a key/value cache."""
+    """Whether an argument is, or contains, a key/value cache: an object of transformers, or tensors by layer, as of old."""
     if hasattr(value, "get_seq_length"):
         return True
-    return isinstance(value, (list, tuple)) and any(holds_a_cache(item) for item in value)
+    if not isinstance(value, (list, tuple)):
+        return False
+    return any(holds_a_cache(item) or _is_layer(item) for item in value)
+
+
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 1 and all(getattr(part, "ndim", 0) == 4 for part in value)
