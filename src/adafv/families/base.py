@@ -229,11 +229,11 @@ def family_of(model: Any) -> Family:
         UnsupportedModelError: no family knows the model's class, or the family refuses the checkpoint.
     """
     names = {cls.__name__ for cls in type(model).__mro__}
-    tower = type(getattr(getattr(model, "model", None), "vision_tower", None)).__name__
+    towers = {cls.__name__ for cls in type(getattr(getattr(model, "model", None), "vision_tower", None)).__mro__}
     matching = [
         family
         for family in known_families()
-        if names.intersection(family.model_classes) and family.tower in ("", tower)
+        if names.intersection(family.model_classes) and family.tower in {"", *towers}
     ]
     if matching:
         family = max(matching, key=lambda family: len(family.tower))

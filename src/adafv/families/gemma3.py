@@ -27,6 +27,10 @@ READS_TYPES_FROM_THE_BEGINNING = Version(transformers.__version__).release >= (5
 """Whether `generate` hands over the `token_type_ids` of cached tokens too. They are looked up by place in the sequence;
 older releases hand over those of the new tokens alone, which are then taken for the cached ones."""
 
+MIXES_UP_PACKED_IMAGES = Version(transformers.__version__).release >= (5, 23)
+"""Whether layers with a sliding window find the tokens of an image by positions, which start again at every packed prompt:
+then tokens of one prompt look ahead where an image of another stands."""
+
 
 class Gemma3(Family):
     name = "Gemma 3"
@@ -35,7 +39,7 @@ class Gemma3(Family):
     saliency = "received"
     as_tensor = ("image",)
     looks_ahead = True
-    packed_rows = False  # its sliding layers find the tokens of an image by positions, which start again
+    packed_rows = not MIXES_UP_PACKED_IMAGES
     limits = "refuses chunked prefill, and new images behind a static cache"
 
     def check(self, model: Any) -> None:

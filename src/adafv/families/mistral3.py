@@ -46,7 +46,7 @@ class Mistral3(Family):
 
     def check(self, model: Any) -> None:
         tower = uncompiled(getattr(model.model, self.tower_name))
-        if type(tower).__name__ != "PixtralVisionModel":
+        if all(cls.__name__ != "PixtralVisionModel" for cls in type(tower).__mro__):
             raise UnsupportedModelError(
                 f"the vision tower {type(tower).__name__} is not supported in {type(model).__name__}; supported is "
                 "PixtralVisionModel"

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from adafv.core import ImageLayout
@@ -19,11 +21,14 @@ from adafv.families.base import Run
 from adafv.families.gemma3 import Gemma3
 from adafv.families.towers import patch_grid
 
+KEEPS_PACKED_PROMPTS_APART = Version(transformers.__version__).release >= (5, 24)
+"""Older releases let packed prompts look at each other, as all of a prompt may."""
+
 
 class PaliGemma(Gemma3):
     name = "PaliGemma"
     model_classes = ("PaliGemmaForConditionalGeneration",)
-    packed_rows = True  # it has no sliding layers that look ahead
+    packed_rows = KEEPS_PACKED_PROMPTS_APART
     first_position = 1
     prompt = "{image}{question}"
     limits = (

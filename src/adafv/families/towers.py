@@ -82,14 +82,25 @@ TOWERS = {
 """Towers of one crop after the other, whose attention goes through transformers' attention interface."""
 
 
+def shape_of(tower: nn.Module) -> TowerShape:
+    """Where this tower keeps its layers, also where FSDP2 has given it a class of its own.
+
+    Raises:
+        UnsupportedModelError: it is none of `TOWERS`.
+    """
+    for cls in type(uncompiled(tower)).__mro__:
+        if cls.__name__ in TOWERS:
+            return TOWERS[cls.__name__]
+    raise UnsupportedModelError(
+        f"the vision tower {type(tower).__name__} is not supported; supported are: {', '.join(TOWERS)}"
+    )
+
+
 def check_tower(tower: nn.Module, feature_layers: int | list[int], strategy: str) -> None:
     """Raise UnsupportedModelError unless the saliency of this tower can be read and its tokens are its patches."""
     tower = uncompiled(tower)
-    if type(tower).__name__ not in TOWERS:
-        raise UnsupportedModelError(
-            f"the vision tower {type(tower).__name__} is not supported; supported are: {', '.join(TOWERS)}"
-        )
-    expected = TOWERS[type(tower).__name__].strategy
+    shape = shape_of(tower)
+    expected = shape.strategy
     if strategy != expected:
         consequence = (
             "passes [CLS] to the language model as a visual token"
@@ -100,7 +111,7 @@ def check_tower(tower: nn.Module, feature_layers: int | list[int], strategy: str
             f"vision_feature_select_strategy={strategy!r} {consequence}; only {expected!r} is supported with "
             f"{type(tower).__name__}"
         )
-    _read_layers(feature_layers, len(list(tower.get_submodule(TOWERS[type(tower).__name__].layers).children())))
+    _read_layers(feature_layers, len(list(tower.get_submodule(shape.layers).children())))
 
 
 class Tap:
@@ -145,7 +156,7 @@ class TappedTower:
         self, tower: nn.Module, feature_layers: int | list[int], saliency: bool, shape: TowerShape | None = None
     ) -> None:
         tower = uncompiled(tower)
-        shape = TOWERS[type(tower).__name__] if shape is None else shape
+        shape = shape_of(tower) if shape is None else shape
         layers: list[Any] = list(tower.get_submodule(shape.layers).children())
         self._states: list[Tensor | None] = [None] * (len(layers) + 1)
         self._tapped: _TappedLayer | None = None
@@ -161,6 +172,12 @@ class TappedTower:
             layers[index - 1] = twin_of(layers[index - 1])
             layers[index - 1].register_forward_hook(self._record(index))
         self._twin = _with(tower, shape.layers.split("."), nn.ModuleList(layers))
+        self._twin.register_forward_hook(self._hand_out, prepend=True)
+
+    def _hand_out(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Let the tower return the states that are read: FSDP2 gathers its weights again when their gradients arrive."""
+        output.hidden_states = tuple(state for state in self._states if state is not None)
+        return output
 
     def _record(self, index: int) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, output: Any) -> None:

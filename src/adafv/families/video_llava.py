@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from adafv.core import ImageLayout
 from adafv.families.base import Encoded, Run
 from adafv.families.llava import Llava
-from adafv.families.towers import TOWERS, TappedTower, check_tower, patch_grid, scale_down, uncompiled, with_tower
+from adafv.families.towers import TappedTower, check_tower, patch_grid, scale_down, shape_of, with_tower
 
 
 class VideoLlava(Llava):
@@ -97,4 +97,4 @@ class VideoLlava(Llava):
 
 def _leading(tower: Any) -> int:
     """Tokens in front of the patches of a frame: [CLS], if the tower has one."""
-    return int(TOWERS[type(uncompiled(tower)).__name__].has_class_token)
+    return int(shape_of(tower).has_class_token)

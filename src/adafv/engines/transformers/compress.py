@@ -95,7 +95,8 @@ def compress(
 
     `generate` then returns the shorter prompt before the answer; `AdaFV` gives the caller's own prompt back, and sees to
     lengths, streamers and the next turn too. What is generated this way can be continued only on a cache that was passed
-    here, empty, as `cache` (`past_key_values` before transformers 5.24). Runs without gradients; to train through pruned tokens use `AdaFV`.
+    here, empty, as `cache` (`past_key_values` before transformers 5.24). Runs without gradients; to train through
+    pruned tokens use `AdaFV`.
 
     Args:
         model: a supported model, wrapped or not. It is not changed.
@@ -166,8 +167,7 @@ def compress_call(
             keeps[i] = settings.method.budget(keeps[i], image.layout)
     if any(pruned) and call.packing is not None and call.packing.apart and not family.packed_rows:
         raise UnsupportedCallError(
-            f"stock transformers mixes up the images of prompts packed into one row with {family.name}; give one prompt per "
-            "row"
+            f"this release of transformers mixes up prompts packed into one row with {family.name}; give one prompt per row"
         )
     if any(pruned) or call.prefix.changed:
         refuse_unknown_columns(result, (call.prompt.length, call.prefix.length + call.prompt.length))

@@ -33,7 +33,8 @@ def sharded_parts_ready(model: Any) -> Iterator[None]:
     base = model.model
     around: list[Any] = [part for part in (model, base, getattr(base, "language_model", None)) if _is_sharded(part)]
     if around:
-        if base in around and torch.is_grad_enabled() and any(p.requires_grad for p in base.parameters()):
+        trained = any(p.requires_grad for name, p in base.named_parameters() if not name.startswith("language_model."))
+        if base in around and torch.is_grad_enabled() and trained:
             raise UnsupportedCallError(
                 "with the base model sharded by fully_shard on its own, gradients of the projector would be lost; shard the "
                 "layers, the tower and the whole model instead, not model.model, or run under torch.no_grad()"

@@ -247,8 +247,8 @@ class _Restored:
         # The list of processors hands further arguments to those whose `__call__` names them, so ours has that signature.
         self.__dict__ |= {"_wrapped": wrapped, "__call__": functools.wraps(wrapped.__call__)(shown)}
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         return type(self._wrapped)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
