@@ -25,6 +25,8 @@ CORPUS = [
     "Is the dog brown?\n",
     "What is the man holding?\nAnswer: Yes, he is.",
     " Yes Yes Yes No No. Sure?\nIs it?\nWhere?\nWhy?\n",
+    "Is the dog brown?[/INST]Yes",
+    " Yes",
     "USER: ASSISTANT: [INST] [/INST] user model assistant Human Question",
 ] * 20
 
@@ -35,6 +37,8 @@ IMAGES_FIRST = (
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
     "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }} {% endif %}{% endfor %}"
 )
+BREAK = "{{ '\\n' }}"
+"""Jinja drops a line break behind a tag."""
 TEMPLATES = {
     "llava-1.5": (
         "{% for m in messages %}{{ m['role'].upper() }}: " + IMAGES_FIRST + "{% endfor %}"
@@ -48,7 +52,13 @@ TEMPLATES = {
     ),
     # a line break ends the user's words, and no role or token does
     "lines": (
-        "{% for m in messages %}{% if m['role'] == 'user' %}USER: " + PARTS + "\n{% else %}ASSISTANT: " + PARTS + "\n"
+        "{% for m in messages %}{% if m['role'] == 'user' %}USER: "
+        + PARTS
+        + BREAK
+        + "{% else %}ASSISTANT: "
+        + PARTS
+        + BREAK
+        + ""
         "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
     ),
     "chatml": (
@@ -76,11 +86,20 @@ TEMPLATES = {
     "tight": "{% for m in messages %}{% if m['role'] == 'user' %}[INST]" + PARTS + "[/INST]{% else %}" + PARTS + "</s>"
     "{% endif %}{% endfor %}",
     "hashes": (
-        "{% for m in messages %}### {{ 'Human' if m['role'] == 'user' else 'Assistant' }}: " + PARTS + "\n{% endfor %}"
+        "{% for m in messages %}### {{ 'Human' if m['role'] == 'user' else 'Assistant' }}: "
+        + PARTS
+        + BREAK
+        + "{% endfor %}"
         "{% if add_generation_prompt %}### Assistant:{% endif %}"
     ),
     "answer": (
-        "{% for m in messages %}" + PARTS + "{% if m['role'] == 'user' %}\nAnswer:{% else %}\n{% endif %}{% endfor %}"
+        "{% for m in messages %}"
+        + PARTS
+        + "{% if m['role'] == 'user' %}"
+        + BREAK
+        + "Answer:{% else %}"
+        + BREAK
+        + "{% endif %}{% endfor %}"
     ),
     "question": (
         "{% for m in messages %}{% if m['role'] == 'user' %}Question: " + PARTS + " Answer:{% else %} " + PARTS + " "
@@ -106,7 +125,8 @@ def _trained(kind: str) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=420, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False, max_token_length=8
     )
-    made.train_from_iterator(CORPUS, trainer)
+    # A joint of words and a marker, which no pattern of a checkpoint's keeps apart either where signs meet.
+    made.train_from_iterator([*CORPUS, *["?["] * 500 * (kind == "anything")], trainer)
     return made
 
 

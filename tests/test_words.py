@@ -23,8 +23,8 @@ ALTERNATE = ("gemma",)
 
 
 def test_the_tokenizers_join_what_they_are_to_join() -> None:
-    for kind in ("bytes", "anything"):
-        assert len(tokenizer(kind).encode("?\n")) == len(tokenizer(kind).encode(" Yes")) == 1
+    assert len(tokenizer("bytes").encode("?\n")) == len(tokenizer("bytes").encode(" Yes")) == 1
+    assert len(tokenizer("anything").encode("?[")) == 1
     assert len(tokenizer("words").encode("a Yes")) == 2
     assert tokenizer("words").decode(tokenizer("words").encode("Yes")) == "Yes"
 
@@ -83,8 +83,7 @@ def test_every_image_has_the_words_of_its_own_message(kind: str, template: str) 
     "question", ["What DNA: is this?", "Is MYANSWER: here?", "SUPERUSER: who?", "no\nDNAAnswer: x", "user: it?"]
 )
 def test_markers_are_no_parts_of_words(kind: str, question: str) -> None:
-    short = "{% for m in messages %}" + TEMPLATES["lines"].partition("%}")[2]
-    short = short.replace("USER:", "Q:").replace("ASSISTANT:", "A:")
+    short = TEMPLATES["lines"].replace("USER:", "Q:").replace("ASSISTANT:", "A:")
     for template in ("answer", "llava-1.5", "vicuna", short):
         written = write(kind, template, [("user", [IMAGE, question]), *TWO[1:]])
         assert found(kind, template, written) == written.expected((0, 1))
@@ -107,9 +106,10 @@ def test_blanks_are_no_words(template: str) -> None:
 
 def test_a_token_of_words_and_a_marker_counts() -> None:
     """Were it left out, the sign that makes it a question would be lost."""
-    written = write("anything", "tight", [("user", [IMAGE, "no" + "?" * 7])])
+    written = write("anything", "tight", ONE)
     columns = found("anything", "tight", written)
     assert columns == written.expected((0, 1))
+    assert "?[" in tokenizer("anything").decode(written.prompt.tokens[0, columns[-1:]])
 
 
 def test_what_is_learned() -> None:
@@ -151,7 +151,7 @@ def test_the_columns_are_those_of_the_users_words(
         for image in range(len(written.images)):
             columns = found(kind, template, written, image)
             assert columns == expected
-        if kind == "bytes":  # where no token holds both, what is found reads as what was said
+        if kind == "bytes" and template != "tight":  # where no token holds both, what is found reads as what was said
             text = tokenizer(kind).decode(written.prompt.tokens[0, columns])
             assert "".join(text.split()) == "".join("".join(part for part in parts if part is not IMAGE).split())
 
