@@ -1,7 +1,8 @@
 """Chat templates of many kinds and tokenizers that join what a template and a user write; no models.
 
-The tokenizers are trained on the spot, as those of checkpoints are: on bytes, with the pattern of Qwen's and Llama 3's, by
-which a line break belongs to the sign in front of it; and on words with their blanks, as sentencepiece does.
+The tokenizers are of the kinds that checkpoints have: of bytes, split by the pattern of Qwen and Llama 3, in which a line
+break belongs to the sign in front of it; and of words with the blank in front of them, as sentencepiece makes them. Their
+merges are written down, because training breaks ties by chance.
 """
 
 import functools
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -21,14 +22,24 @@ from adafv.prompts.text import ChatTemplate, text_columns
 SPECIAL = ["<s>", "</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
 ENDS = ["</s>", "<|im_end|>", "<end_of_turn>"]
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;?!'\"()[]#<>|/_-+=*\n"
-CORPUS = [
-    "Is the dog brown?\n",
-    "What is the man holding?\nAnswer: Yes, he is.",
-    " Yes Yes Yes No No. Sure?\nIs it?\nWhere?\nWhy?\n",
-    "Is the dog brown?[/INST]Yes",
+JOINED = [
+    "?\n",
     " Yes",
-    "USER: ASSISTANT: [INST] [/INST] user model assistant Human Question",
-] * 20
+    " is",
+    " the",
+    " dog",
+    "Is",
+    "What",
+    " user",
+    "assistant",
+    "ANT",
+    ":\n",
+    "..",
+    ".\n",
+    " (",
+    "? ",
+]
+"""The longer tokens, each made by joining letters from the left."""
 
 PARTS = (
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
@@ -108,25 +119,31 @@ TEMPLATES = {
 }
 
 
-def _trained(kind: str) -> Tokenizer:
-    made = Tokenizer(models.BPE(byte_fallback=kind == "words"))
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+def _made(kind: str) -> Tokenizer:
+    alphabet, joined = sorted(pre_tokenizers.ByteLevel.alphabet()), JOINED
     if kind == "words":
-        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        alphabet = [*LETTERS, "▁", "é", "狗", *(f"<0x{number:02X}>" for number in range(256))]
+        joined = [each.replace(" ", "▁") for each in JOINED]
+    else:
+        if kind == "anything":
+            joined = [*JOINED, "?[", "e ASS", "R: W", "] Y", ": Y"]
+        as_letters = pre_tokenizers.ByteLevel(False, use_regex=False)
+        joined = [as_letters.pre_tokenize_str(each)[0][0] for each in joined]
+    merges = dict.fromkeys((each[:end], each[end]) for each in joined for end in range(1, len(each)))
+    vocabulary = dict.fromkeys([*SPECIAL, *alphabet, *("".join(pair) for pair in merges)])
+    made = Tokenizer(
+        models.BPE({token: n for n, token in enumerate(vocabulary)}, list(merges), byte_fallback=kind == "words")
+    )
+    if kind == "words":
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         made.decoder = decoders.Sequence(
             [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first"), decoders.Fuse()]
         )
-        alphabet = [*LETTERS, "▁", "é", "狗"]
-    else:
-        pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if kind == "bytes" else []
-        made.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-        made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False, max_token_length=8
-    )
-    # A joint of words and a marker, which no pattern of a checkpoint's keeps apart either where signs meet.
-    made.train_from_iterator([*CORPUS, *["?["] * 500 * (kind == "anything")], trainer)
+        return made
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if kind == "bytes" else []
+    made.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
     return made
 
 
@@ -137,7 +154,7 @@ TOKENIZERS = ("bytes", "words", "anything")
 @functools.cache
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=_trained(kind),
+        tokenizer_object=_made(kind),
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
@@ -207,12 +224,13 @@ def write(kind: str, template: str, chat: Chat, generation: bool = True, padding
     for token in encoded.input_ids:
         columns.append(len(tokens))
         tokens += [token] * (3 if token == SPECIAL.index("<image>") else 1)
+    blank = processor.tokenizer.convert_tokens_to_ids("▁")  # in front of a text it claims the first letter
     names = [(m, p) for m, (_, parts) in enumerate(chat) for p, part in enumerate(parts) if part is not IMAGE]
     parts = {
         name: [
             column
-            for column, (first, last) in zip(columns, encoded.offset_mapping, strict=True)
-            if any(not text[at].isspace() for at in range(max(first, span[0]), min(last, span[1])))
+            for column, (first, last), token in zip(columns, encoded.offset_mapping, encoded.input_ids, strict=True)
+            if token != blank and any(not text[at].isspace() for at in range(max(first, span[0]), min(last, span[1])))
         ]
         for name, span in zip(names, spans, strict=True)
     }

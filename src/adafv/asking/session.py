@@ -20,7 +20,7 @@ from adafv.engines.transformers.prompt import read_prompt
 from adafv.errors import AdaFVError, OptionError, UnsupportedModelError
 from adafv.families.base import family_of, known_families
 from adafv.picture import tower_view
-from adafv.prompts.text import image_text
+from adafv.prompts.text import check_text, image_text
 
 MIB = 2**20
 
@@ -131,7 +131,13 @@ class Session:
         return str(self.model.dtype).removeprefix("torch.")
 
     def inputs(self, image: Image, question: str) -> Any:
-        """One image and one question, as the model takes them."""
+        """One image and one question, as the model takes them.
+
+        Raises:
+            UsageError: the question holds what stands for an image.
+            PromptError: it is no text.
+        """
+        check_text(question, "the question")
         placeholder = image_text(self.processor)
         if placeholder in question:
             raise UsageError(f"the question holds {placeholder}, which stands for an image; leave it out")
