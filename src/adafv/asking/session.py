@@ -13,14 +13,14 @@ import transformers
 from PIL.Image import Image
 from torch import Tensor
 
-from adafv.asking.failures import UsageError
+from adafv.asking.failures import UsageError, check_text
 from adafv.asking.models import folder_or_id
 from adafv.engines.transformers import Pruner, Record
 from adafv.engines.transformers.prompt import read_prompt
 from adafv.errors import AdaFVError, OptionError, UnsupportedModelError
 from adafv.families.base import family_of, known_families
 from adafv.picture import tower_view
-from adafv.prompts.text import check_text, image_text
+from adafv.prompts.text import image_text
 
 MIB = 2**20
 
@@ -134,8 +134,7 @@ class Session:
         """One image and one question, as the model takes them.
 
         Raises:
-            UsageError: the question holds what stands for an image.
-            PromptError: it is no text.
+            UsageError: the question is not text, or holds what stands for an image.
         """
         check_text(question, "the question")
         placeholder = image_text(self.processor)

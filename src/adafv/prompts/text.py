@@ -76,17 +76,6 @@ def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatT
     return found
 
 
-def check_text(text: str, name: str) -> None:
-    """Raise PromptError if `text` holds what no tokenizer takes: the halves of letters that Python writes for bytes that are
-    not UTF-8 (of a shell's argument, a file's name), and that JSON can write."""
-    lone = next((place for place, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
-    if lone is not None:
-        raise PromptError(
-            f"{name} is no valid text: its letter {lone + 1} is a byte or half a letter that is not UTF-8 "
-            f"(U+{ord(text[lone]):04X}); write it in UTF-8, or leave it out"
-        )
-
-
 def resolve_scope(text: str | None, processor: Any) -> tuple[str, ChatTemplate | None]:
     """(scope, template) for the options `text` and `processor`.
 
