@@ -181,6 +181,26 @@ def test_the_certificate_holds_where_not_all_sets_are_tried(
     assert best <= float(found.objective) / (1 - float(found.certificate)) * (1 + 2e-6) + 1e-18
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3, 4])
+def test_nothing_waits_for_the_device(keep: int) -> None:
+    """Tensors without values cannot be read: whatever asked for one would raise."""
+    text, saliency = (torch.empty(2, 600, device="meta") for _ in range(2))
+    for candidates in (None, text > 0):
+        assert joint_search(text, saliency, keep, candidates).indices.shape == (2, keep)
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_devices_that_are_not_read_keep_the_same_tokens(keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There as many are tried as could be left, not as many as are."""
+    text, saliency = heavy_tailed(500, 0, (4,)), heavy_tailed(500, 1, (4,))
+    text[0], saliency[0], text[1], saliency[1] = 0.5, 0.5, text[1].round(decimals=2), saliency[1].round(decimals=2)
+    read = joint_search(text, saliency, keep)
+    monkeypatch.setattr(selection, "_is_on_host", lambda values: False)
+    unread = joint_search(text, saliency, keep)
+    assert torch.equal(read.indices, unread.indices)
+    assert torch.equal(read.certificate, unread.certificate)
+
+
 class Largest(TorchDispatchMode):
     """Notes the largest tensor that any operation makes."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from adafv.errors import BudgetError
 
 FRANK_WOLFE_ROUNDS = 12
-SEARCHED_TOKENS = {2: 2048, 3: 384}
+SEARCHED_TOKENS = {2: 4096, 3: 384}
 """Per K, the most tokens whose sets are all tried; see `_best_small_set`."""
 _WEIGHTS = 16
 _BLOCK = 2**21
@@ -235,8 +235,9 @@ def _best_small_set(
     shape, keep = indices.shape, indices.shape[-1]
     # Neither score's scale matters. In units of their largest, products of small ones do not vanish.
     text, salient = (scores / scores.amax(-1, keepdim=True).clamp_min(_TINY) for scores in (text_attention, saliency))
-    text, salient, indices = text.flatten(0, -2), salient.flatten(0, -2), indices.reshape(-1, keep)
-    unit = (text_attention.amax(-1).clamp_min(_TINY) * saliency.amax(-1).clamp_min(_TINY)).sqrt().reshape(-1)
+    tokens = text.shape[-1]
+    text, salient, indices = text.reshape(-1, tokens), salient.reshape(-1, tokens), indices.reshape(-1, keep)
+    unit = (text_attention.amax(-1).clamp_min(_TINY).sqrt() * saliency.amax(-1).clamp_min(_TINY).sqrt()).reshape(-1)
     allowed = torch.ones_like(text, dtype=torch.bool)
     if candidates is not None:
         allowed = candidates.expand(text_attention.shape).reshape(text.shape)
@@ -251,14 +252,14 @@ def _best_small_set(
     reach = _reach_with(text, salient, value, keep)
     reach = reach.masked_fill(~allowed | _has_betters(text, salient, keep), -1.0)
     open_ = reach > value.unsqueeze(-1) * (1 + _ROUNDING)
-    most = min(SEARCHED_TOKENS[keep], text.shape[-1])
+    most = min(SEARCHED_TOKENS[keep], tokens)
     left = most
-    if text.is_cpu:  # reading a count waits for no device there, and less is tried
-        left = min(most, max(keep, int(open_.sum(-1).max()))) if text.shape[0] else keep
+    if _is_on_host(open_) and open_.numel():  # where reading a count waits for no device, fewer are tried
+        left = min(most, max(keep, int(open_.sum(-1).max())))
     by_reach = _descending(reach.where(open_, torch.full_like(reach, -2.0)))
     tried = by_reach[..., :left].sort(dim=-1).values  # of equally good sets, the one with the lower indices
     is_open = open_.gather(-1, tried)
-    found, places = _try_all(*(scores.gather(-1, tried) for scores in (text, salient)), is_open, keep)
+    found, places = _try_all(text.gather(-1, tried), salient.gather(-1, tried), is_open, keep)
     better = found > value
     indices = torch.where(better.unsqueeze(-1), tried.gather(-1, places), indices)
     value = torch.maximum(value, found)
@@ -268,6 +269,10 @@ def _best_small_set(
     untried = untried[..., most:].amax(-1)
     reached = torch.maximum(value, untried).sqrt() * unit
     return indices.reshape(shape), reached.reshape(shape[:-1]), (untried <= value).reshape(shape[:-1])
+
+
+def _is_on_host(values: Tensor) -> bool:
+    return values.is_cpu
 
 
 def _reach_with(text: Tensor, salient: Tensor, value: Tensor, keep: int) -> Tensor:
@@ -330,7 +335,7 @@ def _first(marks: Tensor) -> Tensor:
 
 def _selection(text_attention: Tensor, saliency: Tensor, indices: Tensor, bound: Tensor) -> Selection:
     objective = geometric_mean(text_attention, saliency, indices)
-    certificate = (1 - objective / bound.clamp_min(_TINY)).clamp_min(0.0)
+    certificate = (1 - objective / bound.clamp_min(_TINY)).clamp_min(0.0).where(objective < bound, 0.0)
     return Selection(indices, objective, certificate)
 
 
