@@ -40,7 +40,7 @@ class Selection(NamedTuple):
     objective: Tensor
     """[...] float32, the geometric mean g of the kept set."""
     certificate: Tensor
-    """[...] float32 in [0, 1]: c: no set of K tokens has a g above objective / (1 - c); 1 says nothing, 0 that it is the best."""
+    """[...] float32 in [0, 1]: c: no set of K tokens has a g above objective / (1 - c); 0: it is the best."""
 
 
 def geometric_mean(text_attention: Tensor, saliency: Tensor, indices: Tensor) -> Tensor:
