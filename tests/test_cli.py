@@ -250,6 +250,17 @@ class TestMistakes:
     def test_empty_question(self, ask: Ask, question: str) -> None:
         refused(ask(question=question), 2, "the question is empty")
 
+    @pytest.mark.parametrize(
+        ("question", "said"),
+        [
+            ("\udcff\udcfe", "the byte 0xFF stands in place 1"),
+            ("what \ud83d", "half a letter (U+D83D) stands in place 6"),
+        ],
+    )
+    def test_a_question_that_is_not_text(self, photo: Path, question: str, said: str) -> None:
+        """As a shell gives one that holds bytes of another encoding; found before a model is looked for."""
+        refused(run("ask", photo, question, "--model", "no/such"), 2, "the question is not text", said, "UTF-8")
+
     def test_placeholder_in_the_question(self, ask: Ask) -> None:
         refused(ask(question="What is <image>?"), 2, "stands for an image")
 

@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adafv.core import (
     class_attention,
@@ -14,6 +16,7 @@ from adafv.core import (
     joint_search,
     published_search,
     published_tokens,
+    selection,
     split_search,
     text_to_image_attention,
     tokens_to_keep,
@@ -87,6 +90,141 @@ def test_joint_is_the_optimum_where_its_certificate_says_so() -> None:
             assert found.objective == pytest.approx(best, rel=1e-4)
         assert found.objective >= 0.9 * best
     assert tight > 50
+
+
+def best_of_all(text: torch.Tensor, saliency: torch.Tensor, keep: int) -> float:
+    """Of every set, in double precision."""
+    sets = torch.tensor(list(itertools.combinations(range(len(text)), keep)))
+    return float((text.double()[sets].sum(-1) * saliency.double()[sets].sum(-1)).max().sqrt())
+
+
+kinds = st.sampled_from(
+    [
+        st.floats(0, 1, width=32),
+        st.sampled_from([0.0, 0.25, 0.5, 1.0]),  # ties and zeros
+        st.floats(-12, 0).map(math.exp),  # heavy tails
+        st.sampled_from([0.0, 1e-25, 1e-3, 1.0]),
+    ]
+)
+small = st.integers(1, 3).flatmap(
+    lambda keep: st.tuples(
+        st.just(keep),
+        (st.just(keep + 1) | st.integers(keep, 14)).flatmap(
+            lambda tokens: st.tuples(
+                *[kinds.flatmap(lambda kind, n=tokens: st.lists(kind, min_size=n, max_size=n)) for _ in range(2)]
+            )
+        ),
+    )
+)
+
+
+@given(small)
+@settings(max_examples=400, deadline=None)
+def test_joint_is_the_best_of_all_sets_where_these_are_few(case: tuple[int, tuple[list[float], list[float]]]) -> None:
+    keep, pair = case
+    text, saliency = (torch.tensor(scores) for scores in pair)
+    found, best = joint_search(text, saliency, keep), best_of_all(text, saliency, keep)
+    assert float(found.objective) == pytest.approx(best, rel=2e-6, abs=1e-18)
+    assert found.certificate == 0
+    assert (found.indices.diff() > 0).all()
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_joint_is_the_best_of_all_sets_of_real_images(keep: int) -> None:
+    """As many tokens as can be tried here; scores as peaked as attention, alike, independent and opposite."""
+    for seed in range(4):
+        text, noise = heavy_tailed(90, seed), heavy_tailed(90, seed + 100)
+        for saliency in (noise, text * noise, 1e-4 / (text + 1e-4) + noise):
+            found = joint_search(text, saliency, keep)
+            assert float(found.objective) == pytest.approx(best_of_all(text, saliency, keep), rel=2e-6)
+            assert found.certificate == 0
+
+
+def test_a_single_token_is_that_of_the_largest_product() -> None:
+    """Heads of neither list, it is in no split and no vertex of the relaxation."""
+    text, saliency = torch.tensor([1.0, 0.0, 0.4, 0.4, 0.1]), torch.tensor([0.0, 1.0, 0.4, 0.4, 0.1])
+    assert joint_search(text, saliency, 1).indices.tolist() == [2]  # of equals, the lower index
+    assert joint_search(text, saliency, 1, torch.tensor([True, True, False, False, True])).indices.tolist() == [4]
+    assert joint_search(text * 1e-30, saliency * 1e-30, 1).indices.tolist() == [
+        2
+    ]  # whose product float32 does not hold
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_few_tokens_of_images_side_by_side(keep: int) -> None:
+    text, saliency = heavy_tailed(60, 0, (2, 3)), heavy_tailed(60, 1, (2, 3))
+    text[0, 1], saliency[1, 2] = 0.0, 0.25  # nothing at all, and all the same
+    candidates = torch.arange(60).expand(2, 3, 60) % 5 != 3
+    for allowed in (None, candidates):
+        together = joint_search(text, saliency, keep, allowed)
+        for place in itertools.product(range(2), range(3)):
+            alone = joint_search(text[place], saliency[place], keep, None if allowed is None else allowed[place])
+            assert torch.equal(together.indices[place], alone.indices)
+            if allowed is not None:
+                assert allowed[place][alone.indices].all()
+                chosen = allowed[place].nonzero().flatten()
+                best = best_of_all(text[place][chosen], saliency[place][chosen], keep)
+                assert float(alone.objective) == pytest.approx(best, rel=2e-6)
+
+
+@given(small, st.integers(3, 6))
+@settings(max_examples=200, deadline=None)
+def test_the_certificate_holds_where_not_all_sets_are_tried(
+    case: tuple[int, tuple[list[float], list[float]]], tried: int
+) -> None:
+    keep, pair = case
+    text, saliency = (torch.tensor(scores) for scores in pair)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "SEARCHED_TOKENS", {2: tried, 3: tried})
+        found = joint_search(text, saliency, keep)
+    best = best_of_all(text, saliency, keep)
+    assert best * (1 - float(found.certificate)) <= float(found.objective) * (1 + 2e-6) + 1e-18
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 4])
+def test_nothing_waits_for_the_device(keep: int) -> None:
+    """Tensors without values cannot be read: whatever asked for one would raise."""
+    text, saliency = (torch.empty(2, 600, device="meta") for _ in range(2))
+    for candidates in (None, text > 0):
+        assert joint_search(text, saliency, keep, candidates).indices.shape == (2, keep)
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_devices_that_are_not_read_keep_the_same_tokens(keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There as many are tried as could be left, not as many as are."""
+    text, saliency = heavy_tailed(500, 0, (4,)), heavy_tailed(500, 1, (4,))
+    text[0], saliency[0], text[1], saliency[1] = 0.5, 0.5, text[1].round(decimals=2), saliency[1].round(decimals=2)
+    read = joint_search(text, saliency, keep)
+    monkeypatch.setattr(selection, "_is_on_host", lambda values: False)
+    unread = joint_search(text, saliency, keep)
+    assert torch.equal(read.indices, unread.indices)
+    assert torch.equal(read.certificate, unread.certificate)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(each, torch.Tensor):
+                self.elements = max(self.elements, each.untyped_storage().nbytes() // each.element_size())
+        return made
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_memory_of_a_group_of_the_largest_images(keep: int) -> None:
+    """16,384 tokens: never tokens x tokens, also where scores are opposite and nothing can be ruled out soon."""
+    for images, opposite in ((8, False), (1, True)):
+        text, saliency = heavy_tailed(16_384, 0, (images,)), heavy_tailed(16_384, 1, (images,))
+        if opposite:
+            saliency = text.amax(-1, keepdim=True) - text
+        with Largest() as largest:
+            joint_search(text, saliency, keep)
+        # split_search, which joint_search begins with, holds two numbers per token and split
+        assert largest.elements <= max(images * 16_384 * (keep + 1) * 2, 2**21)
 
 
 @pytest.mark.parametrize(("tokens", "keep"), [(576, 29), (576, 58), (576, 144), (2880, 29), (2880, 144)])

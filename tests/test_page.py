@@ -133,6 +133,8 @@ class TestAnswers:
             ({"question": None}, "type a question"),
             ({"question": "x" * (MAX_QUESTION + 1)}, f"shorten it to {MAX_QUESTION}"),
             ({"question": "What is <image>?"}, "<image>"),
+            ({"question": "What is \udcff?"}, "the byte 0xFF stands in place 9"),
+            ({"question": "What is \ud83d?"}, "half a letter (U+D83D)"),
             ({"percent": 0}, "1 to 100"),
             ({"percent": 101}, "1 to 100"),
             ({"percent": float("nan")}, "1 to 100"),

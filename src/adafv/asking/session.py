@@ -13,7 +13,7 @@ import transformers
 from PIL.Image import Image
 from torch import Tensor
 
-from adafv.asking.failures import UsageError
+from adafv.asking.failures import UsageError, check_text
 from adafv.asking.models import folder_or_id
 from adafv.engines.transformers import Pruner, Record
 from adafv.engines.transformers.prompt import read_prompt
@@ -131,7 +131,12 @@ class Session:
         return str(self.model.dtype).removeprefix("torch.")
 
     def inputs(self, image: Image, question: str) -> Any:
-        """One image and one question, as the model takes them."""
+        """One image and one question, as the model takes them.
+
+        Raises:
+            UsageError: the question is not text, or holds what stands for an image.
+        """
+        check_text(question, "the question")
         placeholder = image_text(self.processor)
         if placeholder in question:
             raise UsageError(f"the question holds {placeholder}, which stands for an image; leave it out")

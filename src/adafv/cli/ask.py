@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adafv.asking.failures import UsageError
+from adafv.asking.failures import UsageError, check_text
 from adafv.asking.models import about, checked_model, unknown_words, unknown_words_warning
 from adafv.cli.failures import failures_as_messages
 from adafv.cli.options import METHOD, MethodOption, ModelOption, ObjectiveOption, TextOption
@@ -153,6 +153,7 @@ def parse_keep(text: str) -> int | float:
 def _checked_question(question: str) -> str:
     if not question.strip():
         raise UsageError('the question is empty; ask something, as in: adafv ask photo.jpg "What is in the picture?"')
+    check_text(question, "the question")
     return question.strip()
 
 

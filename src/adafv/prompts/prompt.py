@@ -27,7 +27,7 @@ class Prompt:
     special: Tensor
     """[B, S] bool, begin, end and padding tokens, and what stands around images."""
     segments: Tensor | None = None
-    """[B, S] long, which of the prompts packed into its row each column belongs to; None: every row is one prompt."""
+    """[B, S] long, which of the prompts packed into its row a column belongs to; None: every row is one prompt."""
 
     @property
     def length(self) -> int:
@@ -46,6 +46,12 @@ class Prompt:
         )
         segments = None if self.segments is None else self.segments[:, column:]
         return Prompt(tokens, attended, marks, ends, special, segments)
+
+    def segment_of(self, row: int, column: int) -> Tensor:
+        """[S] bool, the columns of the prompt that a column of a row belongs to."""
+        if self.segments is None:
+            return torch.ones(self.length, dtype=torch.bool)
+        return self.segments[row] == self.segments[row, column]
 
     def runs(self, modality: str) -> list[Run]:
         """The runs of neighbouring placeholders of one modality, in reading order."""

@@ -15,7 +15,7 @@ from adafv.errors import PromptError
 from adafv.prompts.prompt import PlacedImage, Prompt, any_of
 from adafv.prompts.text import ChatTemplate, text_columns
 
-VERSION = 1
+VERSION = 2
 """Of what the caches know an image by; to be raised whenever the same request would keep other tokens."""
 
 _ONE_TOKEN = ImageLayout(torch.zeros(1, dtype=torch.long), crops=1, rows=1, columns=1)
