@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafv.errors import OptionError, PromptError, UnsupportedCallError
+from adafv.errors import NoWordsError, OptionError, UnsupportedCallError
 from adafv.prompts.prompt import PlacedImage, Prompt
 
 SCOPES = ("question", "turn", "after")
@@ -98,7 +98,7 @@ def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatT
     """[T] long, columns of the text that counts for `image`.
 
     Raises:
-        PromptError: there is none.
+        NoWordsError: there is none.
     """
     row, (first, last) = image.row, image.span
     countable = prompt.attended[row] & ~prompt.is_visual[row]
@@ -130,7 +130,7 @@ def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatT
             "turn": "in the turn of the image",
             "question": "from the user, outside the chat template",
         }
-        raise PromptError(
+        raise NoWordsError(
             f"prompt {row} has no text {where[scope]}, so there is nothing to compare the image with; "
             "ask a question, or use a method that does not look at text (saliency, random, uniform)"
         )
