@@ -32,8 +32,6 @@ class Budget:
 
     def tokens(self, available: int) -> int:
         """K for an image of `available` (N) tokens."""
-        if isinstance(self.keep, int):
-            return min(self.keep, available)
         return tokens_to_keep(self.keep, available)
 
 
