@@ -1,12 +1,14 @@
 """`adafv serve`: the real server over HTTP. Its answers, its counts, and how it refuses what it cannot do."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from engines import SAMPLES, picture
@@ -25,6 +27,7 @@ from servers import (
 )
 
 from adafv.asking.session import Session
+from adafv.engines.vllm import cpu_torchvision
 
 QUESTIONS = [
     ("bird", "What color is the banana?"),
@@ -187,6 +190,22 @@ class TestRefusals:
 
     def test_unknown_model(self, server: Server) -> None:
         assert server.post(body(BANANA, model="another")).status_code == 404
+
+
+class TestOnCpus:
+    """Nothing but the documented command was given, not what conftest.py sets for engines in this process."""
+
+    def test_what_was_set_is_said(self, server: Server) -> None:
+        assert "note: --kv-cache-memory-bytes 1G is set" in server.log
+        if cpu_torchvision.FOLDER.as_posix() in os.environ.get("PYTHONPATH", ""):  # conftest.py needed it
+            assert "note: torchvision " in server.log
+
+    def test_memory_is_bounded(self, server: Server) -> None:
+        """2.3 GiB; vLLM itself would take 92 % of the machine's."""
+        server.ask(picture(BIRD), BANANA)
+        leader = psutil.Process(server.process.pid)
+        processes = [leader, *leader.children(recursive=True)]
+        assert sum(process.memory_full_info().pss for process in processes) < 3.5 * 2**30
 
 
 class TestNoWords:
