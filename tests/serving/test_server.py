@@ -201,7 +201,7 @@ class TestOnCpus:
             assert "note: torchvision " in server.log
 
     def test_memory_is_bounded(self, server: Server) -> None:
-        """2.3 GiB; vLLM itself would take 92 % of the machine's."""
+        """2.5 GiB; vLLM itself would take 92 % of the machine's."""
         server.ask(picture(BIRD), BANANA)
         leader = psutil.Process(server.process.pid)
         processes = [leader, *leader.children(recursive=True)]
