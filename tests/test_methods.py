@@ -48,6 +48,19 @@ def test_the_catalogue() -> None:
         method_named("oracle")
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_what_chooses_where_no_word_counts(name: str) -> None:
+    method = method_named(name)
+    other = method.without_text()
+    assert not other.needs_text
+    if not method.needs_text:
+        assert other is method
+        return
+    image = replace(tokens(), text=None, text_mask=None)
+    expected = method_named("saliency").select(image, 7)
+    assert other.select(image, 7).indices.equal(expected.indices)
+
+
 @pytest.mark.parametrize("newlines", [False, True])
 @pytest.mark.parametrize("keep", [1, 7, 20, 47])
 @pytest.mark.parametrize("name", SELECTING)

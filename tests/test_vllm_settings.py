@@ -103,7 +103,7 @@ def test_a_request_chooses_its_budget_and_nothing_else(options: Any) -> None:
 
 
 def test_who_asks_for_nothing_gets_the_servers_budget() -> None:
-    assert server().asked(None) == server().asked({}) == Budget(64, asked=False)
+    assert server().asked(None) == server().asked({}) == Budget(64)
 
 
 @given(JSON, JSON)
@@ -120,18 +120,12 @@ def test_whatever_json_comes_is_taken_or_refused_with_a_reason(options: Any, kee
 
 
 @given(COUNTS | SHARES, st.integers(1, 10_000))
-def test_a_request_gets_what_it_asks_for_or_is_refused(keep: float, available: int) -> None:
-    budget = server().asked({"keep": keep})
-    if isinstance(keep, int) and keep > available:
-        with pytest.raises(BudgetError, match=f"only {available}"):
-            budget.tokens(available)
-    else:
-        assert budget.tokens(available) == tokens_to_keep(keep, available)
-
-
-@given(COUNTS, st.integers(1, 10_000))
-def test_a_servers_number_of_tokens_is_an_upper_bound(keep: int, available: int) -> None:
-    assert server(keep=keep).asked(None).tokens(available) == min(keep, available)
+def test_a_budget_means_the_same_for_server_and_request(keep: float, available: int) -> None:
+    """A number of tokens is an upper bound, so that one budget fits images of different sizes in one request."""
+    of_server, of_request = server(keep=keep).asked(None), server().asked({"keep": keep})
+    assert of_server == of_request
+    expected = min(keep, available) if isinstance(keep, int) else tokens_to_keep(keep, available)
+    assert of_server.tokens(available) == of_request.tokens(available) == expected
 
 
 @given(COUNTS | SHARES, COUNTS | SHARES, COUNTS | SHARES, st.integers(1, 10_000))

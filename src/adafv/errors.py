@@ -21,6 +21,10 @@ class PromptError(AdaFVError, ValueError):
     """The prompt does not fit the images, or holds no text where the method needs some."""
 
 
+class NoWordsError(PromptError):
+    """No word of the prompt counts for an image; who catches it goes on with `Method.without_text`."""
+
+
 class CacheError(AdaFVError, ValueError):
     """The key/value cache does not belong to this prompt."""
 

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 
-STUB = Path(__file__).parent / "torchvision_stub"
-
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
     sys.path.insert(0, str(Path(__file__).parent))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STUB), os.environ.get("PYTHONPATH"))))
+    from adafv.engines.vllm import cpu_torchvision
+
+    if cpu_torchvision.import_error() is not None:  # what `adafv serve` does for servers, for engines in this process
+        cpu_torchvision.load()
+        folders = str(cpu_torchvision.FOLDER), os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -27,8 +30,6 @@ else:
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
-    if getattr(sys.modules.get("sitecustomize"), "__file__", None) != str(STUB / "sitecustomize.py"):
-        exec((STUB / "sitecustomize.py").read_text())  # this process has begun without it
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,9 @@ from PIL import Image
 SMALL = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "32")
 """Options of vLLM's server for the bundled model on a small machine."""
 
+OF_ENGINES_IN_PROCESS = ("PYTHONPATH", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING")
+"""Variables that conftest.py sets. A server has none of them, as on a user's machine: `adafv serve` sees to what it needs."""
+
 SECONDS_TO_START = 240.0
 SECONDS_TO_STOP = 30.0
 MODEL = "bundled"
@@ -93,7 +96,7 @@ def running(folder: Path, command: Sequence[str], **environment: str) -> Iterato
     port = free_port()
     temporary, log_file = folder / "tmp", folder / "server.log"
     temporary.mkdir(parents=True)
-    variables = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    variables = environment_of_a_user()
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
@@ -114,6 +117,10 @@ def running(folder: Path, command: Sequence[str], **environment: str) -> Iterato
         _kill_group(process.pid)
         process.wait()
         server.client.close()
+
+
+def environment_of_a_user() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in OF_ENGINES_IN_PROCESS}
 
 
 def served(*options: str, further: Sequence[str] = ()) -> list[str]:

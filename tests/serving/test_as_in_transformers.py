@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from both import NAMES, Both, checkpoint
-from engines import answers, chat, picture
+from engines import alike, answers, chat, picture
 from transformers import AutoConfig
 
 from adafv.core.budget import tokens_to_keep
@@ -18,12 +18,21 @@ QUESTIONS = [
     ("key", "Is there a key?"),
     ("tree", "What color is the background?"),
 ]
+SERVERS_KEEP = {"llava": 200, "llava_next": 500, "llava_onevision": 200}
+"""By model type: more than LLaVA's pictures have, and between two pictures of different sizes in the other models."""
 SIZES = {"tiny": (40, 30), "portrait": (300, 700), "landscape": (900, 350), "banner": (1600, 60), "huge": (2400, 2300)}
 
 
 @pytest.fixture(scope="module", params=list(NAMES))
 def both(request: pytest.FixtureRequest, checkpoints: Path) -> Both:
-    return Both.of(request.param, checkpoints, {"keep": 16})
+    return Both.of(request.param, checkpoints, {"keep": SERVERS_KEEP[request.param.replace("-", "_")]})
+
+
+def placeholders(both: Both, content: list[Any], keep: int | float | None) -> list[int]:
+    """The lengths of the runs of placeholders in the prompt; keep None: the server's."""
+    placeholder = both.model.config.image_token_id
+    tokens = answers(both.llm, [chat(*content)], keep, tokens=1)[0].prompt_token_ids
+    return [len(run) for run in "".join("i" if token == placeholder else " " for token in tokens).split()]
 
 
 @pytest.mark.parametrize("keep", [1, 36, 0.1, 0.75, 1.0])
@@ -69,21 +78,29 @@ def test_the_question_may_stand_in_front(both: Both) -> None:
 
 
 def test_the_prompt_holds_as_many_placeholders_as_tokens_stay(both: Both) -> None:
-    placeholder = both.model.config.image_token_id
-
-    def placeholders(content: list[Any], keep: int | float) -> list[int]:
-        """The lengths of the runs of placeholders in the prompt."""
-        tokens = answers(both.llm, [chat(*content)], keep, tokens=1)[0].prompt_token_ids
-        return [len(run) for run in "".join("i" if token == placeholder else " " for token in tokens).split()]
-
     small, large = picture("bird").resize((150, 60)), picture("cars")
     two = [small, "Is there a bird, or are there", large, "cars?"]
-    whole = placeholders(two, 1.0)
+    whole = placeholders(both, two, 1.0)
     assert len(whole) == 2
     assert min(whole) > 40
-    assert placeholders([large, "How many cars are there?"], 7) == [7]
-    assert placeholders(two, 7) == [7, 7]
-    assert placeholders(two, 0.3) == [tokens_to_keep(0.3, count) for count in whole]
+    assert placeholders(both, [large, "How many cars are there?"], 7) == [7]
+    assert placeholders(both, two, 7) == [7, 7]
+    assert placeholders(both, two, 0.3) == [tokens_to_keep(0.3, count) for count in whole]
+
+
+def test_a_number_of_tokens_is_an_upper_bound(both: Both) -> None:
+    """For each picture by itself, whoever gave the number: the smaller one keeps all that it has."""
+    small, large = picture("bird").resize((150, 60)), picture("cars")
+    two = [small, "Is there a bird?", large, "How many cars are there?"]
+    whole, servers = placeholders(both, two, 1.0), SERVERS_KEEP[both.model.config.model_type]
+    assert min(whole) < servers
+    if both.model.config.model_type != "llava":  # whose pictures all have one size
+        assert max(whole) > servers
+        both.agree(two, servers)
+    for keep, most in ((None, servers), (min(whole) + 1, min(whole) + 1), (10**6, 10**6)):
+        assert placeholders(both, two, keep) == [min(most, count) for count in whole]
+    everything, above = (answers(both.llm, [chat(*two)], keep)[0] for keep in (1.0, 10**6))
+    assert alike(above, everything)
 
 
 def test_a_packing_that_vllm_does_not_know_is_refused(checkpoints: Path) -> None:

@@ -284,11 +284,36 @@ def test_pictures_of_one_prompt_are_not_mixed_up(fresh: Any, uncached: Any) -> N
 def test_a_refused_budget_leaves_nothing_behind(fresh: Any, uncached: Any) -> None:
     asked = chat(picture("bird"), QUESTIONS[0])
     for _ in range(2):
-        with pytest.raises(BudgetError, match="only 144"):
-            generate(fresh, [prompt(fresh, asked, TOKENS + 1)])
-    whole = [generate(fresh, [prompt(fresh, asked, keep)])[0] for keep in (TOKENS, 1.0)]
+        with pytest.raises(BudgetError, match="no image has so many"):
+            generate(fresh, [prompt(fresh, asked, 2**31)])
+    whole = [generate(fresh, [prompt(fresh, asked, keep)])[0] for keep in (TOKENS, TOKENS + 1, 1.0)]
     assert alike(whole[0], whole[1])
+    assert alike(whole[0], whole[2])
     assert alike(whole[0], generate(uncached, [prompt(uncached, asked, 1.0)])[0])
+
+
+def test_words_and_none_are_told_apart(fresh: Any, uncached: Any) -> None:
+    """Of one picture at one budget; "hello" is no word of the model, so nothing but the prompt's length differs there."""
+    asked = [[picture("bird"), QUESTIONS[0]], [picture("bird")], [picture("bird"), "hello"]]
+    kept = []
+    for content in [*asked, *asked[::-1]]:
+        wish = prompt(fresh, chat(*content), 8)
+        with choices(fresh) as chosen:
+            output = generate(fresh, [wish])[0]
+        assert alike(output, generate(uncached, [wish])[0])
+        kept += chosen
+    assert len(kept) == 2  # "hello" finds in the caches what the picture alone put there
+    assert kept[0] != kept[1]
+
+
+def test_turn_two_with_a_picture_and_no_words(fresh: Any, uncached: Any) -> None:
+    with choices(fresh) as chosen:
+        asked, _, output = turn_two(fresh, chat(picture("cars"), QUESTIONS[1]), chat(picture("key")), 60)
+    with choices(uncached) as alone:
+        assert alike(output, generate(uncached, [asked])[0])
+        generate(uncached, [prompt(uncached, chat(picture("key")), 60)])
+    assert chosen == alone[:2]
+    assert alone[1] == alone[2]
 
 
 def test_a_name_given_by_the_client_is_the_pictures_alone(fresh: Any, expected: dict[Case, Answered]) -> None:

@@ -33,6 +33,14 @@ def test_every_method(method: str, options: dict[str, Any], checkpoints: Path) -
         )
 
 
+@pytest.mark.parametrize("method", ["adafv", "text"])
+def test_without_words_saliency_chooses(method: str, checkpoints: Path) -> None:
+    both = Both.of("llava-next", checkpoints, {"keep": 16, "method": method})
+    for keep in (12, 0.2):
+        both.agree([picture("cars").resize((500, 260))], keep, "saliency")
+        both.agree([picture("bird"), " ", picture("key").resize((60, 130)), "hello"], keep, "saliency")
+
+
 def test_bfloat16(checkpoints: Path) -> None:
     """The two engines round differently, so that now and then another token is kept; most are the same."""
     both = Both.of("llava-next", checkpoints, {"keep": 36}, dtype="bfloat16")

@@ -42,7 +42,7 @@ QUESTIONS = (
     "What color is the background?",
     "Is the tree left of the bird?",
 )
-BUDGETS = (None, None, 4, 8, 24, 64, 144, 0.1, 0.5)
+BUDGETS = (None, None, 4, 8, 24, 64, 144, 1000, 0.1, 0.5)
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,19 @@ def wishes(pictures: list[Image.Image]) -> list[Wish]:
             return Wish("answered", answered(content if chance.random() < 0.5 else [shown, content[2], question]))
         if kind == "none":
             return Wish("answered", body(question))
+        if kind == "no words":
+            return Wish("answered", answered([shown]))
         if kind == "malformed":
             bodies = [
-                body(shown, question, **budget(chance.choice([0, -3, 1.5, "x", None, 145]))),
-                body(shown),
+                body(shown, question, **budget(chance.choice([0, -3, 1.5, "x", None, 2**31]))),
                 body(image(b"no picture"), question),
                 body(shown, f"<image> {question}"),
             ]
             return Wish("malformed", chance.choice(bodies))
         return Wish("cancelled", answered([shown, question], stream=True, ignore_eos=True) | {"max_tokens": LONG})
 
-    kinds = chance.choices(["one", "two", "none", "malformed", "cancelled"], weights=[60, 15, 10, 8, 7], k=REQUESTS)
+    weights = {"one": 56, "two": 15, "none": 10, "no words": 4, "malformed": 8, "cancelled": 7}
+    kinds = chance.choices(list(weights), weights=list(weights.values()), k=REQUESTS)
     return [one(kind) for kind in kinds]
 
 

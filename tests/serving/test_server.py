@@ -1,19 +1,33 @@
 """`adafv serve`: the real server over HTTP. Its answers, its counts, and how it refuses what it cannot do."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from engines import SAMPLES, picture
 from PIL import Image
-from servers import SMALL, Server, body, budget, image, image_at, running, served
+from servers import (
+    SMALL,
+    Server,
+    body,
+    budget,
+    environment_of_a_user,
+    image,
+    image_at,
+    running,
+    served,
+    text,
+)
 
 from adafv.asking.session import Session
+from adafv.engines.vllm import cpu_torchvision
 
 QUESTIONS = [
     ("bird", "What color is the banana?"),
@@ -59,6 +73,14 @@ class TestAnswers:
             assert given == alone.answer
             assert prompt == alone.record.prompt_length_after == inputs["input_ids"].shape[1] - TOKENS + (keep or 16)
 
+    def test_a_number_of_tokens_is_an_upper_bound(self, server: Server) -> None:
+        """Also a request's, so that one number fits pictures of different sizes; as in transformers."""
+        whole = server.ask(picture(BIRD), BANANA, **budget(TOKENS))
+        assert server.ask(picture(BIRD), BANANA, **budget(TOKENS + 1)) == whole
+        assert server.ask(picture(BIRD), BANANA, **budget(MOST)) == whole
+        two = server.ask(picture(BIRD), picture("key"), BANANA, **budget(MOST))
+        assert two[1] == 9 + 2 * TOKENS
+
     def test_without_image(self, server: Server) -> None:
         assert server.ask(BANANA)[1] == 9
 
@@ -90,7 +112,6 @@ class TestRefusals:
             (None, "is not a number"),
             (True, "is a truth value"),
             ([8], "is not a number"),
-            (TOKENS + 1, "the image has only 144 visual tokens"),
             (MOST + 1, "this server keeps at most max_keep=200"),
             (10**30, "no image has so many visual tokens"),
         ],
@@ -135,8 +156,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("content", "reason"),
         [
-            ([picture(BIRD)], "no text from the user"),
-            ([picture(BIRD), ""], "no text from the user"),
             ([picture(BIRD), "<image> " + BANANA], "2 image placeholders for 1 image(s)"),
             (["<image> " + BANANA, picture(BIRD)], "2 image placeholders for 1 image(s)"),
             ([image(b"no picture"), BANANA], "cannot identify image"),
@@ -171,6 +190,47 @@ class TestRefusals:
 
     def test_unknown_model(self, server: Server) -> None:
         assert server.post(body(BANANA, model="another")).status_code == 404
+
+
+class TestOnCpus:
+    """Nothing but the documented command was given, not what conftest.py sets for engines in this process."""
+
+    def test_what_was_set_is_said(self, server: Server) -> None:
+        assert "note: --kv-cache-memory-bytes 1G is set" in server.log
+        if cpu_torchvision.FOLDER.as_posix() in os.environ.get("PYTHONPATH", ""):  # conftest.py needed it
+            assert "note: torchvision " in server.log
+
+    def test_memory_is_bounded(self, server: Server) -> None:
+        """2.5 GiB; vLLM itself would take 92 % of the machine's."""
+        server.ask(picture(BIRD), BANANA)
+        leader = psutil.Process(server.process.pid)
+        processes = [leader, *leader.children(recursive=True)]
+        assert sum(process.memory_full_info().pss for process in processes) < 3.5 * 2**30
+
+
+class TestNoWords:
+    @pytest.mark.parametrize(
+        ("name", "words"), [("bird", []), ("boats", [text("")]), ("cars", [text("  ")]), ("key", [text("hello")])]
+    )
+    def test_saliency_chooses(self, server: Server, session: Session, name: str, words: list[Any]) -> None:
+        """ "hello" is no word of the bundled model."""
+        inputs = session.inputs(picture(name), words[0]["text"] if words else "")
+        alone = session.ask(inputs, session.pruner("saliency", 16), 8)
+        assert alone.record is not None
+        before = server.metrics()["adafv:images_without_words_total"]
+        assert server.ask(picture(name), *words) == (alone.answer, alone.record.prompt_length_after)
+        server.wait_for({"adafv:images_without_words_total": before + 1})
+
+    def test_is_said_once(self, server: Server) -> None:
+        for name in ("mushrooms", "tree"):
+            server.ask(picture(name))
+        assert server.log.count("no word of a prompt counts for its image, so saliency alone chooses") == 1
+
+    def test_is_not_counted_where_nothing_is_chosen(self, server: Server) -> None:
+        before = server.metrics()["adafv:images_without_words_total"]
+        server.ask(picture("bird").rotate(180), **budget(TOKENS))
+        server.ask(picture("bird").rotate(180), BANANA)
+        assert server.metrics()["adafv:images_without_words_total"] == before
 
 
 class TestMetrics:
@@ -236,11 +296,18 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Plain vLLM, started by what `adafv serve` prints, without budgets of requests."""
     command = [sys.executable, "-m", "adafv", "serve", "bundled", "--keep", "0.25", "--method", "saliency"]
     printed = subprocess.run(
-        [*command, "--print-command", "--", *SMALL], check=True, capture_output=True, text=True, timeout=100
+        [*command, "--print-command", "--", *SMALL],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=environment_of_a_user(),
     )
-    program, *arguments = shlex.split(printed.stdout)
-    assert program == "python"
-    with running(tmp_path_factory.mktemp("plain"), [sys.executable, *arguments]) as server:
+    words = shlex.split(printed.stdout)
+    program = words.index("python")
+    variables = dict(word.split("=", 1) for word in words[:program])
+    command = [sys.executable, *words[program + 1 :]]
+    with running(tmp_path_factory.mktemp("plain"), command, **variables) as server:
         yield server
 
 

@@ -114,6 +114,7 @@ def _checked(model: str, settings: dict[str, Any], options: list[str], needs_vll
         LaunchError,
         installed_vllm,
         launch,
+        machine_settings,
         overrides_option,
         pruned_architecture,
         split_overrides,
@@ -123,13 +124,18 @@ def _checked(model: str, settings: dict[str, Any], options: list[str], needs_vll
 
     overrides, others = split_overrides(options)
     ServerSettings.of(settings)
+    distribution = None
     try:
         distribution = installed_vllm()
     except LaunchError:
         if needs_vllm:
             raise
-        distribution = "vllm"  # the command may be for another machine
     source = folder_or_id(model)
-    architecture = pruned_architecture(source, value_of("--revision", others))
+    switch = overrides_option(pruned_architecture(source, value_of("--revision", others)), settings, overrides)
     named = ["--served-model-name", model] if source != model else []
-    return launch(distribution, source, [*overrides_option(architecture, settings, overrides), *named, *others])
+    if distribution is None:  # the command is for another machine
+        return launch("vllm", source, [*switch, *named, *others])
+    machine = machine_settings(distribution, source, others)
+    for note in machine.notes:
+        typer.echo(f"note: {note}", err=True)
+    return launch(distribution, source, [*switch, *named, *machine.options, *others], machine.environment)

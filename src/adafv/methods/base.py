@@ -86,6 +86,14 @@ class Method(ABC):
         """(rows, columns) at which the tower should see the image, or None for full resolution."""
         return None
 
+    def without_text(self) -> "Method":
+        """What chooses in this method's place for an image that no word counts for: a method that needs no text.
+
+        Itself where it needs none; else visual saliency alone, which is what the text is weighed against in AdaFV. The
+        one place where this is decided: an engine that finds no words (`NoWordsError`) asks here, and says so.
+        """
+        return method_named("saliency") if self.needs_text else self
+
     @abstractmethod
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         """Choose `keep` tokens, as returned by `budget`. 0 < keep < N."""

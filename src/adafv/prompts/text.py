@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafv.errors import OptionError, PromptError, UnsupportedCallError
+from adafv.errors import NoWordsError, OptionError, UnsupportedCallError
 from adafv.prompts.prompt import PlacedImage, Prompt
 from adafv.prompts.template import ChatTemplate as ChatTemplate
 from adafv.prompts.template import image_text as image_text
@@ -30,7 +30,7 @@ def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatT
     """[T] long, columns of the text that counts for `image`; of its own segment alone, where prompts are packed.
 
     Raises:
-        PromptError: there is none.
+        NoWordsError: there is none.
         UnsupportedCallError: scope "question", of a prompt of which only the embeddings are known.
     """
     row, (first, last) = image.row, image.span
@@ -69,7 +69,7 @@ def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatT
             "turn": "in the turn of the image",
             "question": "from the user, outside the chat template",
         }
-        raise PromptError(
+        raise NoWordsError(
             f"prompt {row} has no text {where[scope]}, so there is nothing to compare the image with; "
             "ask a question, or use a method that does not look at text (saliency, random, uniform)"
         )

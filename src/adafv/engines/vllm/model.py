@@ -40,7 +40,10 @@ class PrunedModel:
         self.adafv = settings
         self.adafv_cache = TowerCache(settings.tower_cache_bytes)
         self.adafv_meter = Meter(get_tensor_model_parallel_rank() == 0, settings.tower_cache_bytes)
-        self.adafv_tap = self.tap() if settings.method.needs_saliency else None
+        self.adafv_without_text = settings.method.without_text()
+        # Which images come without words is known only when they come, and what is cached of an image serves every question.
+        needs_saliency = settings.method.needs_saliency or self.adafv_without_text.needs_saliency
+        self.adafv_tap = self.tap() if needs_saliency else None
         self.adafv_encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self.adafv_largest = 0  # visual tokens of the largest image so far
 
@@ -91,7 +94,8 @@ class PrunedModel:
             for i in (i for i, other in enumerate(names) if other == name):
                 keep = budget_from(budgets[i]).tokens(image.layout.tokens)
                 embeddings[i] = self._pruned(image, texts[i], keep)
-                self.adafv_meter.pruned(image.layout.tokens, keep)
+                no_words = self.adafv.method.needs_text and not len(texts[i]) and keep < image.layout.tokens
+                self.adafv_meter.pruned(image.layout.tokens, keep, self.adafv_without_text.name if no_words else None)
         self.adafv_meter.say(len(self.adafv_cache), self.adafv_cache.bytes)
         return embeddings
 
@@ -121,7 +125,8 @@ class PrunedModel:
         source = layout.source.to(device)
         saliency = None if image.saliency is None else image.saliency.masked_fill(source < 0, 0.0).unsqueeze(0)
         words = mask = None
-        if self.adafv.method.needs_text:
+        method = self.adafv.method if len(text) else self.adafv_without_text
+        if method.needs_text:
             words = self.language_model.embed_input_ids(text.to(device)).unsqueeze(0)
             mask = torch.ones(words.shape[:2], dtype=torch.bool, device=device)
         tokens = VisualTokens(
@@ -135,7 +140,7 @@ class PrunedModel:
             layout.rows,
             layout.columns,
         )
-        chosen = self.adafv.method.select(tokens, keep)
+        chosen = method.select(tokens, keep)
         kept = chosen.indices[0].contiguous()
         if get_tensor_model_parallel_world_size() > 1:
             kept = get_tp_group().broadcast(kept, src=0)

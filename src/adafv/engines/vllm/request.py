@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.engines.vllm.settings import Budget
-from adafv.errors import PromptError
+from adafv.errors import NoWordsError, PromptError
 from adafv.prompts.prompt import PlacedImage, Prompt, any_of
 from adafv.prompts.text import ChatTemplate, text_columns
 
@@ -27,7 +27,8 @@ class Wish:
 
     budget: Budget
     text: tuple[int, ...]
-    """Tokens of the text that counts; empty where all tokens stay or the method does not look at text."""
+    """Tokens of the text that counts. Empty where all tokens stay, where the method does not look at text, and where no word
+    counts: the worker then asks `Method.without_text`."""
 
     def key(self, image: str, identity: str) -> str:
         """What caches know the pruned image by.
@@ -37,7 +38,7 @@ class Wish:
             identity: see `ServerSettings`.
         """
         # A budget's type matters: 1 is a token, 1.0 is everything.
-        parts = [VERSION, image, identity, repr(self.budget.keep), self.budget.asked, self.text]
+        parts = [VERSION, image, identity, repr(self.budget.keep), self.text]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def encoded(self) -> tuple[Tensor, Tensor]:
@@ -56,20 +57,26 @@ class Reader:
     template: ChatTemplate | None
 
     def texts(self, tokens: Sequence[int], images: int) -> list[tuple[int, ...]]:
-        """Per image, the tokens of the text that counts for it.
+        """Per image, the tokens of the text that counts for it; none where no word does.
 
         Args:
             tokens: of the prompt, with one placeholder per image.
 
         Raises:
-            PromptError: an image has no text, or there are not as many placeholders as images.
+            PromptError: there are not as many placeholders as images.
         """
         check_placeholders(tokens, self.placeholder, images)
         prompt = self._prompt(tokens)
         places = prompt.placeholders["image"][0].nonzero()
         placed = [PlacedImage("image", i, 0, place, _ONE_TOKEN) for i, place in enumerate(places)]
-        columns = [text_columns(prompt, image, self.scope, self.template) for image in placed]
-        return [tuple(prompt.tokens[0, found].tolist()) for found in columns]
+        return [self._text(prompt, image) for image in placed]
+
+    def _text(self, prompt: Prompt, image: PlacedImage) -> tuple[int, ...]:
+        try:
+            columns = text_columns(prompt, image, self.scope, self.template)
+        except NoWordsError:
+            return ()
+        return tuple(prompt.tokens[0, columns].tolist())
 
     def _prompt(self, tokens: Sequence[int]) -> Prompt:
         row = torch.tensor([list(tokens)], dtype=torch.long)

@@ -23,8 +23,7 @@ class Budget:
     """How many tokens of an image stay."""
 
     keep: int | float
-    asked: bool = False
-    """By the request itself. More than an image has is an error then; a server's own number is an upper bound."""
+    """A number of tokens, which is an upper bound: an image that has fewer keeps all. Or a share of them."""
 
     @property
     def keeps_all(self) -> bool:
@@ -32,13 +31,7 @@ class Budget:
         return isinstance(self.keep, float) and self.keep == 1.0
 
     def tokens(self, available: int) -> int:
-        """K for an image of `available` (N) tokens.
-
-        Raises:
-            BudgetError: the request asks for more than there is.
-        """
-        if not self.asked and isinstance(self.keep, int):
-            return min(self.keep, available)
+        """K for an image of `available` (N) tokens."""
         return tokens_to_keep(self.keep, available)
 
 
@@ -102,7 +95,7 @@ class ServerSettings:
         _refuse_unknown(options, {"keep"}, "a request's options")
         if "keep" not in options:
             return self.budget
-        budget = Budget(_keep("keep", options["keep"]), asked=True)
+        budget = Budget(_keep("keep", options["keep"]))
         if not _within(budget, self.most):
             raise BudgetError(
                 f"keep={budget.keep}, but this server keeps at most max_keep={self.most.keep}; ask for less"
