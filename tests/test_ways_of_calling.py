@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import END, IMAGE, PAD, FamilyRow, make_inputs, token_types, words
+from models import BEGIN, END, IMAGE, PAD, FamilyRow, make_inputs, token_types, words
 from oracle import STOCK_MIXES_UP_IMAGES, VISUAL_INPUTS, masked_inputs, rotary_positions, same_logits
 from transformers import DynamicCache
 from transformers.trainer_pt_utils import LabelSmoother
 
-from adafv import AdaFV, compress
+from adafv import AdaFV, Pruner, compress
+from adafv.engines.transformers.prompt import read_prompt
 from adafv.engines.transformers.releases import CACHE, CACHE_NAMES, returned_cache
 from adafv.errors import UnsupportedCallError
 from adafv.families import family_of
@@ -442,3 +443,26 @@ def test_padding_is_the_callers_own(any_family: FamilyRow, any_model: Any) -> No
     assert pruned.sequences.tolist() == expected.sequences.tolist()
     for mine, theirs in zip(pruned.scores, expected.scores, strict=True):
         torch.testing.assert_close(mine, theirs, **TOLERANCE)
+
+
+def test_a_question_without_a_word_that_counts(any_family: FamilyRow, any_model: Any) -> None:
+    """Saliency chooses then, and a warning and the record say so; the words of the other prompt count as ever."""
+    row, model = any_family, any_model
+    inputs = make_inputs(row, model, [1, 1])
+    with torch.no_grad():
+        with AdaFV(keep=KEEP)(model) as adafv:
+            model(**inputs)
+            by_words = adafv.last.kept[1]
+        with Pruner("saliency", keep=KEEP)(model) as pruner:
+            model(**inputs)
+            by_saliency = pruner.last.kept[0]
+    prompt = read_prompt(model, family_of(model), inputs)
+    inputs["input_ids"][0, prompt.attended[0] & ~prompt.special[0] & ~prompt.is_visual[0]] = BEGIN
+    with torch.no_grad():
+        with AdaFV(keep=KEEP)(model) as adafv, pytest.warns(UserWarning, match="no word of the prompt counts"):
+            pruned = model(**inputs).logits
+        expected = model(**masked_inputs(inputs, adafv.last.keep_mask, row=row, model=model)).logits
+    assert adafv.last.methods == ["saliency", "adafv"]
+    assert torch.equal(adafv.last.kept[0], by_saliency)
+    assert torch.equal(adafv.last.kept[1], by_words)
+    same_logits(pruned, expected, inputs["attention_mask"], adafv.last.keep_mask, **TOLERANCE)

@@ -54,7 +54,7 @@ class EncodedImage:
 def encode_images(
     model: Any,
     family: Family,
-    method: Method,
+    methods: list[Method],
     visuals: dict[str, dict[str, Any]],
     layouts: dict[str, list[ImageLayout]],
     placed: list[PlacedImage],
@@ -62,7 +62,7 @@ def encode_images(
     grids: list[tuple[int, int] | None],
 ) -> list[EncodedImage]:
     """Run the tower once per modality, or where images are scaled down once per grid; one entry per placed image."""
-    wants_saliency = method.needs_saliency and any(pruned)
+    wants_saliency = any(method.needs_saliency and lose for method, lose in zip(methods, pruned, strict=True))
     results: list[Any] = [None] * len(placed)
     for modality, inputs in visuals.items():
         members = [i for i, image in enumerate(placed) if image.modality == modality]
@@ -90,7 +90,7 @@ def encode_images(
 
 def choose_tokens(
     model: Any,
-    method: Method,
+    methods: list[Method],
     placed: list[PlacedImage],
     keeps: list[int],
     grids: list[tuple[int, int] | None],
@@ -98,7 +98,7 @@ def choose_tokens(
     texts: list[Tensor | None],
     call: Conversation,
 ) -> list[Choice]:
-    """Run the method on all images; those of one size and budget together."""
+    """Run the methods on all images; those of one size, budget and method together."""
     groups: dict[Any, list[int]] = {}
     choices: list[Any] = [None] * len(placed)
     for i, (image, keep) in enumerate(zip(placed, keeps, strict=True)):
@@ -108,9 +108,10 @@ def choose_tokens(
             choices[i] = Choice(everything, everything, layout, encoded[i].features, encoded[i].deepstack)
             continue
         layout = image.fed
-        groups.setdefault((layout.tokens, layout.crops, layout.rows, layout.columns, keep, grids[i]), []).append(i)
+        alike = (layout.tokens, layout.crops, layout.rows, layout.columns, keep, grids[i], methods[i].name)
+        groups.setdefault(alike, []).append(i)
 
-    for (_, crops, rows, columns, keep, grid), members in groups.items():
+    for (_, crops, rows, columns, keep, grid, _), members in groups.items():
         device = encoded[members[0]].features.device
         source = torch.stack([placed[i].fed.source for i in members]).to(device)
         features = _stack([encoded[i].features for i in members])
@@ -120,7 +121,7 @@ def choose_tokens(
             saliency = saliency.masked_fill(source < 0, 0.0)
         text, text_mask = _embedded_text(model, [(placed[i].row, texts[i]) for i in members], call, device)
         tokens = VisualTokens(features, saliency, text, text_mask, source >= 0, source, crops, rows, columns, grid)
-        kept = method.select(tokens, keep)
+        kept = methods[members[0]].select(tokens, keep)
         for place, i in enumerate(members):
             choices[i] = _choice(kept, place, encoded[i], saliency, placed[i])
     return choices

@@ -4,6 +4,7 @@ The tokens to keep are counted before the tower runs, chosen after it, and taken
 prompt. Nothing inside the model changes: the result goes through the public arguments of its `generate` and `forward`.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ from adafv.engines.transformers.prompt import Compaction, compact, nothing_remov
 from adafv.engines.transformers.record import Record, kv_bytes, timed
 from adafv.engines.transformers.releases import NEWEST_TESTED, OLDEST_TESTED, cache_of, warn_if_untested
 from adafv.engines.transformers.settings import Settings
-from adafv.errors import PromptError, UnsupportedCallError
+from adafv.errors import NoWordsError, PromptError, UnsupportedCallError
 from adafv.families import MODALITIES, Family, family_of
 from adafv.families.base import stock_model
 from adafv.methods import Method
@@ -155,35 +156,30 @@ def compress_call(
 
     keeps = [tokens_to_keep(settings.keep, image.layout.tokens) for image in placed]
     pruned = [keep < image.layout.tokens for keep, image in zip(keeps, placed, strict=True)]
+    texts, methods = _texts(settings, call, placed, pruned)
     grids: list[tuple[int, int] | None] = [None] * len(placed)
     for i, image in enumerate(placed):
         if pruned[i]:
-            grids[i] = settings.method.grid(keeps[i], image.layout)
+            grids[i] = methods[i].grid(keeps[i], image.layout)
             if grids[i] is not None and not (family.downsamples and image.modality == "image"):
                 raise UnsupportedCallError(
                     f"images at lower resolution are not supported for the {image.modality}s of {family.name}; use another "
                     "method, or scale the images before the processor"
                 )
-            keeps[i] = settings.method.budget(keeps[i], image.layout)
+            keeps[i] = methods[i].budget(keeps[i], image.layout)
     if any(pruned) and call.packing is not None and call.packing.apart and not family.packed_rows:
         raise UnsupportedCallError(
             f"this release of transformers mixes up prompts packed into one row with {family.name}; give one prompt per row"
         )
     if any(pruned) or call.prefix.changed:
         refuse_unknown_columns(result, (call.prompt.length, call.prefix.length + call.prompt.length))
-    texts: list[Tensor | None] = [None] * len(placed)
-    if settings.method.needs_text:
-        texts = [
-            text_columns(call.prompt, image, settings.scope, settings.template) if lose else None
-            for image, lose in zip(placed, pruned, strict=True)
-        ]
 
     encoded = []
     if placed:
         with timed(seconds, "tower"):
-            encoded = encode_images(model, family, settings.method, visuals, layouts, placed, pruned, grids)
+            encoded = encode_images(model, family, methods, visuals, layouts, placed, pruned, grids)
     with timed(seconds, "selection"):
-        choices = choose_tokens(model, settings.method, placed, keeps, grids, encoded, texts, call)
+        choices = choose_tokens(model, methods, placed, keeps, grids, encoded, texts, call)
     delta = attended = None
     with timed(seconds, "compaction"):
         dropped = [0] * call.prompt.tokens.shape[0]
@@ -210,7 +206,34 @@ def compress_call(
     result.contents = CacheContents(result.compaction, tokens, delta, attended)
     if placed:
         result.record = _record(model, call, placed, choices, result.compaction, seconds)
+        result.record.methods = [method.name for method in methods]
     return result
+
+
+def _texts(
+    settings: Settings, call: Conversation, placed: list[PlacedImage], pruned: list[bool]
+) -> tuple[list[Tensor | None], list[Method]]:
+    """Per image: the columns of the text that counts for it, and the method that chooses its tokens.
+
+    That is another where no word counts ("hello" may be all template): see `Method.without_text`. A warning says so.
+    """
+    texts: list[Tensor | None] = [None] * len(placed)
+    methods = [settings.method] * len(placed)
+    for i, image in enumerate(placed):
+        if not (pruned[i] and settings.method.needs_text):
+            continue
+        try:
+            texts[i] = text_columns(call.prompt, image, settings.scope, settings.template)
+        except NoWordsError as error:
+            if settings.method.published_layout:  # the published code has no other way
+                raise
+            methods[i] = settings.method.without_text()
+            warnings.warn(
+                f"no word of the prompt counts for {image.modality} {image.number}, so its tokens were chosen by "
+                f"{methods[i].name} alone ({error})",
+                stacklevel=2,
+            )
+    return texts, methods
 
 
 def _visuals(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:

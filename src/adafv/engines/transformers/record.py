@@ -54,6 +54,8 @@ class Record:
     """Bytes of keys and values for the prompts of the batch, as given."""
     kv_bytes_after: int
     """... and as the language model saw them."""
+    methods: list[str] = field(default_factory=list)
+    """The method that chose: another than the one asked for where that needs text and no word of the prompt counts."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time per stage: "tower" (with the projector), "selection", "compaction", "model" (the call of the stock
     model). On an accelerator work is queued, so without synchronising it is the time to queue it."""

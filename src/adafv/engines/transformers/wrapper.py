@@ -323,11 +323,16 @@ def _blank(cls: Any) -> Any:
 def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name, without those that are None."""
     if not args:
-        return {name: value for name, value in kwargs.items() if value is not None}
+        return _present(kwargs)
     names = list(inspect.signature(function).parameters)
     if len(args) > len(names):
         raise TypeError(f"{len(args)} positional arguments were given, at most {len(names)} are possible")
-    return {name: value for name, value in (*zip(names, args, strict=False), *kwargs.items()) if value is not None}
+    return _present({**dict(zip(names, args, strict=False)), **kwargs})
+
+
+def _present(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 class _Entry:
@@ -341,7 +346,9 @@ class _Entry:
         name, stock_function = self._name, self._stock_function
         if model is None:  # Trainer reads the names of the labels off the class
             return stock_function
-        handle: PrunedModel = model.__dict__[_HANDLE]
+        handle: PrunedModel | None = model.__dict__.get(_HANDLE)
+        if handle is None:  # another thread has left the block since this one found the class
+            return model.__dict__.get(name) or MethodType(stock_function, model)
         if handle.model is not model:
             raise UnsupportedCallError(
                 "this is a replica of a wrapped model, as nn.DataParallel makes them; use DistributedDataParallel, "
@@ -379,7 +386,20 @@ def _wrapped_class(stock_class: Any) -> Any:
         stock.__dict__.update({name: value for name, value in model.__dict__.items() if name != _HANDLE})
         return stock.__reduce_ex__(1)  # from protocol 2 on, pickle insists on the class of the very object
 
+    def prepared(model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Ours calls `generate` on another object, so here the stock one runs on the wrapped model itself."""
+        function = stock_class._get_logits_processor
+        handle: PrunedModel | None = model.__dict__.get(_HANDLE)
+        given = inspect.signature(function).bind(model, *args, **kwargs).arguments.get("model_kwargs") or {}
+        if handle is not None and (given.get("mm_encoder_outputs") or handle._concerned(_present(given))):
+            raise UnsupportedCallError(
+                "this `generate` was looked up before the model was wrapped, so it would not prune; look it up inside the "
+                "`with` block, or after enable(): model.generate(...)"
+            )
+        return function(model, *args, **kwargs)
+
     names = {**{name: _Entry(stock_class, name) for name in ("generate", "forward")}, "__reduce_ex__": reduce}
+    names["_get_logits_processor"] = prepared
     return _derived((stock_class,), names)
 
 
