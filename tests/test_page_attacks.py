@@ -36,10 +36,19 @@ SECONDS = 60.0
 """That a request may take before it counts as stuck; the machine may be busy."""
 
 
+def short(value: Any) -> str:
+    """A parameter as part of a test's name."""
+    return repr(value)[:24]
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """After all attacks it still answers."""
     with serving(tmp_path_factory.mktemp("attacked")) as served:
         yield served
+        with httpx.Client(base_url=served.url, timeout=SECONDS, trust_env=False) as client:
+            picture = upload(client, served.samples / "sample1.png")
+            assert "<article" in ask(client, [{"path": picture}, *SETTINGS])
 
 
 @pytest.fixture
@@ -47,8 +56,7 @@ def http(server: Server) -> Iterator[Any]:
     """Someone with a network connection. Afterwards nothing unforeseen may have happened, and the page must still answer."""
     with httpx.Client(base_url=server.url, timeout=SECONDS, trust_env=False) as client:
         yield client
-        picture = upload(client, server.samples / "sample1.png")
-        assert "<article" in ask(client, [{"path": picture}, *SETTINGS])
+        assert "upload a picture first" in ask(client, [None, *SETTINGS])
     log = server.log.read_text()
     assert "Traceback" not in log, log
     assert server.process.poll() is None
@@ -128,7 +136,6 @@ class TestFiles:
             str(uploads),
             str(uploads / "missing.png"),
             os.path.dirname(own),
-            f"{own}/",
             f"{own}\0",
             f"{own}.png",
             "/etc/passwd",
@@ -149,7 +156,6 @@ class TestFiles:
         finally:
             beside.unlink()
             sibling.rmdir()
-        said.pop(f"{own}/")  # the same file to most of the world; refused or read, but nothing else
         assert set(said.values()) == {GONE}
 
     def test_links(self, server: Server, http: Any, secret: Path) -> None:
@@ -217,7 +223,7 @@ class TestEndpoints:
         import gradio
         from gradio.routes import App
 
-        with gradio.Blocks() as blocks:
+        with gradio.Blocks(analytics_enabled=False) as blocks:
             gradio.Textbox()
         needed = re.compile(
             r"/|/config|/theme.css|/favicon.ico|/robots.txt|/manifest.json|/log(in|out)|/(static|assets)/.*"
@@ -225,16 +231,16 @@ class TestEndpoints:
             r"|/gradio_api/(theme.css|cancel|reset|heartbeat/.*|call/[^/]*(/[^/]*)?|file=.*)"
         )
         refused = 0
-        for route in App.create_app(blocks).routes:
+        routes = list(App.create_app(blocks).routes)
+        for route in routes:
+            routes += getattr(getattr(route, "original_router", None), "routes", [])  # a router inside the router
             path = re.sub(r"{[^}]*}", "2", getattr(route, "path", "/"))
+            if needed.fullmatch(path.rstrip("/") or "/"):
+                continue
             for method in sorted(getattr(route, "methods", None) or {"GET", "POST"}):
-                if needed.fullmatch(path.rstrip("/") or "/"):
-                    continue
                 answer = http.request(method, path, json={"data": [{"path": str(secret)}, *SETTINGS], "fn_index": 2})
-                assert (answer.status_code, answer.text) == (
-                    404,
-                    '{"detail":"there is no such thing here"}' * (method != "HEAD"),
-                ), (method, path)
+                assert answer.status_code == 404, (method, path)
+                assert method == "HEAD" or answer.json() == {"detail": "there is no such thing here"}, (method, path)
                 refused += 1
         assert refused > 40
 
@@ -364,6 +370,7 @@ class TestShapes:
             (5, "4", "cannot be '4'"),
             (5, False, "cannot be False"),
         ],
+        ids=short,
     )
     def test_settings(self, server: Server, http: Any, place: int, value: Any, said: str) -> None:
         data: list[Any] = [{"path": upload(http, server.samples / "sample1.png")}, *SETTINGS]
@@ -390,7 +397,7 @@ class TestShapes:
             b"\xff\xfe",
             b'{"data": [NaN',
         ],
-        ids=repr,
+        ids=short,
     )
     def test_bodies(self, http: Any, body: bytes) -> None:
         for path in ("/gradio_api/call/ask", "/gradio_api/queue/join"):
