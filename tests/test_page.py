@@ -26,6 +26,7 @@ from adafv.asking.session import Answer, Session, Timing
 from adafv.cli import app
 from adafv.errors import AdaFVError, ImageError
 from adafv.methods import known_methods
+from adafv.page import render
 from adafv.page.answers import MAX_ANSWER, MAX_QUESTION, UNPRUNED, Answers, Result, message
 from adafv.page.render import problem_as_html, results_as_html
 from adafv.page.samples import MOST, Sample, SamplesError, bundled_samples, samples_in
@@ -496,14 +497,98 @@ class TestInBrowser:
         )
         assert unnamed == []
 
-    def test_phone(self, visitor: Visitor, picture: Path) -> None:
+    @pytest.mark.parametrize("way", ["click", "key"])
+    @pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+    def test_phone(self, visitor: Visitor, picture: Path, way: str, motion: str) -> None:
+        """The results stand below the form, so the view and the focus go there."""
+        tab = visitor.tab
+        tab.set_viewport_size({"width": 390, "height": 844})
+        tab.emulate_media(reduced_motion=motion)
+        tab.evaluate(
+            """() => { window.scrolled = []; const original = Element.prototype.scrollIntoView;
+                Element.prototype.scrollIntoView = function (options) {
+                    window.scrolled.push([this.id, options.behavior]); original.call(this, options);
+                } }"""
+        )
+        visitor.upload(picture)
+        visitor.wait_for_picture()
+        visitor.type(QUESTION)
+        tab.evaluate("scrollTo(0, 0)")
+        if way == "click":
+            visitor.ask()
+        else:
+            tab.get_by_label("Question").press("Enter")
+        visitor.answers()
+        tab.wait_for_function(
+            """() => { const top = document.querySelector("#results article").getBoundingClientRect().top;
+                return top >= 0 && top < innerHeight / 3; }"""
+        )
+        behaviour = {"no-preference": "smooth", "reduce": "instant"}[motion]
+        assert ["results", behaviour] in tab.evaluate("scrolled")
+        assert tab.evaluate("document.activeElement.id") == "results"
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+    def test_phone_with_nothing_to_show(self, visitor: Visitor) -> None:
         visitor.tab.set_viewport_size({"width": 390, "height": 844})
+        visitor.ask()
+        visitor.problem()
+        visitor.tab.wait_for_function(
+            """() => { const box = document.querySelector("#notice [role=alert]").getBoundingClientRect();
+                return box.top >= 0 && box.bottom <= innerHeight; }"""
+        )
+
+    @pytest.mark.parametrize("width", [1280, 2200])
+    def test_wide(self, visitor: Visitor, picture: Path, width: int) -> None:
+        """Form and results are seen at once, in the middle of the screen, and nothing moves."""
+        tab = visitor.tab
+        tab.set_viewport_size({"width": width, "height": 1000})
         visitor.upload(picture)
         visitor.wait_for_picture()
         visitor.type(QUESTION)
         visitor.ask()
         visitor.answers()
-        assert visitor.tab.evaluate("document.documentElement.scrollWidth") <= 390
+        tab.wait_for_timeout(500)
+        assert tab.evaluate("scrollY") == 0
+        assert tab.evaluate("document.activeElement.id") == "ask"
+        left, right = tab.evaluate(
+            """() => { const box = document.querySelector(".gradio-container").getBoundingClientRect();
+                return [box.left, document.documentElement.clientWidth - box.right]; }"""
+        )
+        assert abs(left - right) <= 1
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_messages_of_gradio_are_not_ours_to_style(self, visitor: Visitor, scheme: str) -> None:
+        """Every class that we style is ours alone."""
+        tab = visitor.tab
+        tab.emulate_media(color_scheme=scheme)
+        tab.reload()
+        visitor.ask()
+        tab.locator(".toast-body").first.wait_for()
+        styled = tab.evaluate(
+            """() => [...document.querySelectorAll(".toast-body, .toast-body *")].filter(e => {
+                const style = getComputedStyle(e);
+                const ours = ["rgb(255, 251, 235)", "rgb(51, 35, 10)"].includes(style.backgroundColor);
+                return ours || style.borderLeftWidth === "4px";
+            }).map(e => e.className.toString())"""
+        )
+        assert styled == []
+
+    def test_classes_are_ours(self) -> None:
+        style = (Path(render.__file__).with_name("style.css")).read_text()
+        style = re.sub(r"/\*.*?\*/", "", style, flags=re.S)
+        of_gradio = {"gradio-container", "dark", "grid-wrap", "grid-container", "thumbnail-item", "caption-label"}
+        styled = set(re.findall(r"\.(-?[a-zA-Z_][\w-]*)", style))
+        assert {name for name in styled - of_gradio if not name.startswith("adafv-")} == set()
+        timing = Timing("x", "", 4, [0.1], 1.0)
+        said = (
+            results_as_html([Result(timing, 16, [])])
+            + problem_as_html("x")
+            + render.warning_as_html("x")
+            + render.NOTHING_YET
+        )
+        names = {name for names in re.findall(r'class="(.*?)"', said) for name in names.split()}
+        assert names
+        assert {name for name in names if not name.startswith("adafv-")} == set()
 
     def test_dark(self, server: Server, browser: Any) -> None:
         colours = []
