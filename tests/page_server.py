@@ -51,6 +51,14 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
 @contextmanager
 def serving(
     folder: Path, *options: str, url: str = "http://127.0.0.1:{port}", given: str = "", **environment: str

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from cli_checkpoint import TOKENS
-from page_server import QUESTION, SAMPLE_QUESTION, Server, needs, serving, started_browser
+from page_server import QUESTION, SAMPLE_QUESTION, Server, free_port, has_ipv6, needs, serving, started_browser
 from PIL import Image
 from processors import photo, processor, speaking_model
 from typer.testing import CliRunner
@@ -290,6 +290,33 @@ class TestCommand:
     def test_port_taken(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             self.refused(1, "is taken", "--model", "m", "--port", taken.getsockname()[1])
+
+    @pytest.mark.parametrize("host", ["::1", "[::1]", "localhost", "0.0.0.0"])
+    def test_port_taken_where_gradio_looks(self, host: str) -> None:
+        if ":" in host and not has_ipv6():
+            pytest.skip("no IPv6 here")
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            self.refused(1, "is taken on", "--model", "m", "--host", host, "--port", taken.getsockname()[1])
+
+    @pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
+    def test_port_taken_in_the_other_family(self, host: str) -> None:
+        if not has_ipv6():
+            pytest.skip("no IPv6 here")
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+            self.refused(1, "is taken on :", "--model", "m", "--host", host, "--port", taken.getsockname()[1])
+
+    @pytest.mark.parametrize("host", ["no.such.host.invalid", "1.2.3.4.5", "::zz", "\u00e9" * 70, "a..b"])
+    def test_hosts_that_are_none(self, host: str) -> None:
+        self.refused(1, "cannot listen", "--model", "m", "--host", host, "--port", 7999)
+
+    @pytest.mark.parametrize("host", ["", " ", "[]"])
+    def test_no_host(self, host: str) -> None:
+        self.refused(2, "--host is empty", "--model", "m", "--host", host)
+
+    def test_passwords_that_are_too_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.refused(2, "0 letters", "--model", "m", "--password", "--port", free_port(), "--host", "0.0.0.0")
+        monkeypatch.setenv("ADAFV_PAGE_PASSWORD", "guess")
+        self.refused(2, "at least 8", "--model", "m", "--port", free_port())
 
     def test_no_such_address(self) -> None:
         self.refused(1, "cannot listen", "--model", "m", "--host", "192.0.2.1", "--port", 7999)

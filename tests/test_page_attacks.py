@@ -4,7 +4,6 @@ import html
 import json
 import os
 import re
-import socket
 import threading
 import time
 import urllib.parse
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_server import QUESTION, Server, needs, serving
+from page_server import QUESTION, Server, has_ipv6, needs, serving, started_browser
 from PIL import Image
 from processors import photo, processor, speaking_model
 
@@ -567,14 +566,16 @@ def test_a_question_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert answers.compare(str(picture), QUESTION, 25, ("adafv",), 2).results[1].timing.tokens == 4
 
 
+WORD = "correct horse"
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("locked"), "--password", given=f"{WORD}\n") as served:
+        yield served
+
+
 class TestPassword:
-    WORD = "correct horse"
-
-    @pytest.fixture(scope="class")
-    def locked(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-        with serving(tmp_path_factory.mktemp("locked"), "--password", given=f"{self.WORD}\n") as served:
-            yield served
-
     def test_nothing_without(self, locked: Server) -> None:
         with httpx.Client(base_url=locked.url, timeout=SECONDS, trust_env=False) as stranger:
             for answer in (
@@ -588,45 +589,35 @@ class TestPassword:
                 stranger.get("/gradio_api/queue/data?session_hash=s"),
             ):
                 assert answer.status_code == 401
-            for wrong in ("", "correct", self.WORD.upper(), self.WORD + "x", "\u00e9"):
+            for wrong in ("", "correct", WORD.upper(), WORD + "x", "\u00e9"):
                 assert stranger.post("/login", data={"username": "me", "password": wrong}).status_code in (400, 422)
             assert stranger.get("/config").status_code == 401
 
     def test_everything_with(self, locked: Server) -> None:
         with httpx.Client(base_url=locked.url, timeout=SECONDS, trust_env=False) as friend:
-            assert friend.post("/login", data={"username": "anyone", "password": self.WORD}).status_code == 200
+            assert friend.post("/login", data={"username": "anyone", "password": WORD}).status_code == 200
             assert "<article" in ask(friend, [{"path": upload(friend, locked.samples / "sample1.png")}, *SETTINGS])
 
     def test_not_to_be_seen(self, locked: Server) -> None:
         of_process = Path("/proc", str(locked.process.pid))
         assert b"--password" in (of_process / "cmdline").read_bytes()
         assert b"correct" not in (of_process / "cmdline").read_bytes()
-        assert self.WORD not in locked.log.read_text()
+        assert WORD not in locked.log.read_text()
 
     @needs("playwright", browser=True)
     def test_in_a_browser(self, locked: Server) -> None:
-        from page_server import started_browser
-
         with started_browser() as browser:
             tab = browser.new_page()
             tab.goto(locked.url)
             tab.get_by_label("username").fill("anyone")
-            tab.get_by_label("password").fill(self.WORD)
+            tab.get_by_label("password").fill(WORD)
             tab.get_by_role("button", name="Login").click()
             tab.get_by_role("button", name="Ask", exact=True).wait_for()
 
     def test_from_the_environment(self, tmp_path: Path) -> None:
-        with serving(tmp_path, ADAFV_PAGE_PASSWORD=self.WORD) as locked, httpx.Client(trust_env=False) as client:
+        with serving(tmp_path, ADAFV_PAGE_PASSWORD=WORD) as locked, httpx.Client(trust_env=False) as client:
             assert client.get(f"{locked.url}/config").status_code == 401
             assert "warning" not in locked.log.read_text()
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.create_server(("::1", 0), family=socket.AF_INET6):
-            return True
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,10 @@ def _password(ask: bool) -> str:
     """The password, empty where none is wanted. Never an argument, which `ps` shows to every user of the machine."""
     password = os.environ.pop(PASSWORD, "")
     if ask:
-        password = getpass.getpass("Password: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+        try:
+            password = getpass.getpass("Password: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+        except EOFError:
+            password = ""
     elif not password:
         return ""
     if len(password) < _SHORTEST:

@@ -202,6 +202,7 @@ def serve(page: Any, uploads: Uploads, host: str, port: int, password: str, read
         auth=(lambda _, given: _same(given, password)) if password else None,
         auth_message="Any user name will do; the password is that of whoever runs this page." if password else None,
         app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, functions=functions, ask=ask)]},
+        state_session_capacity=4 * MOST_WAITING,  # anybody may begin any number, and each is kept in memory
         enable_monitoring=False,
         run_history=False,
         mcp_server=False,
