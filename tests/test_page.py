@@ -3,13 +3,9 @@
 import html
 import importlib.util
 import json
-import os
 import re
-import shutil
 import socket
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from cli_checkpoint import TOKENS, save_llava
+from cli_checkpoint import TOKENS
+from page_server import QUESTION, SAMPLE_QUESTION, Server, free_port, has_ipv6, needs, serving, started_browser
 from PIL import Image
 from processors import photo, processor, speaking_model
 from typer.testing import CliRunner
@@ -29,12 +26,12 @@ from adafv.asking.session import Answer, Session, Timing
 from adafv.cli import app
 from adafv.errors import AdaFVError, ImageError
 from adafv.methods import known_methods
-from adafv.page.answers import MAX_ANSWER, MAX_BYTES, MAX_QUESTION, UNPRUNED, Answers, Result, message
+from adafv.page import render
+from adafv.page.answers import MAX_ANSWER, MAX_QUESTION, UNPRUNED, Answers, Result, message
 from adafv.page.render import problem_as_html, results_as_html
 from adafv.page.samples import MOST, Sample, SamplesError, bundled_samples, samples_in
+from adafv.page.uploads import MAX_BYTES, Uploads
 
-QUESTION = "What is in the picture?"
-SAMPLE_QUESTION = "How many colours are there?"
 LONGEST = 32
 """Tokens of an answer, as the page has it when it opens."""
 
@@ -45,8 +42,14 @@ def session() -> Session:
 
 
 @pytest.fixture(scope="module")
-def answers(session: Session) -> Answers:
-    return Answers(session)
+def uploads(tmp_path_factory: pytest.TempPathFactory) -> Uploads:
+    """Every folder of these tests is inside."""
+    return Uploads(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def answers(session: Session, uploads: Uploads) -> Answers:
+    return Answers(session, uploads)
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +98,8 @@ class TestAnswers:
         assert [panel.title for panel in random.panels] == ["kept 4 of 16"]
         assert all(image.width <= 448 for panel in both.panels for image, _ in panel.drawings)
 
-    def test_images_in_crops_are_drawn_twice(self, picture: Path) -> None:
-        next_answers = Answers(Session(speaking_model("llava-next"), processor("llava-next")))
+    def test_images_in_crops_are_drawn_twice(self, picture: Path, uploads: Uploads) -> None:
+        next_answers = Answers(Session(speaking_model("llava-next"), processor("llava-next")), uploads)
         _, result = next_answers.compare(str(picture), QUESTION, 10, ("adafv",), 2).results
         assert [len(panel.drawings) for panel in result.panels] == [2] * 4
 
@@ -111,14 +114,15 @@ class TestAnswers:
         assert kept.timing.answer == unpruned.timing.answer
         assert kept.timing.tokens == TOKENS
 
-    def test_without_a_chat_template(self, picture: Path) -> None:
+    def test_without_a_chat_template(self, picture: Path, uploads: Uploads) -> None:
         made = processor("llava")
         made.chat_template = made.tokenizer.chat_template = None
-        compared = Answers(Session(speaking_model("llava"), made)).compare(str(picture), QUESTION, 25, ("adafv",), 2)
+        plain = Answers(Session(speaking_model("llava"), made), uploads)
+        compared = plain.compare(str(picture), QUESTION, 25, ("adafv",), 2)
         assert compared.results[1].timing.tokens == 4
 
-    def test_words_that_the_model_does_not_know(self, picture: Path) -> None:
-        bundled = Answers(Session.load("bundled", "auto", torch.device("cpu")))
+    def test_words_that_the_model_does_not_know(self, picture: Path, uploads: Uploads) -> None:
+        bundled = Answers(Session.load("bundled", "auto", torch.device("cpu")), uploads)
         known, unknown = (
             bundled.compare(str(picture), f"Is there a {word}?", 25, ("adafv",), 2) for word in ("bird", "zebra")
         )
@@ -211,9 +215,9 @@ class TestPictures:
         with pytest.raises(ImageError, match="no longer there"):
             answers.check_picture(str(tmp_path / "gone.png"))
 
-    def test_bundled_samples(self, answers: Answers) -> None:
+    def test_bundled_samples(self, session: Session) -> None:
         for sample in bundled_samples():
-            answers.check_picture(str(sample.path))
+            Answers(session, Uploads(sample.path.parent)).check_picture(str(sample.path))
             assert sample.question
 
     def test_samples_of_a_folder(self, tmp_path: Path) -> None:
@@ -263,7 +267,7 @@ class TestMessages:
     def test_savings(self) -> None:
         before, after = Timing(UNPRUNED, "yes", 16, [2.0], 4.0), Timing("adafv", "", 4, [1.0], 5.0)
         said = results_as_html([Result(before, 16, []), Result(after, 16, [])])
-        assert re.findall(r'class="change">(.*?)<', said) == ["&minus;75 %", "&minus;50 %", "+25 %"]
+        assert re.findall(r'class="adafv-change">(.*?)<', said) == ["&minus;75 %", "&minus;50 %", "+25 %"]
         assert "no words" in said
 
 
@@ -288,6 +292,33 @@ class TestCommand:
     def test_port_taken(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             self.refused(1, "is taken", "--model", "m", "--port", taken.getsockname()[1])
+
+    @pytest.mark.parametrize("host", ["::1", "[::1]", "localhost", "0.0.0.0"])
+    def test_port_taken_where_gradio_looks(self, host: str) -> None:
+        if ":" in host and not has_ipv6():
+            pytest.skip("no IPv6 here")
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            self.refused(1, "is taken on", "--model", "m", "--host", host, "--port", taken.getsockname()[1])
+
+    @pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
+    def test_port_taken_in_the_other_family(self, host: str) -> None:
+        if not has_ipv6():
+            pytest.skip("no IPv6 here")
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+            self.refused(1, "is taken on :", "--model", "m", "--host", host, "--port", taken.getsockname()[1])
+
+    @pytest.mark.parametrize("host", ["no.such.host.invalid", "1.2.3.4.5", "::zz", "\u00e9" * 70, "a..b"])
+    def test_hosts_that_are_none(self, host: str) -> None:
+        self.refused(1, "cannot listen", "--model", "m", "--host", host, "--port", 7999)
+
+    @pytest.mark.parametrize("host", ["", " ", "[]"])
+    def test_no_host(self, host: str) -> None:
+        self.refused(2, "--host is empty", "--model", "m", "--host", host)
+
+    def test_passwords_that_are_too_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.refused(2, "0 letters", "--model", "m", "--password", "--port", free_port(), "--host", "0.0.0.0")
+        monkeypatch.setenv("ADAFV_PAGE_PASSWORD", "guess")
+        self.refused(2, "at least 8", "--model", "m", "--port", free_port())
 
     def test_no_such_address(self) -> None:
         self.refused(1, "cannot listen", "--model", "m", "--host", "192.0.2.1", "--port", 7999)
@@ -333,71 +364,25 @@ def twenty_wishes(folder: Path) -> list[Wish]:
 
 # From here on: the real command, over HTTP and in a real browser.
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-LACKING = [
-    what
-    for what, there in (
-        ("gradio", importlib.util.find_spec("gradio")),
-        ("playwright", importlib.util.find_spec("playwright")),
-        ("Chromium", CHROMIUM),
-    )
-    if not there
-]
-in_browser = pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)}")
-
-
-@dataclass(frozen=True)
-class Server:
-    url: str
-    session: Session
-    """The same model, to ask it without the page."""
-    samples: Path
-    log: Path
+in_browser = needs("gradio", "playwright", browser=True)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`adafv page` on a free port. Its way to the outside world is a proxy that does not exist."""
-    folder = tmp_path_factory.mktemp("page")
-    checkpoint, samples = save_llava(folder / "model"), folder / "samples"
-    samples.mkdir()
-    for number in (1, 2):
-        photo(number).save(samples / f"sample{number}.png")
-    (samples / "samples.json").write_text(json.dumps([{"picture": "sample2.png", "question": SAMPLE_QUESTION}]))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    # One thread, as in these tests: sums in another order could come to another answer.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    environment |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    environment.pop("no_proxy", None)
-    environment.pop("NO_PROXY", None)
-    command = [sys.executable, "-m", "adafv", "page", "--model", str(checkpoint), "--device", "cpu"]
-    command += ["--port", str(port), "--examples", str(samples)]
-    with (folder / "log").open("w+") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-        try:
-            assert process.stdout is not None
-            url = process.stdout.readline().strip()
-            assert url == f"http://127.0.0.1:{port}", (folder / "log").read_text()
-            session = Session.load(str(checkpoint), "auto", torch.device("cpu"))
-            yield Server(url, session, samples, folder / "log")
-        finally:
-            process.terminate()
-            code = process.wait(60)
-    assert code == 0
-    assert not list(folder.glob("adafv-page-*")), "uploads were left behind"
+    with serving(tmp_path_factory.mktemp("page")) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
+def served_session(server: Server) -> Session:
+    """The same model, to ask it without the page."""
+    return Session.load(str(server.checkpoint), "auto", torch.device("cpu"))
 
-    flags = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
-    flags += ("disable-component-update", "disable-sync")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{flag}" for flag in flags])
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with started_browser() as started:
         yield started
-        started.close()
 
 
 @dataclass(frozen=True)
@@ -433,7 +418,7 @@ class Visitor:
         """Wait for the answers and read them."""
         self.tab.locator("#results article").first.wait_for()
         return {
-            card.get_attribute("data-name"): card.locator(".answer").text_content()
+            card.get_attribute("data-name"): card.locator(".adafv-answer").text_content()
             for card in self.tab.locator("#results article").all()
         }
 
@@ -471,12 +456,12 @@ def as_shown(answers: dict[str, str]) -> dict[str, str]:
 @in_browser
 @pytest.mark.slow
 class TestInBrowser:
-    def test_upload_type_click_read(self, visitor: Visitor, server: Server, picture: Path) -> None:
+    def test_upload_type_click_read(self, visitor: Visitor, served_session: Session, picture: Path) -> None:
         visitor.upload(picture)
         visitor.wait_for_picture()
         visitor.type(QUESTION)
         visitor.ask()
-        expected = Wish(picture, QUESTION, 10, ("adafv", "saliency"), LONGEST).alone(server.session)
+        expected = Wish(picture, QUESTION, 10, ("adafv", "saliency"), LONGEST).alone(served_session)
         assert visitor.answers() == as_shown(expected)
         assert visitor.tab.locator("#results figure img").count() == 6
         for drawing in visitor.tab.locator("#results figure img").all():
@@ -484,7 +469,9 @@ class TestInBrowser:
             assert drawing.get_attribute("alt")
         assert "2 of 16" in visitor.tab.locator("#results article").nth(1).inner_text()
 
-    def test_choose_a_sample_and_compare_two_methods(self, visitor: Visitor, server: Server) -> None:
+    def test_choose_a_sample_and_compare_two_methods(
+        self, visitor: Visitor, server: Server, served_session: Session
+    ) -> None:
         visitor.tab.get_by_role("button", name="Thumbnail 2 of 2").click()
         visitor.wait_for_picture()
         visitor.keep(50)
@@ -492,7 +479,7 @@ class TestInBrowser:
         visitor.choose("Method B", "text")
         visitor.tab.get_by_label("Question").press("Enter")
         wish = Wish(server.samples / "sample2.png", SAMPLE_QUESTION, 50, ("uniform", "text"), LONGEST)
-        assert visitor.answers() == as_shown(wish.alone(server.session))
+        assert visitor.answers() == as_shown(wish.alone(served_session))
         headings = visitor.tab.locator("#results section h3").all_inner_texts()
         assert [heading.split(":")[0] for heading in headings] == ["uniform", "text"]
         assert visitor.tab.get_by_text("kept 8 of 16").count() == 2
@@ -539,22 +526,106 @@ class TestInBrowser:
         )
         assert unnamed == []
 
-    def test_phone(self, visitor: Visitor, picture: Path) -> None:
+    @pytest.mark.parametrize("way", ["click", "key"])
+    @pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+    def test_phone(self, visitor: Visitor, picture: Path, way: str, motion: str) -> None:
+        """The results stand below the form, so the view and the focus go there."""
+        tab = visitor.tab
+        tab.set_viewport_size({"width": 390, "height": 844})
+        tab.emulate_media(reduced_motion=motion)
+        tab.evaluate(
+            """() => { window.scrolled = []; const original = Element.prototype.scrollIntoView;
+                Element.prototype.scrollIntoView = function (options) {
+                    window.scrolled.push([this.id, options.behavior]); original.call(this, options);
+                } }"""
+        )
+        visitor.upload(picture)
+        visitor.wait_for_picture()
+        visitor.type(QUESTION)
+        tab.evaluate("scrollTo(0, 0)")
+        if way == "click":
+            visitor.ask()
+        else:
+            tab.get_by_label("Question").press("Enter")
+        visitor.answers()
+        tab.wait_for_function(
+            """() => { const top = document.querySelector("#results article").getBoundingClientRect().top;
+                return top >= 0 && top < innerHeight / 3; }"""
+        )
+        behaviour = {"no-preference": "smooth", "reduce": "instant"}[motion]
+        assert ["results", behaviour] in tab.evaluate("scrolled")
+        assert tab.evaluate("document.activeElement.id") == "results"
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+    def test_phone_with_nothing_to_show(self, visitor: Visitor) -> None:
         visitor.tab.set_viewport_size({"width": 390, "height": 844})
+        visitor.ask()
+        visitor.problem()
+        visitor.tab.wait_for_function(
+            """() => { const box = document.querySelector("#notice [role=alert]").getBoundingClientRect();
+                return box.top >= 0 && box.bottom <= innerHeight; }"""
+        )
+
+    @pytest.mark.parametrize("width", [1280, 2200])
+    def test_wide(self, visitor: Visitor, picture: Path, width: int) -> None:
+        """Form and results are seen at once, in the middle of the screen, and nothing moves."""
+        tab = visitor.tab
+        tab.set_viewport_size({"width": width, "height": 1000})
         visitor.upload(picture)
         visitor.wait_for_picture()
         visitor.type(QUESTION)
         visitor.ask()
         visitor.answers()
-        assert visitor.tab.evaluate("document.documentElement.scrollWidth") <= 390
+        tab.wait_for_timeout(500)
+        assert tab.evaluate("scrollY") == 0
+        assert tab.evaluate("document.activeElement.id") == "ask"
+        left, right = tab.evaluate(
+            """() => { const box = document.querySelector(".gradio-container").getBoundingClientRect();
+                return [box.left, document.documentElement.clientWidth - box.right]; }"""
+        )
+        assert abs(left - right) <= 1
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_messages_of_gradio_are_not_ours_to_style(self, visitor: Visitor, scheme: str) -> None:
+        """Every class that we style is ours alone."""
+        tab = visitor.tab
+        tab.emulate_media(color_scheme=scheme)
+        tab.reload()
+        visitor.ask()
+        tab.locator(".toast-body").first.wait_for()
+        styled = tab.evaluate(
+            """() => [...document.querySelectorAll(".toast-body, .toast-body *")].filter(e => {
+                const style = getComputedStyle(e);
+                const ours = ["rgb(255, 251, 235)", "rgb(51, 35, 10)"].includes(style.backgroundColor);
+                return ours || style.borderLeftWidth === "4px";
+            }).map(e => e.className.toString())"""
+        )
+        assert styled == []
+
+    def test_classes_are_ours(self) -> None:
+        style = (Path(render.__file__).with_name("style.css")).read_text()
+        style = re.sub(r"/\*.*?\*/", "", style, flags=re.S)
+        of_gradio = {"gradio-container", "dark", "grid-wrap", "grid-container", "thumbnail-item", "caption-label"}
+        styled = set(re.findall(r"\.(-?[a-zA-Z_][\w-]*)", style))
+        assert {name for name in styled - of_gradio if not name.startswith("adafv-")} == set()
+        timing = Timing("x", "", 4, [0.1], 1.0)
+        said = (
+            results_as_html([Result(timing, 16, [])])
+            + problem_as_html("x")
+            + render.warning_as_html("x")
+            + render.NOTHING_YET
+        )
+        names = {name for names in re.findall(r'class="(.*?)"', said) for name in names.split()}
+        assert names
+        assert {name for name in names if not name.startswith("adafv-")} == set()
 
     def test_dark(self, server: Server, browser: Any) -> None:
         colours = []
         for scheme in ("light", "dark"):
             tab = browser.new_page(color_scheme=scheme)
             tab.goto(server.url)
-            tab.locator(".nothing-yet").wait_for()
-            colours.append(tab.evaluate("getComputedStyle(document.querySelector('.nothing-yet')).color"))
+            tab.locator(".adafv-nothing-yet").wait_for()
+            colours.append(tab.evaluate("getComputedStyle(document.querySelector('.adafv-nothing-yet')).color"))
             tab.close()
         assert colours[0] != colours[1]
 
@@ -576,11 +647,11 @@ def client(connect: Callable[[], Any]) -> Any:
 @in_browser
 @pytest.mark.slow
 class TestOverHttp:
-    def test_twenty_users_at_once(self, server: Server, connect: Callable[[], Any], tmp_path: Path) -> None:
+    def test_twenty_users_at_once(self, served_session: Session, connect: Callable[[], Any], tmp_path: Path) -> None:
         from gradio_client import handle_file
 
         wishes = twenty_wishes(tmp_path)
-        expected = [wish.alone(server.session) for wish in wishes]
+        expected = [wish.alone(served_session) for wish in wishes]
         assert len({tuple(answer.values()) for answer in expected}) > 15
 
         def ask(wish: Wish) -> dict[str, str]:
@@ -588,7 +659,9 @@ class TestOverHttp:
                 handle_file(wish.picture), wish.question, wish.percent, *wish.methods, wish.longest, api_name="/ask"
             )
             assert notice == ""
-            cards = re.findall(r'<article class="card" data-name="(.*?)".*?<p class="answer">(.*?)</p>', results, re.S)
+            cards = re.findall(
+                r'<article class="adafv-card" data-name="(.*?)".*?<p class="adafv-answer">(.*?)</p>', results, re.S
+            )
             return {name: html.unescape(answer.replace("<em>no words</em>", "")) for name, answer in cards}
 
         with ThreadPoolExecutor(20) as users:

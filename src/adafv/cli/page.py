@@ -1,7 +1,9 @@
 """`adafv page`: ask in the browser."""
 
 import errno
+import getpass
 import importlib.util
+import ipaddress
 import os
 import signal
 import socket
@@ -12,11 +14,19 @@ from typing import Annotated, Any
 
 import typer
 
+from adafv.asking.failures import UsageError
 from adafv.asking.models import about, checked_model
 from adafv.cli.ask import DTYPES, one_of
 from adafv.cli.failures import failures_as_messages
 from adafv.cli.options import ModelOption
 from adafv.errors import AdaFVError
+
+PASSWORD = "ADAFV_PAGE_PASSWORD"
+"""Environment variable that may hold the password."""
+_SHORTEST = 8
+"""Letters of a password."""
+_GRADIO_PROBES = "127.0.0.1"
+"""Where Gradio finds out whether a port is free, whatever the page is to listen on."""
 
 
 class PageError(AdaFVError):
@@ -26,9 +36,17 @@ class PageError(AdaFVError):
 def page(
     model: ModelOption = "",
     host: Annotated[
-        str, typer.Option(help="Address to listen on; the default serves this machine alone.")
+        str, typer.Option(help="Name or address (IPv4 or IPv6) to listen on; the default serves this machine alone.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    password: Annotated[
+        bool,
+        typer.Option(
+            "--password",
+            help=f"Let in only who gives a password: typed now, or the first line of standard input. {PASSWORD} in the "
+            "environment does the same without the question.",
+        ),
+    ] = False,
     examples: Annotated[
         Path | None, typer.Option(help="Folder of pictures to choose from. Default: those that come with adafv.")
     ] = None,
@@ -48,30 +66,73 @@ def page(
         if importlib.util.find_spec("gradio") is None:
             raise PageError("the page needs Gradio, which is not installed; run: pip install 'adafv[page]'")
         one_of("--dtype", dtype, DTYPES)
-        _serve(checked_model(model), host, port, examples, dtype, device)
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        _serve(checked_model(model), bare, port, password, examples, dtype, device)
 
 
-def _serve(model: str, host: str, port: int, examples: Path | None, dtype: str, device: str | None) -> None:
+def _serve(
+    model: str, host: str, port: int, ask_password: bool, examples: Path | None, dtype: str, device: str | None
+) -> None:
     from adafv.page.samples import bundled_samples, samples_in
 
     samples = bundled_samples() if examples is None else samples_in(examples)
-    _check_address(host, port)  # before the model is loaded, which may take minutes
+    # All of this before the model is loaded, which may take minutes.
+    local = _check_address(host, port)
+    password = _password(ask_password)
+    if not local:
+        typer.echo(f"warning: {_open_to_others(host, password)}", err=True)
     from adafv.asking.session import Session, check_device
     from adafv.page.answers import Answers
+    from adafv.page.uploads import Uploads
 
     typer.echo(f"loading {model}", err=True)
     session = Session.load(model, dtype, check_device(device))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the uploads are deleted then, too
-    with tempfile.TemporaryDirectory(prefix="adafv-page-") as uploads:
-        # Gradio reads both when it is imported.
-        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=uploads)
+    with tempfile.TemporaryDirectory(prefix="adafv-page-") as temporary:
+        folder = os.path.realpath(temporary)  # Gradio resolves links, and uploads are told by where they lie
+        # Gradio reads these when it is imported.
+        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder, GRADIO_SERVER_NAME=_GRADIO_PROBES)
         from adafv.page.app import build, serve
 
-        blocks = build(Answers(session), about(_shown_name(model), session.processor.tokenizer), samples)
+        uploads = Uploads(Path(folder))
+        blocks = build(Answers(session, uploads), about(_shown_name(model), session.processor.tokenizer), samples)
         try:
-            serve(blocks, host, port, lambda: typer.echo(f"http://{host}:{port}"))
+            serve(blocks, uploads, host, port, password, lambda: typer.echo(_url(host, port)))
         except OSError as error:
             raise _cannot_listen(host, port, error) from error
+
+
+def _password(ask: bool) -> str:
+    """The password, empty where none is wanted. Never an argument, which `ps` shows to every user of the machine."""
+    password = os.environ.pop(PASSWORD, "")
+    if ask:
+        try:
+            password = getpass.getpass("Password: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+        except EOFError:
+            password = ""
+    elif not password:
+        return ""
+    if len(password) < _SHORTEST:
+        raise UsageError(
+            f"the password has {len(password)} letters; give one of at least {_SHORTEST}, since nothing limits guesses"
+        )
+    return password
+
+
+def _open_to_others(host: str, password: str) -> str:
+    if password:
+        return (
+            f"the page listens on {host}, not on this machine alone; the password and all else travel unencrypted, so "
+            "put a server that speaks https in front of it"
+        )
+    return (
+        f"the page listens on {host}, not on this machine alone: anybody who reaches it can use it and upload pictures to "
+        "this machine; --password lets in only who knows one"
+    )
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _shown_name(model: str) -> str:
@@ -79,17 +140,38 @@ def _shown_name(model: str) -> str:
     return Path(os.path.abspath(model)).name if Path(model).exists() else model
 
 
-def _check_address(host: str, port: int) -> None:
+def _check_address(host: str, port: int) -> bool:
+    """Whether `host` is this machine alone.
+
+    Raises:
+        PageError: one cannot listen there.
+    """
+    if not host.strip():
+        raise UsageError("--host is empty; give a name or an address, such as 127.0.0.1 or ::1")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(host, port, error) from error
+    for family, _, _, _, address in addresses:
+        _probe(host, port, family, address)
+    # Whatever it is to listen on, Gradio wants the port to be free there, too.
+    _probe(_GRADIO_PROBES, port, socket.AF_INET, (_GRADIO_PROBES, port))
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in addresses)
+
+
+def _probe(host: str, port: int, family: int, address: Any) -> None:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind(address)
     except OSError as error:
         raise _cannot_listen(host, port, error) from error
 
 
 def _cannot_listen(host: str, port: int, error: Any) -> PageError:
-    if error.errno == errno.EADDRINUSE or "empty port" in str(error):
-        return PageError(f"port {port} is taken; give another one with --port, or end what listens there")
-    return PageError(f"cannot listen on {host}, port {port} ({error.strerror or error}); check --host and --port")
+    if getattr(error, "errno", None) == errno.EADDRINUSE or "empty port" in str(error):
+        return PageError(f"port {port} is taken on {host}; give another one with --port, or end what listens there")
+    reason = getattr(error, "strerror", None) or error
+    return PageError(f"cannot listen on {host}, port {port} ({reason}); check --host and --port")

@@ -2,9 +2,10 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -12,15 +13,13 @@ from PIL import Image
 from adafv.asking.failures import UsageError, out_of_memory
 from adafv.asking.models import unknown_words, unknown_words_warning
 from adafv.asking.session import Session, Timing
-from adafv.errors import AdaFVError, ImageError
+from adafv.errors import AdaFVError
 from adafv.images import read_image
 from adafv.methods import known_methods
+from adafv.page.uploads import Uploads
 from adafv.picture import Panel, panels
 
 UNPRUNED = "unpruned"
-MEGABYTE = 2**20
-MAX_BYTES = 10 * MEGABYTE
-"""Of an uploaded picture."""
 MAX_QUESTION = 500
 """Letters; a long text would take the memory and the time of everyone in the queue."""
 MAX_ANSWER = 128
@@ -31,6 +30,12 @@ ROUNDS = 3
 """Timed runs per way, of which the median is shown; as in `adafv ask --compare`."""
 PANEL_WIDTH = 448
 """Pixels of a drawing; twice the size in which a page of 1280 pixels shows it."""
+PATIENCE = 600.0
+"""Seconds that one question may take before those behind it are told so instead of waiting on."""
+
+
+class BusyError(AdaFVError):
+    """Something that must be done one at a time has been going on for too long."""
 
 
 @dataclass(frozen=True)
@@ -57,53 +62,59 @@ class Comparison:
 class Answers:
     """Answers of one model, for any number of threads at once."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, uploads: Uploads) -> None:
+        """Only pictures in `uploads` are read."""
         self._session = session
+        self._uploads = uploads
         # One question at a time. A model object carries at most one pruner (a second one is refused), and tokenizers
         # must not be used by two threads at once. Nothing is lost: answers side by side would share the same cores, their
         # times would mean nothing, and every one of them would hold a decoded picture and a cache in memory.
-        self._one_at_a_time = threading.Lock()
-        self._one_picture_at_a_time = threading.Lock()
+        self._questions = _OneAtATime("question")
+        self._pictures = _OneAtATime("picture")
 
-    def check_picture(self, path: str) -> None:
+    def check_picture(self, path: Any) -> None:
         """Find out whether the picture at `path` can be read.
 
         Raises:
             ImageError: it cannot.
+            BusyError: another picture has been in the way for too long.
         """
-        with self._one_picture_at_a_time:
-            _picture_at(path)
+        data = self._uploads.read(path)
+        with self._pictures.turn():
+            _decoded(data)
 
-    def compare(
-        self, path: str | None, question: str, percent: float, methods: Sequence[str], longest: int
-    ) -> Comparison:
+    def compare(self, path: Any, question: Any, percent: Any, methods: Sequence[Any], longest: Any) -> Comparison:
         """Answer by the unpruned model, then by each method; a method named twice runs once.
 
+        The arguments may be anything, for whoever calls the page's server directly may send anything.
+
         Args:
-            path: of the picture.
+            path: of the picture, a string.
+            question: a string.
             percent: of the picture's visual tokens that are kept, 1 to 100.
+            methods: their names.
             longest: tokens of the answer.
 
         Raises:
             UsageError, ImageError: something is missing or out of bounds.
             AdaFVError: the model cannot be asked this way, or the budget does not suit the method.
+            BusyError: another question has been in the way for too long.
         """
-        question = (question or "").strip()
         if path is None:
             raise UsageError("choose or upload a picture first")
-        if not question:
-            raise UsageError("type a question first, such as: What is in the picture?")
-        if len(question) > MAX_QUESTION:
-            raise UsageError(f"the question has {len(question)} letters; shorten it to {MAX_QUESTION} at most")
+        question = _checked_question(question)
         _check_number("share of the visual tokens in per cent", percent, 100)
         _check_number("longest answer in tokens", longest, MAX_ANSWER)
         known = known_methods()
         for name in methods:
-            if name not in known:
-                raise UsageError(f"there is no method {name!r}; known are: {', '.join(known)}")
-        with self._one_at_a_time:
+            if not isinstance(name, str) or name not in known:
+                raise UsageError(f"there is no method {_shown(name)}; known are: {', '.join(known)}")
+        # Before it is our turn, so that no file can hold up whoever comes next; but not decoded, for a hundred bytes may
+        # be a hundred megabytes then.
+        data = self._uploads.read(path)
+        with self._questions.turn():
             session = self._session
-            inputs = session.inputs(_picture_at(path), question)
+            inputs = session.inputs(_decoded(data), question)
             modes = {UNPRUNED: None, **{name: session.pruner(name, percent / 100) for name in methods}}
             answers = {name: session.ask(inputs, pruner, int(longest)) for name, pruner in modes.items()}
             timings = session.compare(inputs, modes, int(longest), ROUNDS, answers)
@@ -115,22 +126,66 @@ class Answers:
         return Comparison(results, as_sentence(warning))
 
 
+class _OneAtATime:
+    """A lock that gives up on whoever holds it: a request that hangs must not hang all that come after it."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._changed = threading.Condition()
+        self._since: float | None = None
+        """When the one whose turn it is began."""
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for our turn, and have it.
+
+        Raises:
+            BusyError: the one whose turn it is has had it for longer than `PATIENCE`.
+        """
+        with self._changed:
+            while self._since is not None:
+                left = self._since + PATIENCE - time.monotonic()
+                if left <= 0:
+                    raise BusyError(
+                        f"another {self._what} has been going on for more than {PATIENCE / 60:.0f} minutes; try again "
+                        "later, or ask whoever runs this page to start it again"
+                    )
+                self._changed.wait(left)
+            self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._since = None
+                self._changed.notify()
+
+
+def _checked_question(question: Any) -> str:
+    if question is not None and not isinstance(question, str):
+        raise UsageError("the question is not a text; type it")
+    question = (question or "").strip()
+    if not question:
+        raise UsageError("type a question first, such as: What is in the picture?")
+    if len(question) > MAX_QUESTION:
+        raise UsageError(f"the question has {len(question)} letters; shorten it to {MAX_QUESTION} at most")
+    if not question.isascii() and any("\ud800" <= letter <= "\udfff" for letter in question):
+        raise UsageError("the question holds characters that no text has (lone surrogates); type it again")
+    return question
+
+
 def _check_number(what: str, value: Any, most: int) -> None:
-    """The page's sliders stay within bounds by themselves; whoever calls its server directly may send anything."""
-    if not isinstance(value, (int, float)) or not 1 <= value <= most:
-        raise UsageError(f"the {what} cannot be {value!r}; give 1 to {most}")
+    """The page's sliders stay within bounds by themselves; others may send anything."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= most:
+        raise UsageError(f"the {what} cannot be {_shown(value)}; give 1 to {most}")
 
 
-def _picture_at(path: str) -> Image.Image:
-    try:
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ImageError("the picture is no longer there; choose or upload it again") from error
-    if len(data) > MAX_BYTES:
-        raise ImageError(
-            f"the picture is larger than {MAX_BYTES // MEGABYTE} MB; scale it down, or save it as JPEG or WebP"
-        )
+def _shown(value: Any) -> str:
+    """`value` for a message, which must stay short."""
+    text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _decoded(data: bytes) -> Image.Image:
     return read_image(data, "the picture", FORMATS)
 
 

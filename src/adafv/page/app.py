@@ -1,23 +1,47 @@
 """The page: what stands where, and what a click does."""
 
+import hmac
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio
+from starlette.middleware import Middleware
 
+from adafv.errors import AdaFVError
 from adafv.methods import known_methods
-from adafv.page.answers import MAX_ANSWER, MAX_BYTES, MEGABYTE, Answers, message
+from adafv.page.answers import MAX_ANSWER, Answers, message
+from adafv.page.guard import Guard
 from adafv.page.render import NOTHING_YET, problem_as_html, results_as_html, warning_as_html
 from adafv.page.samples import Sample
+from adafv.page.uploads import KEPT_SECONDS, MAX_BYTES, MEGABYTE, Uploads
 
 MOST_WAITING = 64
 """Questions in the queue; whoever comes later is told so at once."""
-_KEPT_FILES = 3600
-"""Seconds after which an uploaded picture is deleted; all are deleted when the page ends."""
+_SIDE_BY_SIDE = 2
+"""Questions on their way at once: one is answered, and one waits for its turn, but not for ever."""
+
+# On a narrow screen the results stand below the form, out of sight. The focus goes with the view, so that those who use
+# the keyboard go on from there.
+_SHOW = """name => {
+    const part = document.getElementById(name), box = part.getBoundingClientRect();
+    const visible = Math.min(box.bottom, innerHeight) - Math.max(box.top, 0);
+    if (visible >= Math.min(box.height, 0.4 * innerHeight)) return;
+    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    part.tabIndex = -1;
+    part.focus({ preventScroll: true });
+    part.scrollIntoView({ behavior: still ? "instant" : "smooth", block: name === "notice" ? "center" : "start" });
+}"""
+_SHOW_PROGRESS = f"""(...given) => {{
+    if (given[0] && given[1]?.trim()) ({_SHOW})("results");
+    return given.slice(0, 6);
+}}"""
+_SHOW_OUTCOME = f"""() => requestAnimationFrame(() => requestAnimationFrame(() =>
+    ({_SHOW})(document.querySelector("#notice [role=alert]") ? "notice" : "results")
+))"""
 
 
 def build(answers: Answers, about: str, samples: Sequence[Sample]) -> Any:
@@ -38,9 +62,18 @@ def build(answers: Answers, about: str, samples: Sequence[Sample]) -> Any:
             return None, _problem(error)
         return gradio.skip(), ""
 
-    def choose(event: gradio.SelectData) -> tuple[str, Any, str]:
-        """Take a sample with its question; one without a question leaves the user's own."""
-        return event.value["image"]["path"], samples[event.index].question or gradio.skip(), ""
+    def choose(event: gradio.EventData) -> tuple[Any, Any, str]:
+        """Take a sample with its question; one without a question leaves the user's own.
+
+        Of the event only the number counts: the path in it is whatever the sender wrote.
+        """
+        try:
+            number = event.index
+        except (AttributeError, TypeError):
+            number = None
+        if type(number) is not int or not 0 <= number < len(samples):
+            return gradio.skip(), gradio.skip(), _problem(AdaFVError("there is no such picture; choose another one"))
+        return gallery.value[number]["image"]["path"], samples[number].question or gradio.skip(), ""
 
     def ask(payload: Any, question: str, percent: float, first: str, second: str, longest: int) -> tuple[str, str]:
         try:
@@ -50,7 +83,7 @@ def build(answers: Answers, about: str, samples: Sequence[Sample]) -> Any:
             return NOTHING_YET, _problem(error)
 
     methods = known_methods()
-    with gradio.Blocks(title="adafv", analytics_enabled=False, delete_cache=(_KEPT_FILES // 4, _KEPT_FILES)) as page:
+    with gradio.Blocks(title="adafv", analytics_enabled=False, delete_cache=(KEPT_SECONDS // 4, KEPT_SECONDS)) as page:
         gradio.HTML(
             f"<h1>adafv</h1><p>Keep the visual tokens that matter for the question. Questions are {escape(about)}.</p>",
             elem_id="title",
@@ -104,8 +137,8 @@ def build(answers: Answers, about: str, samples: Sequence[Sample]) -> Any:
 
         if samples:
             gallery.select(choose, None, [picture, question, notice], api_visibility="private", show_progress="hidden")
-        # Not preprocessed: Gradio would open the picture itself, and fail without a message where it is none. It does make
-        # sure, in any case, that the path lies in its own folder; all else is checked by `answers`.
+        # Not preprocessed: Gradio would open the picture itself, and fail without a message where it is none. Nor does it
+        # look where the path leads, unless the sender asks for it; `answers` does.
         picture.upload(
             check,
             picture,
@@ -114,7 +147,7 @@ def build(answers: Answers, about: str, samples: Sequence[Sample]) -> Any:
             api_visibility="private",
             show_progress="hidden",
         )
-        gradio.on(
+        asked = gradio.on(
             [button.click, question.submit],
             ask,
             [picture, question, percent, first, second, longest],
@@ -122,15 +155,16 @@ def build(answers: Answers, about: str, samples: Sequence[Sample]) -> Any:
             preprocess=False,
             api_name="ask",
             show_progress="full",
-            scroll_to_output=True,
-            concurrency_limit=1,
+            concurrency_limit=_SIDE_BY_SIDE,
+            js=_SHOW_PROGRESS,
         )
+        asked.then(None, None, None, js=_SHOW_OUTCOME, api_visibility="private")
     return page.queue(max_size=MOST_WAITING)
 
 
-def _path(payload: Any) -> str | None:
-    """Where the picture lies that the browser speaks of."""
-    return None if payload is None else payload["path"]
+def _path(payload: Any) -> Any:
+    """Where the picture lies that the browser speaks of; it may be anything but is checked by whoever opens it."""
+    return payload.get("path") if isinstance(payload, dict) else payload
 
 
 def _problem(error: Exception) -> str:
@@ -140,11 +174,14 @@ def _problem(error: Exception) -> str:
     return problem_as_html(text)
 
 
-def serve(page: Any, host: str, port: int, ready: Any) -> None:
+def serve(page: Any, uploads: Uploads, host: str, port: int, password: str, ready: Callable[[], None]) -> None:
     """Serve the page until interrupted; nothing is fetched from elsewhere, and nothing is sent there.
 
     Args:
-        ready: called without arguments once the page can be opened.
+        uploads: the folder that Gradio keeps uploads in.
+        host: a name or an address; one of IPv6 without brackets.
+        password: asked of everyone, with any user name; empty to let everyone in.
+        ready: called once the page can be opened.
 
     Raises:
         OSError: the port is taken.
@@ -152,13 +189,20 @@ def serve(page: Any, host: str, port: int, ready: Any) -> None:
     # Gradio asks its own server whether it is up; a proxy for the outside world must not get in between.
     bypass = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (bypass, "127.0.0.1", "localhost", host)))
+    # Gradio keeps the functions of the page by number; those without `fn` run in the browser alone.
+    functions = {number: len(function.inputs) for number, function in page.fns.items() if function.fn is not None}
+    (ask,) = (number for number in functions if page.fns[number].api_name == "ask")
     page.launch(
-        server_name=host,
+        server_name=f"[{host}]" if ":" in host else host,
         server_port=port,
         share=False,
         quiet=True,
         prevent_thread_lock=True,
         max_file_size=MAX_BYTES,
+        auth=(lambda _, given: _same(given, password)) if password else None,
+        auth_message="Any user name will do; the password is that of whoever runs this page." if password else None,
+        app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, functions=functions, ask=ask)]},
+        state_session_capacity=4 * MOST_WAITING,  # anybody may begin any number, and each is kept in memory
         enable_monitoring=False,
         run_history=False,
         mcp_server=False,
@@ -190,3 +234,8 @@ def serve(page: Any, host: str, port: int, ready: Any) -> None:
         pass
     finally:
         page.close(verbose=False)
+
+
+def _same(given: str, password: str) -> bool:
+    """Compared in a time that does not tell how much of it was right."""
+    return hmac.compare_digest(given.encode(errors="surrogatepass"), password.encode(errors="surrogatepass"))

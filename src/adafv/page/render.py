@@ -10,7 +10,7 @@ from PIL import Image
 from adafv.page.answers import Result
 from adafv.picture import Panel
 
-NOTHING_YET = '<p class="nothing-yet">The answers will stand here: unpruned, by method A, and by method B.</p>'
+NOTHING_YET = '<p class="adafv-nothing-yet">The answers will stand here: unpruned, by method A, and by method B.</p>'
 
 
 def results_as_html(results: Sequence[Result]) -> str:
@@ -19,23 +19,23 @@ def results_as_html(results: Sequence[Result]) -> str:
     cards = "".join(_card(result, unpruned) for result in results)
     methods = "".join(_drawings(result) for result in pruned)
     return (
-        f'<div class="cards">{cards}</div>'
-        '<p class="small">First token: tower, selection, reading the prompt and one token; the median of three runs. '
+        f'<div class="adafv-cards">{cards}</div>'
+        '<p class="adafv-small">First token: tower, selection, reading the prompt and one token; the median of three runs. '
         "KV cache: keys and values of the prompt.</p>"
-        f'<div class="methods">{methods}</div>'
-        '<p class="small legend">less <span class="scale" role="img" aria-label="from dark violet to yellow"></span> more'
-        "; colours follow the square root of the score.</p>"
+        f'<div class="adafv-methods">{methods}</div>'
+        '<p class="adafv-small adafv-legend">less <span class="adafv-scale" role="img" '
+        'aria-label="from dark violet to yellow"></span> more; colours follow the square root of the score.</p>'
     )
 
 
 def problem_as_html(text: str) -> str:
     """Why there is no answer; screen readers announce it."""
-    return f'<p class="problem" role="alert">{escape(text)}</p>'
+    return f'<p class="adafv-problem" role="alert">{escape(text)}</p>'
 
 
 def warning_as_html(text: str) -> str:
     """What to know about an answer; nothing where there is nothing to know."""
-    return f'<p class="warning" role="status">{escape(text)}</p>' if text else ""
+    return f'<p class="adafv-warning" role="status">{escape(text)}</p>' if text else ""
 
 
 def _card(result: Result, unpruned: Result) -> str:
@@ -51,9 +51,9 @@ def _card(result: Result, unpruned: Result) -> str:
         )
     )
     return (
-        f'<article class="card" data-name="{escape(timing.name)}"><h3>{escape(timing.name)}</h3>'
-        f'<p class="answer">{answer}</p>'
-        f'<div class="share" aria-hidden="true"><span style="width:{100 * share:.1f}%"></span></div>'
+        f'<article class="adafv-card" data-name="{escape(timing.name)}"><h3>{escape(timing.name)}</h3>'
+        f'<p class="adafv-answer">{answer}</p>'
+        f'<div class="adafv-share" aria-hidden="true"><span style="width:{100 * share:.1f}%"></span></div>'
         f"<dl>{facts}</dl></article>"
     )
 
@@ -61,13 +61,16 @@ def _card(result: Result, unpruned: Result) -> str:
 def _change(now: float, then: float) -> str:
     percent = round(100 * (now / then - 1)) if then else 0
     sign = "&minus;" if percent < 0 else "+"
-    return f' <span class="change">{sign}{abs(percent)} %</span>' if percent else ""
+    return f' <span class="adafv-change">{sign}{abs(percent)} %</span>' if percent else ""
 
 
 def _drawings(result: Result) -> str:
     name = escape(result.timing.name)
     figures = "".join(_figure(panel) for panel in result.panels)
-    return f'<section class="method" data-name="{name}"><h3>{name}: what was kept, and why</h3><div>{figures}</div></section>'
+    return (
+        f'<section class="adafv-method" data-name="{name}"><h3>{name}: what was kept, and why</h3>'
+        f"<div>{figures}</div></section>"
+    )
 
 
 def _figure(panel: Panel) -> str:
