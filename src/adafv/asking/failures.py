@@ -1,8 +1,14 @@
 """What can go wrong between a user and a model, beside the errors of the library itself."""
 
+from adafv.errors import AdaFVError
+
 
 class UsageError(Exception):
     """An option or argument is wrong; the message names the mend."""
+
+
+class LoadError(AdaFVError):
+    """The model cannot be loaded."""
 
 
 def out_of_memory(error: Exception) -> bool:

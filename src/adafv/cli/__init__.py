@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from adafv.cli.ask import ask
-from adafv.cli.failures import INTERRUPTED, failures_as_messages
+from adafv.cli.failures import INTERRUPTED, failures_as_messages, put
 from adafv.cli.page import page
 from adafv.cli.serve import serve
 
@@ -20,7 +20,9 @@ app = typer.Typer(
     name="adafv",
     help="Keep the visual tokens that matter for the question: training-free pruning for vision-language models. "
     "A small model comes along, so that all of it can be tried without a download.",
-    add_completion=False,
+    # Completion is printed by --show-completion; only --install-completion touches the user's start-up files.
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -61,13 +63,13 @@ def families() -> None:
     with failures_as_messages():
         from adafv.families.catalogue import catalogue
 
-        typer.echo(catalogue())
+        put(catalogue())
 
 
 def _list(rows: dict[str, str]) -> None:
     width = max(map(len, rows), default=0)
     for name, text in rows.items():
-        typer.echo(f"{name:<{width}}  {text}")
+        put(f"{name:<{width}}  {text}")
 
 
 def main() -> None:
