@@ -657,8 +657,8 @@ def _real_scores(checkpoint: str, photos: Path, limit: int) -> list[tuple[Tensor
     from PIL import Image
 
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
-    processor = transformers.AutoProcessor.from_pretrained(checkpoint)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=False).eval()
+    processor = transformers.AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
     questions = ("Is there a person in the image?", "What colour is the largest object?", "Describe the image briefly.")
     found = []
     for number, path in enumerate(sorted(photos.glob("*.jpg"))[:limit]):

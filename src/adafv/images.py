@@ -40,6 +40,10 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP", "
 _WELL_KNOWN = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP"}
 _BAND = 64
 """Rows."""
+_TILE_TAGS = (322, 323)
+"""Of TIFF: TileWidth and TileLength."""
+_LARGEST_TILE = 4_000_000
+"""Pixels of a tile that any image may have."""
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -65,8 +69,8 @@ def load_image(source: str) -> Image.Image:
         return read_image(_from_standard_input(), "standard input")
     if source[:5].lower() == "data:":
         raise ImageError(
-            f"{_named(source)} is the picture itself, not where it lies; save it to a file, or send its bytes to standard "
-            "input"
+            f"{shortened(source, 60)} is the picture itself, not where it lies; save it to a file, or send its bytes to "
+            "standard input"
         )
     if is_address(source):
         return read_image(fetch(source, MAX_BYTES, TIMEOUT, TOTAL_TIMEOUT), source)
@@ -144,6 +148,7 @@ def read_image(data: bytes, name: str, formats: Sequence[str] = FORMATS) -> Imag
     try:
         with _opened(data, name, formats) as image:
             check_shape(image.size, name)
+            _check_tiles(image, name)
             try:
                 image.load()
             except Exception as error:  # decoders raise whatever they like on damaged data
@@ -178,6 +183,17 @@ def _opened(data: bytes, name: str, formats: Sequence[str]) -> Image.Image:
         raise ImageError(f"{name} is not an image that can be read, or its header is damaged; {mend}") from error
 
 
+def _check_tiles(image: Image.Image, name: str) -> None:
+    """Refuse a TIFF whose tiles are far larger than its image: each is unpacked whole, however little of it is shown."""
+    tags = getattr(image, "tag_v2", None)
+    width, height = (0, 0) if tags is None else (tags.get(tag, 0) for tag in _TILE_TAGS)
+    largest = max(4 * image.width * image.height, _LARGEST_TILE)
+    if isinstance(width, int) and isinstance(height, int) and width * height > largest:
+        raise ImageError(
+            f"{name} consists of tiles of {width} x {height} pixels, far larger than the image itself; save it as PNG first"
+        )
+
+
 def _use(formats: Sequence[str]) -> str:
     *others, last = [shown for name, shown in _WELL_KNOWN.items() if name in formats]
     return f"give a {', '.join(others)} or {last} image"
@@ -200,7 +216,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBa", "La"):
         image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         background = Image.new("RGB", image.size, "white")
         background.paste(image, mask=image.getchannel("A"))
         return background

@@ -45,14 +45,14 @@ def checked_model(named: str) -> str:
         return model
     if model.startswith("~"):
         model = os.path.expanduser(model)
-    problem = _problem(model)
+    problem = problem_with(model)
     if problem:
         raise LoadError(f"cannot load the model {shortened(model)}: {problem}")
     return model
 
 
-def _problem(model: str) -> str:
-    """What is wrong with a folder or id; empty where nothing can be seen to be."""
+def problem_with(model: str) -> str:
+    """What is wrong with a folder or id, found without the network; empty where nothing can be seen to be."""
     try:
         folder, there = Path(model).is_dir(), os.path.lexists(model)
     except (OSError, ValueError):  # too long, or a NUL in it

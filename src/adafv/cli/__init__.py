@@ -6,15 +6,17 @@ Answers go to standard output, everything else to standard error; no error ends 
 
 import contextlib
 import logging
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from adafv.cli.ask import ask
-from adafv.cli.failures import INTERRUPTED, failures_as_messages, put
+from adafv.cli.failures import FAILED, INTERRUPTED, failures_as_messages, put
 from adafv.cli.page import page
 from adafv.cli.serve import serve
+from adafv.printable import one_line
 
 app = typer.Typer(
     name="adafv",
@@ -85,3 +87,16 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except OSError as error:  # of what Typer itself writes, such as --help
+        sys.exit(FAILED if isinstance(error, BrokenPipeError) else f"error: {one_line(str(error))}")
+    finally:
+        _close_output()
+
+
+def _close_output() -> None:
+    """Write what is left. What cannot be written is dropped: Python would try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

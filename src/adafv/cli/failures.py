@@ -1,7 +1,6 @@
 """How the command line ends when something goes wrong: one line on standard error and an exit code, no traceback."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,8 +53,6 @@ def failures_as_messages() -> Iterator[None]:
 
 def _message(error: Exception) -> tuple[str, int]:
     if isinstance(error, OutputError):
-        # At the end of the program, Python would try once more to write what could not be written, and say so.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
         reason = error.__cause__
         if isinstance(reason, BrokenPipeError):  # whoever read our output has had enough
             return "", FAILED
@@ -70,8 +67,9 @@ def _message(error: Exception) -> tuple[str, int]:
         return str(error), MISUSED if isinstance(error, (BudgetError, OptionError)) else FAILED
     if out_of_memory(error):
         return "out of memory; try --dtype bfloat16, a smaller --keep, --device cpu, or a smaller model", FAILED
+    text = shortened(" ".join(str(error).split()), 500)
     return (
-        f"{type(error).__name__}: {shortened(' '.join(str(error).split()), 500)} (not foreseen by adafv; ADAFV_TRACEBACK=1 shows where it came from)",
+        f"{type(error).__name__}: {text} (not foreseen by adafv; ADAFV_TRACEBACK=1 shows where it came from)",
         FAILED,
     )
 
