@@ -19,6 +19,8 @@ from adafv.errors import ImageError
 from adafv.printable import shortened
 
 _CHUNK = 1 << 16
+_TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
+"""Where NAT64 puts IPv4 addresses."""
 
 
 def fetch(url: str, most: int, timeout: float, total: float) -> bytes:
@@ -116,14 +118,15 @@ class _Download:
             with self._opener().open(request, timeout=self._timeout) as response:
                 return self._body(response)
         except urllib.error.HTTPError as error:
-            with error:
-                if 300 <= error.code < 400:
-                    problem = f"redirects in circles or to something that is not http or https (HTTP {error.code})"
-                else:
-                    problem = f"was refused by the server (HTTP {error.code} {shortened(error.reason, 100)})"
-                raise ImageError(
-                    f"{shortened(url)} {problem}; check the address, or download the image yourself"
-                ) from error
+            with contextlib.suppress(ValueError):  # of a redirect, it is closed already
+                error.close()
+            if 300 <= error.code < 400:
+                problem = f"redirects in circles or to something that is not http or https (HTTP {error.code})"
+            else:
+                problem = f"was refused by the server (HTTP {error.code} {shortened(error.reason, 100)})"
+            raise ImageError(
+                f"{shortened(url)} {problem}; check the address, or download the image yourself"
+            ) from error
         except urllib.error.URLError as error:
             raise _unreachable(url, error.reason) from error
 
@@ -205,8 +208,12 @@ def _connecting(kind: Any, download: _Download, request: urllib.request.Request)
 def _is_public(connection: socket.socket) -> bool:
     """Whether the other end is an address of the public internet: not this machine, nor a private or reserved network."""
     address = ipaddress.ip_address(_peer(connection).partition("%")[0])
-    mapped = getattr(address, "ipv4_mapped", None)  # ::ffff:127.0.0.1 is this machine
-    return (mapped or address).is_global
+    if isinstance(address, ipaddress.IPv6Address):
+        # ::ffff:127.0.0.1 is this machine, and so are two ways of reaching IPv4 through IPv6.
+        translated = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _TRANSLATED else None
+        inner = address.ipv4_mapped or address.sixtofour or translated
+        return inner.is_global if inner is not None else address.is_global
+    return address.is_global
 
 
 def _peer(connection: socket.socket) -> str:
