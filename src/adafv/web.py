@@ -39,12 +39,14 @@ def fetch(url: str, most: int, timeout: float, total: float) -> bytes:
     thread.start()
     try:
         thread.join(max(total, 0.0))
+        late = thread.is_alive()  # what it comes to when it is stopped is not the server's answer
     finally:  # of Ctrl-C, too
         download.stop()
+    if late:
+        raise _unreachable(url, TimeoutError(f"not complete after {total:g} s"))
     if download.error is not None:
         raise download.error
-    if download.data is None:
-        raise _unreachable(url, TimeoutError(f"not complete after {total:g} s"))
+    assert download.data is not None
     return download.data
 
 

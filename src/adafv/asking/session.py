@@ -123,6 +123,8 @@ class Session:
                 _check_architecture(config)
                 _check_kernels(config, name)
                 processor = transformers.AutoProcessor.from_pretrained(source, **options)
+                if "local_files_only" in options:  # adapters are looked for apart, and would be on the Hub
+                    options["adapter_kwargs"] = {"local_files_only": True}
                 model = transformers.AutoModelForImageTextToText.from_pretrained(
                     source, dtype=dtype, use_safetensors=True, **options
                 )

@@ -250,19 +250,18 @@ def _checked_pruner(wish: _Wish, session: "Session | None" = None) -> "Pruner":
 def _answer(wish: _Wish) -> None:
     from adafv.images import is_address
 
-    # What takes no time and no network is checked before torch is imported, which takes seconds.
+    # What can be found wrong without torch is, as torch takes seconds to import. A download waits for the rest of it.
     image = None if is_address(wish.image) else _read(wish.image)
-    with _progress("starting torch and transformers"):
-        _checked_pruner(wish)
-    if image is None:
-        image = _read(wish.image)
     with _progress(f"looking for {wish.model}"):
         hub_options(folder_or_id(wish.model))
     with _progress("starting torch and transformers"):
+        _checked_pruner(wish)
         from adafv.asking.session import Session, check_device
         from adafv.engines.transformers import Pruner
 
         device = check_device(wish.device)
+    if image is None:
+        image = _read(wish.image)
     start = time.perf_counter()
     with _progress(f"loading {wish.model}"):
         session = Session.load(wish.model, wish.dtype, device)
