@@ -83,9 +83,9 @@ class Asker:
     def __init__(self, folder: str, images: Path, dtype: str) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.processor = AutoProcessor.from_pretrained(folder)
+        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         self.processor.tokenizer.padding_side = "left"  # the answer is read off the last column
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
         self.images = images
         tokenizer = self.processor.tokenizer
         self.answers = [tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No")]

@@ -93,8 +93,8 @@ class Answerer:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         folder = folder or bundled_model(family)
-        self.processor = AutoProcessor.from_pretrained(folder)
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
         self.side = self.model.config.vision_config.image_size * (2 if family == "llava-next" else 1)
 
     def inputs(self, batch: list[tuple[Scene, Question]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The command line: real loading code on a tiny checkpoint, what goes where, and how mistakes end."""
 
+import errno
 import json
 import os
 import subprocess
@@ -218,6 +219,98 @@ class TestPicture:
             run("ask", photo, QUESTION, "--model", "no/such", "--picture", tmp_path / "folder.png"), 2, "is a folder"
         )
 
+    def test_never_over_the_image(self, ask: Ask, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By whatever way the same file is reached."""
+        image = tmp_path / "image.png"
+        image.write_bytes(photo.read_bytes())
+        (tmp_path / "link.png").symlink_to(image)
+        (tmp_path / "hard.png").hardlink_to(image)
+        (tmp_path / "folder").mkdir()
+        monkeypatch.chdir(tmp_path)
+        for picture in (image, "image.png", "folder/../image.png", "link.png", "hard.png"):
+            for source in (image, "link.png"):
+                refused(ask("--picture", picture, image=source), 2, "is the image that the question is about")
+        assert image.read_bytes() == photo.read_bytes()
+
+    def test_never_over_what_standard_input_comes_from(self, checkpoint: Path, photo: Path, tmp_path: Path) -> None:
+        image = tmp_path / "image.png"
+        image.write_bytes(photo.read_bytes())
+        with image.open("rb") as opened:
+            done = TestProcess.start("ask", "-", QUESTION, "--model", checkpoint, "--picture", image, stdin=opened)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "is the image that the question is about" in done.stderr
+        assert image.read_bytes() == photo.read_bytes()
+
+    @pytest.mark.parametrize("as_json", [False, True])
+    def test_a_full_disk_does_not_cost_the_answer(
+        self, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+    ) -> None:
+        picture = tmp_path / "kept.png"
+        picture.write_bytes(b"an older picture")
+        answer = ask("--json").stdout
+        monkeypatch.setattr(os, "fsync", full)
+        monkeypatch.setattr(Image.Image, "save", lambda image, file, *_, **__: file.write(b"new") or full())
+        result = ask("--picture", picture, *(["--json"] if as_json else []))
+        assert result.exit_code == 1
+        said = json.loads(result.stdout)["answer"] if as_json else None
+        assert said is None or said == json.loads(answer)["answer"]
+        assert result.stdout.strip()
+        assert "the answer is complete, but --picture" in result.stderr
+        assert "No space left on device" in result.stderr
+        assert picture.read_bytes() == b"an older picture"
+        assert [path.name for path in tmp_path.iterdir()] == ["kept.png"]
+
+    def test_written_whole_or_not_at_all(self, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The disk is full once the picture is drawn and nearly written."""
+        picture = tmp_path / "kept.png"
+        picture.write_bytes(b"an older picture")
+        monkeypatch.setattr(os, "fsync", full)
+        result = ask("--picture", picture)
+        assert result.exit_code == 1
+        assert "No space left on device" in result.stderr
+        assert picture.read_bytes() == b"an older picture"
+        assert [path.name for path in tmp_path.iterdir()] == ["kept.png"]
+
+    def test_folder_that_is_gone_meanwhile(self, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "folder").mkdir()
+        real = adafv.asking.session.Session.ask
+
+        def removing(*args: object, **kwargs: object) -> object:
+            (tmp_path / "folder").rmdir()
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(adafv.asking.session.Session, "ask", removing)
+        result = ask("--picture", tmp_path / "folder" / "kept.png")
+        assert result.exit_code == 1
+        assert result.stdout.endswith("\n")
+        assert "the answer is complete, but --picture" in result.stderr
+
+    def test_through_a_link_and_with_the_old_permissions(self, ask: Ask, tmp_path: Path) -> None:
+        target = tmp_path / "target.png"
+        target.touch()
+        target.chmod(0o640)
+        (tmp_path / "link.png").symlink_to(target)
+        assert ask("--picture", tmp_path / "link.png").exit_code == 0
+        assert (tmp_path / "link.png").is_symlink()
+        assert target.stat().st_mode & 0o777 == 0o640
+        with Image.open(target) as drawn:
+            assert drawn.width > 1000
+
+    def test_places_where_nothing_can_be_written(self, photo: Path, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe.png")
+        (tmp_path / "file").touch()
+        for path, message in (
+            (tmp_path / "pipe.png", "is not a regular file"),
+            (tmp_path / f"{'x' * 300}.png", "File name too long"),
+            (tmp_path / "file" / "kept.png", "cannot be written"),
+            (Path("/proc/kept.png"), "cannot be written"),
+        ):
+            refused(run("ask", photo, QUESTION, "--model", "no/such", "--picture", path), 2, message)
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
 
 class TestMistakes:
     @pytest.mark.parametrize(
@@ -352,6 +445,14 @@ class TestCatalogue:
     def test_version(self) -> None:
         assert run("--version").stdout == f"adafv {adafv.__version__}\n"
 
+    @pytest.mark.parametrize("command", [[], ["ask"], ["page"], ["serve"], ["methods"], ["families"]])
+    def test_short_help(self, command: list[str]) -> None:
+        assert run(*command, "-h").exit_code == 0
+        assert run(*command, "-h").stdout == run(*command, "--help").stdout
+
+    def test_names_of_the_package_are_listed(self) -> None:
+        assert set(adafv.__all__) | {"__version__"} <= set(dir(adafv))
+
     def test_help(self) -> None:
         assert "ask" in run("--help").stdout
         assert "--picture" in run("ask", "--help").stdout
@@ -361,12 +462,14 @@ class TestProcess:
     """As a user starts it, in a process of its own."""
 
     @staticmethod
-    def start(*arguments: object, **options: object) -> "subprocess.CompletedProcess[str]":
+    def start(
+        *arguments: object, environment: dict[str, str] | None = None, **options: object
+    ) -> "subprocess.CompletedProcess[str]":
         source = str(Path(adafv.__file__).parents[1])
         path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
         return subprocess.run(
             [sys.executable, "-m", "adafv", *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
             capture_output=True,
             text=True,
             timeout=120,
@@ -378,6 +481,89 @@ class TestProcess:
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["tokens_after"] == 2
         assert done.stderr == ""
+
+    def test_mistakes_are_found_without_torch(self, photo: Path, tmp_path: Path) -> None:
+        Image.new("RGB", (2, 40_000)).save(tmp_path / "narrow.png")
+        (tmp_path / "text.png").write_text("hello")
+        (tmp_path / "llava").mkdir()
+        (tmp_path / "llava" / "config.json").write_text("{}")
+        nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
+        for arguments, message in (
+            ((tmp_path / "nowhere.png", QUESTION), "there is no file"),
+            ((tmp_path / "narrow.png", QUESTION), "20,000 times as long as it is wide"),
+            ((tmp_path / "text.png", QUESTION), "is not an image"),
+            ((tmp_path, QUESTION), "is a directory"),
+            (("data:image/png;base64,AAAA", QUESTION), "is the picture itself"),
+            ((photo, QUESTION, "--model", "./llava"), "there is no such folder"),
+            ((photo, QUESTION, "--model", "/no/such/folder"), "there is no such folder"),
+            ((photo, QUESTION, "--model", tmp_path / "llavq"), f"did you mean {tmp_path / 'llava'}?"),
+            ((photo, QUESTION, "--model", "bundeld"), "did you mean bundled?"),
+            ((photo, QUESTION, "--model", "some-model"), "there is no such folder"),
+            ((photo, QUESTION, "--model", photo), "not a file"),
+            ((photo, QUESTION, "--model", tmp_path), "the folder has no config.json"),
+            ((photo, QUESTION, "--model", "llava-hf/llava-1.5-7b-hf"), "the Hub does not answer"),
+        ):
+            program = "import sys; from adafv.cli import main\ntry: main()\n"
+            program += "finally: print('torch' in sys.modules, file=sys.stderr)"
+            source = str(Path(adafv.__file__).parents[1])
+            done = subprocess.run(
+                [sys.executable, "-c", program, "ask", *map(str, arguments)],
+                env={**os.environ, "PYTHONPATH": source, **nowhere},
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert (done.returncode, done.stdout) == (1, ""), done.stderr
+            said, torch_is_there = done.stderr.splitlines()
+            assert said.startswith("error: "), said
+            assert message in said
+            assert torch_is_there == "False"
+
+    def test_downloaded_before_and_no_network(self, photo: Path, tmp_path: Path) -> None:
+        """Nothing is asked of a Hub that does not answer: neither again and again, nor for every file."""
+        folder = tmp_path / "hub" / "models--own--tiny"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("a" * 40)
+        save_llava(folder / "snapshots" / ("a" * 40))
+        nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        done = self.start("ask", photo, QUESTION, "--model", "own/tiny", "--json", environment=nowhere)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["model"] == "own/tiny"
+        assert json.loads(done.stdout)["seconds"]["load"] < 15
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+    @pytest.mark.parametrize("command", [["families"], ["methods"], ["--help"], ["ask"]])
+    def test_full_disk_for_standard_output(self, command: list[str], checkpoint: Path, photo: Path) -> None:
+        if command == ["ask"]:
+            command = ["ask", str(photo), QUESTION, "--model", str(checkpoint), "--max-new-tokens", "2"]
+        source = str(Path(adafv.__file__).parents[1])
+        with open("/dev/full", "w") as nowhere:
+            done = subprocess.run(
+                [sys.executable, "-m", "adafv", *command],
+                env={**os.environ, "PYTHONPATH": source},
+                stdout=nowhere,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=120,
+            )
+        assert done.returncode == 1
+        assert "No space left on device" in done.stderr
+        assert "not foreseen" not in done.stderr
+        assert done.stderr.count("\n") == 1
+
+    def test_completion_leaves_the_start_up_files_alone(self, tmp_path: Path) -> None:
+        (tmp_path / ".bashrc").write_text("# mine\n")
+        home = {"HOME": str(tmp_path), "SHELL": "/bin/bash", "XDG_CONFIG_HOME": str(tmp_path)}
+        assert "--show-completion" in self.start("--help", environment=home).stdout
+        asking = {"COMP_WORDS": "adafv ser", "COMP_CWORD": "1", "_ADAFV_COMPLETE": "complete_bash"}
+        program = "import sys; sys.argv[0] = 'adafv'; from adafv.cli import main; main()"
+        environment = {**os.environ, "PYTHONPATH": str(Path(adafv.__file__).parents[1]), **home, **asking}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout.split() == ["serve"]
+        assert [path.name for path in tmp_path.iterdir()] == [".bashrc"]
+        assert (tmp_path / ".bashrc").read_text() == "# mine\n"
 
     def test_mistake(self, photo: Path) -> None:
         done = self.start("ask", photo, "")

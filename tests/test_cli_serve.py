@@ -136,6 +136,11 @@ class TestCommand:
             folder = checkpoint(tmp_path / name, architectures=[name], model_type="anything")
             assert overrides(printed(folder, "--keep", "8"))["architectures"] == [f"AdaFV{name}"]
 
+    def test_code_of_a_checkpoint_is_for_the_user_to_allow(self) -> None:
+        """In vLLM's own words, behind the dashes; adafv never says it."""
+        assert not any("trust-remote-code" in part for part in printed("bundled", "--keep", "8"))
+        assert printed("bundled", "--keep", "8", "--", "--trust-remote-code")[-1] == "--trust-remote-code"
+
     def test_entry_points(self) -> None:
         """Builds of another name cannot run the command `vllm`."""
         assert launch("vllm", "model", ["--port", "1"]).shown == "vllm serve model --port 1"
@@ -190,6 +195,11 @@ class TestRefusals:
         refused(
             run(tmp_path / "none", "--keep", "8", "--print-command"), 1, "cannot read the config of", "check the folder"
         )
+
+    @pytest.mark.parametrize("model", ["./none", "/no/such/folder", "none", "a/b/c"])
+    def test_what_is_no_id_is_not_looked_for(self, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("socket.getaddrinfo", lambda *_: pytest.fail("the network was asked"))
+        refused(run(model, "--keep", "8", "--print-command"), 1, "there is no such folder")
 
     def test_broken_config(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text("{")

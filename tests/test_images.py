@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import os
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -16,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
+from processors import processor
 
-from adafv import images
+from adafv import images, web
 from adafv.errors import AdaFVError, ImageError
-from adafv.images import load_image, read_image
+from adafv.images import MAX_RATIO, check_shape, load_image, read_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -228,6 +231,67 @@ class TestRefusals:
                 read_image(png_header(side, side), "x")
         assert time.perf_counter() - start < 0.5
 
+    @pytest.mark.parametrize(
+        "size", [(2, 40_000), (40_000, 2), (2, 30_000_000), (30_000_000, 2), (3, 301), (500, 50_001), (2, 2**31 - 1)]
+    )
+    def test_too_narrow_for_its_length(self, size: tuple[int, int]) -> None:
+        """Refused by the header: the pixels behind it are not there, and would be an error of their own."""
+        with pytest.raises(ImageError, match=rf"x is {size[0]} x {size[1]} pixels, .*times as long|x has .*pixels"):
+            read_image(png_header(*size), "x")
+
+    @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "GIF", "WEBP", "JPEG"])
+    def test_too_narrow_in_every_kind(self, kind: str) -> None:
+        with pytest.raises(ImageError, match="2 x 9000 pixels, 4,500 times as long"):
+            read_image(encoded(Image.new("RGB", (2, 9_000)), kind), "x")
+
+    def test_too_narrow_when_turned(self) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        with pytest.raises(ImageError, match="times as long as it is wide"):
+            read_image(encoded(Image.new("RGB", (9_000, 2)), exif=exif), "x")
+
+    @pytest.mark.parametrize("size", [(2, 200), (200, 2), (8_000, 400), (300, 30_000)])
+    def test_narrow_enough(self, size: tuple[int, int]) -> None:
+        assert read_image(encoded(Image.new("RGB", size)), "x").size == size
+
+    def test_tiles_far_larger_than_the_image(self) -> None:
+        """16 x 16 pixels of a tile of 16,000 x 16,000: the library would unpack all of it."""
+        tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 16_000, 323: 16_000, 324: 134, 325: 1000}
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+        data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + zlib.compress(bytes(1_000_000))
+        with pytest.raises(ImageError, match="tiles of 16000 x 16000 pixels, far larger than the image"):
+            read_image(data, "x")
+
+    @pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("I", "TIFF"), ("F", "TIFF"), ("RGBA", "PNG")])
+    def test_few_bytes_take_little_memory(self, mode: str, kind: str) -> None:
+        """8,000 x 8,000 pixels that are packed into some 100 KB; measured where nothing was in memory before."""
+        data = encoded(
+            Image.new(mode, (8_000, 8_000)), kind, **({"compression": "tiff_deflate"} if kind == "TIFF" else {})
+        )
+        assert len(data) < 500_000
+        program = """
+import sys
+from adafv.images import read_image
+
+def peak():
+    return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+before = peak()
+read_image(sys.stdin.buffer.read(), "x")
+print(peak() - before)
+"""
+        if not Path("/proc/self/status").exists():
+            pytest.skip("no /proc")
+        path = os.pathsep.join(filter(None, [str(Path(images.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            input=data,
+            capture_output=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        assert int(done.stdout) < 700, f"{done.stdout!r} MiB"
+
     def test_a_real_bomb(self) -> None:
         rows = zlib.compress(b"\x00" * (20_001 * 2_000), 9)
         with pytest.raises(ImageError, match="more than the 64 million"):
@@ -255,6 +319,46 @@ class TestRefusals:
     def test_is_an_adafv_error_and_a_value_error(self) -> None:
         assert issubclass(ImageError, AdaFVError)
         assert issubclass(ImageError, ValueError)
+
+
+class _Settings:
+    """What `check_shape` reads of an image processor."""
+
+    def __init__(self, **settings: object) -> None:
+        self.__dict__.update(settings)
+
+
+class TestShape:
+    """What an image processor would make of a picture, from its settings alone."""
+
+    def test_scaled_up_by_the_shorter_side(self) -> None:
+        narrow = (100, 100 * MAX_RATIO // 2)
+        check_shape(narrow, "x", _Settings(size={"shortest_edge": 336}))
+        with pytest.raises(ImageError, match=r"x is 100 x 5000 pixels, of which .* would make 1,024 x 51,200"):
+            check_shape(narrow, "x", _Settings(size={"shortest_edge": 1024}))
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"size": {"shortest_edge": 1024}, "do_resize": False},
+            {"size": {"shortest_edge": 1024, "longest_edge": 2048}},
+            {"size": {"shortest_edge": 3_136, "longest_edge": 12_845_056}},  # Qwen's, which are numbers of pixels
+            {"size": {"longest_edge": 1456}},
+            {"size": {"height": 1024, "width": 1024}},
+            {"size": None},
+            {},
+        ],
+    )
+    def test_scaled_into_a_box(self, settings: dict[str, object]) -> None:
+        check_shape((100, 5_000), "x", _Settings(**settings))
+
+    @pytest.mark.parametrize("family", ["llava", "llava-next"])
+    def test_real_processors(self, family: str) -> None:
+        made = processor(family).image_processor
+        check_shape((40, 30), "x", made)
+        made.size = {"shortest_edge": 3_000}
+        with pytest.raises(ImageError, match="3,000 x 60,000"):
+            check_shape((50, 1_000), "x", made)
 
 
 class TestFiles:
@@ -396,10 +500,60 @@ def _(handler: BaseHTTPRequestHandler) -> None:
     handler.wfile.write(b"this is not http\r\n\r\n")
 
 
+@page("/drips-headers")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    for _ in range(100):
+        handler.wfile.write(b"x")
+        time.sleep(0.1)
+
+
+@page("/drips-body")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(100):
+        handler.wfile.write(b"x")
+        time.sleep(0.1)
+
+
+@page("/drips-redirects")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    time.sleep(0.2)
+    answer(handler, 302, Location=f"/drips-redirects?{time.monotonic()}")
+
+
+@page("/redirects-with-a-body")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    handler.send_response(302)
+    handler.send_header("Location", "/image.png")
+    handler.end_headers()
+    for _ in range(200):
+        handler.wfile.write(b"x" * 100_000)
+        SENT.append(100_000)
+
+
+@page("/escapes")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 404 \x1b]0;owned\x07\x1b[2J" + b"reason " * 2000 + b"\r\n\r\n")
+
+
+@page("/escapes-before-http")
+def _(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"\x1b]0;owned\x07\x1b[2J\r\n\r\n")
+
+
+SENT: list[int] = []
+"""Bytes of the redirect's body."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         with contextlib.suppress(OSError):  # the client has had enough, which is what some tests are about
-            PAGES.get(self.path, lambda handler: answer(handler, 404))(self)
+            PAGES.get(
+                self.path.partition("?")[0] if "?" in self.path and self.path not in PAGES else self.path,
+                lambda handler: answer(handler, 404),
+            )(self)
         self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
@@ -453,6 +607,97 @@ class TestAddresses:
         monkeypatch.setattr(images, "TIMEOUT", 0.2)
         with pytest.raises(ImageError, match="did not answer in time"):
             load_image(server + "/silent")
+
+    @pytest.mark.parametrize("path", ["/drips-headers", "/drips-body", "/drips-redirects", "/silent"])
+    def test_slow_in_any_part(self, server: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The whole has one limit. The server is never silent for as long as a single piece may take."""
+        monkeypatch.setattr(images, "TOTAL_TIMEOUT", 0.5)
+        start = time.perf_counter()
+        with pytest.raises(ImageError, match=r"did not answer in time .*; check the address") as caught:
+            load_image(server + path)
+        assert time.perf_counter() - start < 1.4
+        assert str(caught.value).startswith(server + path)
+
+    def test_slow_names(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Looking up a name has no timeout of its own."""
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(2))
+        monkeypatch.setattr(images, "TOTAL_TIMEOUT", 0.2)
+        monkeypatch.setenv("no_proxy", "*")
+        start = time.perf_counter()
+        with pytest.raises(ImageError, match="did not answer in time"):
+            load_image("http://slow.invalid/image.png")
+        assert time.perf_counter() - start < 1.0
+
+    def test_given_up_means_hung_up(self, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The thread ends, which the server alone would keep busy for ten seconds."""
+        monkeypatch.setattr(images, "TOTAL_TIMEOUT", 0.3)
+        before = set(threading.enumerate())
+        with pytest.raises(ImageError, match="in time"):
+            load_image(server + "/drips-body")
+        for thread in set(threading.enumerate()) - before:
+            if thread.name == "adafv-download":
+                thread.join(2)
+                assert not thread.is_alive()
+
+    def test_body_of_a_redirect_is_not_read(self, server: str) -> None:
+        SENT.clear()
+        assert load_image(server + "/redirects-with-a-body").size == (4, 6)
+        time.sleep(0.2)
+        assert sum(SENT) < 10_000_000
+
+    @pytest.mark.parametrize("path", ["/escapes", "/escapes-before-http"])
+    def test_what_the_server_says_is_printable(self, server: str, path: str) -> None:
+        with pytest.raises(ImageError) as caught:
+            load_image(server + path)
+        said = str(caught.value)
+        assert said.isprintable()
+        assert r"\x1b]0;owned\x07\x1b[2J" in said or "refused" not in said
+        assert len(said) < 500
+
+    @pytest.mark.parametrize("outside", ["93.184.216.34", "2606:4700::6810:84e5"])
+    def test_redirect_from_outside_into_a_private_network(
+        self, server: str, outside: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        peers = iter([outside, "127.0.0.1"])
+        monkeypatch.setattr(web, "_peer", lambda connection: next(peers))
+        with pytest.raises(ImageError, match="redirects into a private network"):
+            load_image(server + "/moved")
+
+    @pytest.mark.parametrize(
+        ("address", "public"),
+        [
+            ("127.0.0.1", False),
+            ("::1", False),
+            ("::ffff:127.0.0.1", False),
+            ("::ffff:10.0.0.1", False),
+            ("10.1.2.3", False),
+            ("192.168.0.1", False),
+            ("169.254.169.254", False),
+            ("fe80::1%eth0", False),
+            ("fd00::1", False),
+            ("0.0.0.0", False),
+            ("64:ff9b::7f00:1", False),
+            ("2002:7f00:1::", False),
+            ("93.184.216.34", True),
+            ("::ffff:93.184.216.34", True),
+        ],
+    )
+    def test_private_addresses(self, address: str, public: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(web, "_peer", lambda connection: address)
+        with socket.socket() as connection:
+            assert web._is_public(connection) is public
+
+    def test_data_address_is_not_echoed(self) -> None:
+        for source in ("data:image/png;base64," + "A" * 10**6, "DATA:image/png," + "%00" * 10**5):
+            with pytest.raises(ImageError, match="is the picture itself, not where it lies") as caught:
+                load_image(source)
+            assert len(str(caught.value)) < 300
+
+    @pytest.mark.parametrize("start", ["http://127.0.0.1:1/", "", "ftp://example.org/"])
+    def test_long_names_are_shortened(self, start: str) -> None:
+        with pytest.raises(ImageError) as caught:
+            load_image(start + "x" * 100_000)
+        assert len(str(caught.value)) < 600
 
     def test_drip(self, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(images, "TOTAL_TIMEOUT", -1.0)

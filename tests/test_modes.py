@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, Static
 from transformers.generation.streamers import BaseStreamer
 
 from adafv import AdaFV, compress
-from adafv.errors import CacheError, UnsupportedCallError
+from adafv.errors import CacheError, NoRecordError, UnsupportedCallError
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 KEEP = 0.3
@@ -483,7 +483,8 @@ def test_prompt_without_image_is_untouched(family: FamilyRow, model: Any) -> Non
         assert torch.equal(model.generate(**inputs, **GREEDY), stock)
         assert torch.equal(model.generate(inputs["input_ids"], **GREEDY), stock)
         torch.testing.assert_close(model(**inputs).logits, model(inputs["input_ids"]).logits)
-    assert adafv.last is None
+    with pytest.raises(NoRecordError, match="with an image first"):
+        _ = adafv.last
 
 
 def test_positional_arguments(family: FamilyRow, model: Any) -> None:

@@ -45,5 +45,9 @@ class AlreadyEnabledError(AdaFVError, RuntimeError):
     """The model is already wrapped, by this object or by another one."""
 
 
+class NoRecordError(AdaFVError, RuntimeError):
+    """What the last run did was asked for before there was one."""
+
+
 class VersionError(AdaFVError, ImportError):
     """The installed transformers is older than the oldest supported release."""

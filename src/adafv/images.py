@@ -4,22 +4,22 @@ Pictures come from anywhere, so nothing is taken on trust: sizes are read from t
 reading stops at a limit, and only raster formats are opened (Pillow would start Ghostscript for an EPS file). Whatever
 goes wrong is an `ImageError` that names the source and the mend. No setting of Pillow or of `warnings` is touched, so
 two threads may read at once.
+
+A picture of few pixels can still be a bomb: image processors scale the shorter side up to a fixed length and the longer
+one with it, so that 2 x 40,000 pixels become 336 x 6,720,000. `check_shape` bounds that from the two numbers alone.
 """
 
-import http.client
 import io
 import sys
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
 from adafv.errors import ImageError
+from adafv.printable import shortened
+from adafv.web import fetch, too_many_bytes
 
 MAX_PIXELS = 64_000_000
 """Largest image that is decoded; a picture for a vision tower is scaled to well under a million pixels anyway."""
@@ -28,12 +28,22 @@ MAX_BYTES = 100_000_000
 TIMEOUT = 20.0
 """Seconds to wait for a server to answer, and for each further piece."""
 TOTAL_TIMEOUT = 120.0
-"""Seconds a whole download may take, so that a server that drips cannot hold us for ever."""
+"""Seconds a whole download may take, from the look-up of the server's name to the last byte, so that a server that drips
+cannot hold us for ever."""
+MAX_RATIO = 100
+"""Longer side / shorter side. A panorama has 20, the screenshot of a long web page 50; and Qwen's processor refuses 200."""
+MAX_SCALED_PIXELS = 32_000_000
+"""Largest image that a processor may make of a picture before it crops it; as 32-bit floats, that is 384 MB."""
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000")
 """What is opened, by Pillow's names."""
 _WELL_KNOWN = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP"}
-_CHUNK = 1 << 16
+_BAND = 64
+"""Rows."""
+_TILE_TAGS = (322, 323)
+"""Of TIFF: TileWidth and TileLength."""
+_LARGEST_TILE = 4_000_000
+"""Pixels of a tile that any image may have."""
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -57,9 +67,67 @@ def load_image(source: str) -> Image.Image:
     """
     if source == "-":
         return read_image(_from_standard_input(), "standard input")
-    if "://" in source:
-        return read_image(_from_url(source), source)
+    if source[:5].lower() == "data:":
+        raise ImageError(
+            f"{shortened(source, 60)} is the picture itself, not where it lies; save it to a file, or send its bytes to "
+            "standard input"
+        )
+    if is_address(source):
+        return read_image(fetch(source, MAX_BYTES, TIMEOUT, TOTAL_TIMEOUT), source)
     return read_image(_from_file(source), source)
+
+
+def is_address(source: str) -> bool:
+    """Whether `load_image` would ask a server for `source`."""
+    return "://" in source
+
+
+def check_shape(size: tuple[int, int], name: str, image_processor: Any = None) -> None:
+    """Refuse a picture by its width and height, before an array is made of it.
+
+    Args:
+        size: width and height in pixels.
+        name: what messages call it.
+        image_processor: of transformers, whose settings say how far it would scale the picture up; None: not known yet.
+
+    Raises:
+        ImageError: it is too small, too large, or too narrow for its length.
+    """
+    width, height = size
+    name = _named(name)
+    if min(size) < 2:
+        raise ImageError(f"{name} is {width} x {height} pixels, too small to show anything; give a larger image")
+    if width * height > MAX_PIXELS:
+        raise _too_many_pixels(name, f"{width} x {height} pixels")
+    ratio = max(size) / min(size)
+    if ratio > MAX_RATIO:
+        raise ImageError(
+            f"{name} is {width} x {height} pixels, {ratio:,.0f} times as long as it is wide, more than the {MAX_RATIO} that "
+            "are taken; cut out the part that matters"
+        )
+    shorter = _scaled_up_to(image_processor)
+    if shorter is not None and shorter * shorter * ratio > MAX_SCALED_PIXELS:
+        raise ImageError(
+            f"{name} is {width} x {height} pixels, of which the model's image processor would make {shorter:,} x "
+            f"{shorter * ratio:,.0f}; cut out the part that matters"
+        )
+
+
+def _scaled_up_to(image_processor: Any) -> int | None:
+    """Pixels that an image processor scales the shorter side to, where the longer one follows without a bound.
+
+    "longest_edge" beside "shortest_edge" is such a bound (or, for Qwen and its kin, both are numbers of pixels). All other
+    sizes are boxes that pictures are fitted into.
+    """
+    if image_processor is None or getattr(image_processor, "do_resize", True) is False:
+        return None
+    size = getattr(image_processor, "size", None)
+    if isinstance(size, int):  # before transformers 5: of the shorter side
+        return size
+    if not isinstance(size, Mapping):
+        size = {name: getattr(size, name, None) for name in ("shortest_edge", "longest_edge")}
+    shorter = size.get("shortest_edge")
+    return shorter if isinstance(shorter, int) and size.get("longest_edge") is None else None
 
 
 def read_image(data: bytes, name: str, formats: Sequence[str] = FORMATS) -> Image.Image:
@@ -72,20 +140,22 @@ def read_image(data: bytes, name: str, formats: Sequence[str] = FORMATS) -> Imag
     Raises:
         ImageError: it cannot be read safely.
     """
+    name = _named(name)
     if not data:
         raise ImageError(f"{name} is empty; {_use(formats)}")
     if len(data) > MAX_BYTES:
-        raise _too_many_bytes(name)
+        raise too_many_bytes(name, MAX_BYTES)
     try:
         with _opened(data, name, formats) as image:
-            _check_size(image.size, name)
+            check_shape(image.size, name)
+            _check_tiles(image, name)
             try:
                 image.load()
             except Exception as error:  # decoders raise whatever they like on damaged data
                 raise ImageError(
                     f"{name} is damaged or cut short ({_reason(error)}); get a complete copy of it"
                 ) from error
-            _check_size(image.size, name)
+            check_shape(image.size, name)
             return _upright(_to_rgb(image), image)
     except ImageError:
         raise
@@ -113,17 +183,25 @@ def _opened(data: bytes, name: str, formats: Sequence[str]) -> Image.Image:
         raise ImageError(f"{name} is not an image that can be read, or its header is damaged; {mend}") from error
 
 
+def _check_tiles(image: Image.Image, name: str) -> None:
+    """Refuse a TIFF whose tiles are far larger than its image: each is unpacked whole, however little of it is shown."""
+    tags = getattr(image, "tag_v2", None)
+    width, height = (0, 0) if tags is None else (tags.get(tag, 0) for tag in _TILE_TAGS)
+    largest = max(4 * image.width * image.height, _LARGEST_TILE)
+    if isinstance(width, int) and isinstance(height, int) and width * height > largest:
+        raise ImageError(
+            f"{name} consists of tiles of {width} x {height} pixels, far larger than the image itself; save it as PNG first"
+        )
+
+
 def _use(formats: Sequence[str]) -> str:
     *others, last = [shown for name, shown in _WELL_KNOWN.items() if name in formats]
     return f"give a {', '.join(others)} or {last} image"
 
 
-def _check_size(size: tuple[int, int], name: str) -> None:
-    width, height = size
-    if min(size) < 2:
-        raise ImageError(f"{name} is {width} x {height} pixels, too small to show anything; give a larger image")
-    if width * height > MAX_PIXELS:
-        raise _too_many_pixels(name, f"{width} x {height} pixels")
+def _named(name: str) -> str:
+    """What messages call a picture: the end of a long address tells nobody anything, and a data: URL is megabytes."""
+    return shortened(name)
 
 
 def _too_many_pixels(name: str, size: str) -> ImageError:
@@ -132,17 +210,13 @@ def _too_many_pixels(name: str, size: str) -> ImageError:
     )
 
 
-def _too_many_bytes(name: str) -> ImageError:
-    return ImageError(f"{name} is larger than {MAX_BYTES // 1_000_000} MB; scale it down, or save it as JPEG or WebP")
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_eight_bits(image)
     if image.mode in ("RGBa", "La"):
         image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         background = Image.new("RGB", image.size, "white")
         background.paste(image, mask=image.getchannel("A"))
         return background
@@ -153,24 +227,35 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Grey values of more than 8 bits, scaled; Pillow's own conversion clips them at 255, which gives a white image.
 
     Integers up to 65535 are taken as 16 bits and floats in [0, 1] or [0, 255] as what they look like. Anything else is
-    stretched from its smallest to its largest value.
+    stretched from its smallest to its largest value. Worked off in bands of rows: 64 bits for each of 64 million pixels,
+    several times over, would be gigabytes.
     """
-    values = np.asarray(image)
     transparent = image.info.get("transparency")
-    hidden = values == transparent if isinstance(transparent, int) else None
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-        ceilings: tuple[float, ...] = (1.0, 255.0)
-    else:
-        values = values.astype(np.float64)
-        ceilings = (65535.0,)
-    low, high = 0.0, next((ceiling for ceiling in ceilings if values.max() <= ceiling), 0.0)
-    if not high or values.min() < 0:
-        low, high = float(values.min()), float(values.max())
-    scaled = np.rint((values - low) * (255.0 / max(high - low, 1e-30))).astype(np.uint8)
-    if hidden is not None:
-        scaled[hidden] = 255
+    tops = range(0, image.height, _BAND)
+
+    def band(top: int) -> Any:
+        return np.asarray(image.crop((0, top, image.width, min(top + _BAND, image.height))))
+
+    extremes = [(values.min(), values.max()) for values in (_finite(band(top)) for top in tops)]
+    smallest, largest = float(min(low for low, _ in extremes)), float(max(high for _, high in extremes))
+    ceilings = (1.0, 255.0) if band(0).dtype.kind == "f" else (65535.0,)
+    low, high = 0.0, next((ceiling for ceiling in ceilings if largest <= ceiling), 0.0)
+    if not high or smallest < 0:
+        low, high = smallest, largest
+    scale = 255.0 / max(high - low, 1e-30)
+    scaled = np.empty((image.height, image.width), dtype=np.uint8)
+    for top in tops:
+        values = band(top)
+        rows = scaled[top : top + _BAND]
+        rows[:] = np.rint((_finite(values) - low) * scale)
+        if isinstance(transparent, int):
+            rows[values == transparent] = 255
     return Image.fromarray(scaled)
+
+
+def _finite(values: Any) -> Any:
+    """float64, zero where there is no number."""
+    return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _upright(image: Image.Image, original: Image.Image) -> Image.Image:
@@ -188,15 +273,15 @@ def _from_file(path: str) -> bytes:
         raise ImageError(f"no image was named; {_use(FORMATS)}")
     try:
         with open(path, "rb") as file:
-            return _read(file, path)
+            return _read(file, _named(path))
     except FileNotFoundError as error:
-        raise ImageError(f"there is no file {path}; check the path") from error
+        raise ImageError(f"there is no file {_named(path)}; check the path") from error
     except IsADirectoryError as error:
-        raise ImageError(f"{path} is a directory; name an image inside it") from error
+        raise ImageError(f"{_named(path)} is a directory; name an image inside it") from error
     except PermissionError as error:
-        raise ImageError(f"{path} may not be read; check its permissions") from error
+        raise ImageError(f"{_named(path)} may not be read; check its permissions") from error
     except (OSError, ValueError) as error:
-        raise ImageError(f"{path!r} cannot be read ({_reason(error)}); check the path") from error
+        raise ImageError(f"{_named(path)} cannot be read ({_os_reason(error)}); check the path") from error
 
 
 def _from_standard_input() -> bytes:
@@ -208,104 +293,20 @@ def _from_standard_input() -> bytes:
     except (OSError, ValueError, AttributeError) as error:
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"{name} cannot be read ({_reason(error)}); send an image to it") from error
+        raise ImageError(f"{name} cannot be read ({_os_reason(error)}); send an image to it") from error
 
 
 def _read(stream: IO[bytes], name: str) -> bytes:
     data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise _too_many_bytes(name)
+        raise too_many_bytes(name, MAX_BYTES)
     return data
 
 
-class _WebRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects within http and https alone: a server must not be able to name a local file."""
-
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: http.client.HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
-            raise urllib.error.HTTPError(newurl, code, msg, headers, fp)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _from_url(url: str) -> bytes:
-    try:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ImageError(f"{url} is not an http or https address; give one, or a path without a scheme")
-        # Addresses copied from a browser may hold spaces and letters outside ASCII.
-        quoted = parts._replace(
-            path=urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~"),
-            query=urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?"),
-            fragment="",
-        )
-        request = urllib.request.Request(quoted.geturl(), headers={"User-Agent": "adafv", "Accept": "image/*, */*"})
-        with _opener().open(request, timeout=TIMEOUT) as response:
-            return _download(response, url)
-    except urllib.error.HTTPError as error:
-        with error:
-            if 300 <= error.code < 400:
-                problem = f"redirects in circles or to something that is not http or https (HTTP {error.code})"
-            else:
-                problem = f"was refused by the server (HTTP {error.code} {error.reason})"
-            raise ImageError(f"{url} {problem}; check the address, or download the image yourself") from error
-    except urllib.error.URLError as error:
-        raise _unreachable(url, error.reason) from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
-        raise _unreachable(url, error) from error
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """An opener for http and https alone; the one of `urlopen` reads file: and ftp: addresses as well."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        _WebRedirects(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
-def _download(response: Any, url: str) -> bytes:
-    deadline = time.monotonic() + TOTAL_TIMEOUT
-    announced = response.headers.get("Content-Length")
-    expected = int(announced) if announced and announced.isdigit() else None
-    if expected is not None and expected > MAX_BYTES:
-        raise _too_many_bytes(url)
-    data = bytearray()
-    while piece := response.read1(_CHUNK):
-        data += piece
-        if len(data) > MAX_BYTES:
-            raise _too_many_bytes(url)
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not complete after {TOTAL_TIMEOUT:.0f} s")
-    if expected is not None and len(data) < expected:
-        raise ImageError(f"{url} broke off after {len(data)} of {expected} bytes; try again")
-    return bytes(data)
-
-
-def _unreachable(url: str, reason: object) -> ImageError:
-    if isinstance(reason, TimeoutError):
-        problem = f"did not answer in time ({reason})"
-    else:
-        problem = f"cannot be reached ({_reason(reason)})"
-    return ImageError(f"{url} {problem}; check the address and the network, or download the image yourself")
+def _os_reason(error: Exception) -> str:
+    """Without the name of the file, which an OSError repeats."""
+    return _reason(getattr(error, "strerror", None) or error)
 
 
 def _reason(error: object) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__
+    return shortened(" ".join(str(error).split())) or type(error).__name__

@@ -65,7 +65,7 @@ class Both:
                 **inputs, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True
             )
         new = output.sequences[0, inputs["input_ids"].shape[1] :]
-        kept = [] if pruned.last is None else [indices.tolist() for indices in pruned.last.kept]
+        kept = [indices.tolist() for indices in pruned.last.kept] if pictures else []
         return kept, new.tolist(), output.logits[0][0].float().log_softmax(-1)
 
     def in_vllm(self, content: list[Any], keep: int | float) -> tuple[list[list[int]], Any]:

@@ -80,7 +80,8 @@ class Qwen:
             output = self.model.generate(
                 **inputs, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True
             )
-        kept = [] if adafv.last is None else [indices.tolist() for indices in adafv.last.kept]
+        shown = any(name.startswith("pixel_values") for name in inputs)
+        kept = [indices.tolist() for indices in adafv.last.kept] if shown else []
         logprobs = [step[0].float().log_softmax(-1) for step in output.logits]
         return kept, output.sequences[0, inputs["input_ids"].shape[1] :].tolist(), logprobs
 

@@ -161,6 +161,8 @@ class TestRefusals:
             ([image(b"no picture"), BANANA], "cannot identify image"),
             ([image((SAMPLES / "bird.png").read_bytes()[:3000]), BANANA], "truncated"),
             ([image(b"some words", "text/plain"), BANANA], "cannot identify image"),
+            ([image(Image.new("RGB", (2, 40_000))), BANANA], "2 x 40000 pixels, 20,000 times as long as it is wide"),
+            ([picture(BIRD), image(Image.new("RGB", (40_000, 2))), BANANA], "image 2 of the request is 40000 x 2"),
             ([image_at("data:image/png;base64,%%%"), BANANA], ""),
             ([image_at("data:"), BANANA], ""),
             ([image_at("ftp://example.org/a.png"), BANANA], ""),

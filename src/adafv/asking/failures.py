@@ -1,5 +1,7 @@
 """What can go wrong between a user and a model, beside the errors of the library itself."""
 
+from adafv.errors import AdaFVError
+
 
 class UsageError(Exception):
     """An option or argument is wrong; the message names the mend."""
@@ -22,6 +24,10 @@ def check_text(text: str, name: str) -> None:
             f"{name} is not text: {what} stands in place {lone + 1}, which is not UTF-8; write it again in UTF-8 (a terminal "
             "with another encoding, or a file in one, may have made it so)"
         )
+
+
+class LoadError(AdaFVError):
+    """The model cannot be loaded."""
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -1,9 +1,17 @@
-"""A loaded model with its processor, for the command line: questions in, answers and measurements out."""
+"""A loaded model with its processor, for the command line: questions in, answers and measurements out.
 
+A checkpoint is data: its weights are read as safetensors, and no code that it brings is run, whoever asks for that.
+"""
+
+import contextlib
+import io
 import logging
+import os
 import statistics
+import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +21,23 @@ import transformers
 from PIL.Image import Image
 from torch import Tensor
 
-from adafv.asking.failures import UsageError, check_text
-from adafv.asking.models import folder_or_id
+from adafv.asking.failures import LoadError, UsageError, check_text
+from adafv.asking.models import folder_or_id, hub_options, within
 from adafv.engines.transformers import Pruner, Record
 from adafv.engines.transformers.prompt import read_prompt
 from adafv.errors import AdaFVError, OptionError, UnsupportedModelError
 from adafv.families.base import family_of, known_families
+from adafv.images import check_shape
 from adafv.picture import tower_view
+from adafv.printable import shortened
 from adafv.prompts.text import image_text
 
 MIB = 2**20
 
-
-class LoadError(AdaFVError):
-    """The model cannot be loaded."""
+SAFELY = {"trust_remote_code": False}
+"""What every `from_pretrained` gets. Left out, transformers asks on standard input, and takes a "y" from a pipe."""
+TEMPLATE_TIMEOUT = 20.0
+"""Seconds for writing one prompt. A chat template is a program: it can do nothing but write text, but that for ever."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +113,21 @@ class Session:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        # Or the Hub would be asked to convert, in public, weights that are no safetensors.
+        os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
         source = folder_or_id(name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        options = SAFELY | hub_options(source)
+        with _unattended():
             try:
-                config = transformers.AutoConfig.from_pretrained(source)
+                config = transformers.AutoConfig.from_pretrained(source, **options)
                 _check_architecture(config)
-                processor = transformers.AutoProcessor.from_pretrained(source)
-                model = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+                _check_kernels(config, name)
+                processor = transformers.AutoProcessor.from_pretrained(source, **options)
+                if "local_files_only" in options:  # adapters are looked for apart, and would be on the Hub
+                    options["adapter_kwargs"] = {"local_files_only": True}
+                model = transformers.AutoModelForImageTextToText.from_pretrained(
+                    source, dtype=dtype, use_safetensors=True, **options
+                )
             except (AdaFVError, MemoryError, KeyboardInterrupt):
                 raise
             except Exception as error:  # the Hub, safetensors, tokenizers and JSON raise errors of many kinds
@@ -118,9 +136,13 @@ class Session:
                 raise _load_error(name, error) from error
             model = model.to(device).eval()
         if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-            raise LoadError(f"{name} has no image processor beside its tokenizer; use the checkpoint's original files")
+            raise LoadError(
+                f"{shortened(name)} has no image processor beside its tokenizer; use the checkpoint's original files"
+            )
         family_of(model)
-        return cls(model, processor)
+        session = cls(model, processor)
+        _check_template(session, name)
+        return session
 
     @property
     def device(self) -> torch.device:
@@ -137,6 +159,7 @@ class Session:
             UsageError: the question is not text, or holds what stands for an image.
         """
         check_text(question, "the question")
+        check_shape(image.size, "the image", self.processor.image_processor)
         placeholder = image_text(self.processor)
         if placeholder in question:
             raise UsageError(f"the question holds {placeholder}, which stands for an image; leave it out")
@@ -272,9 +295,71 @@ def _check_architecture(config: Any) -> None:
         raise UnsupportedModelError(f"{given[0]} is not a supported model; supported are: {', '.join(supported)}")
 
 
+def _check_kernels(config: Any, name: str) -> None:
+    """Refuse a checkpoint that names a kernel on the Hub for its attention or experts: that is code as well."""
+    configs = [config]
+    for each in configs:  # grows while it is read
+        configs += [part for part in vars(each).values() if isinstance(part, transformers.PretrainedConfig)]
+        for setting in ("_attn_implementation", "_experts_implementation"):
+            value = getattr(each, setting, None)
+            if isinstance(value, str) and "/" in value:
+                raise LoadError(
+                    f"cannot load the model {shortened(name)}: its config names the kernel {shortened(value)}, which is code "
+                    "from the Hub that adafv does not run; take attn_implementation and experts_implementation out of "
+                    "config.json"
+                )
+
+
+def _check_template(session: Session, name: str) -> None:
+    """Write one prompt, to find out whether the chat template can be used at all."""
+    try:
+        within(TEMPLATE_TIMEOUT, lambda: session._prompt("x"))
+    except TimeoutError as error:
+        raise LoadError(
+            f"cannot load the model {shortened(name)}: its chat template writes a prompt for more than "
+            f"{TEMPLATE_TIMEOUT:g} s; use the checkpoint's original files"
+        ) from error
+    except AdaFVError:
+        raise
+    except Exception as error:  # Jinja's, and whatever a template raises
+        raise LoadError(
+            f"cannot load the model {shortened(name)}: its chat template cannot write a prompt of one image and one "
+            f"question ({type(error).__name__}: {shortened(error)}); use the checkpoint's original files"
+        ) from error
+
+
+@contextlib.contextmanager
+def _unattended() -> Iterator[None]:
+    """Loading with nobody there to answer, and nobody to read what libraries print: standard output is for the answer.
+
+    `trust_remote_code=False` does not reach every part of a checkpoint in transformers (the tokenizer of a processor that is
+    found by the model's type; the parts of a model), and where it does not, transformers would ask.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), open(os.devnull) as nobody:
+        warnings.simplefilter("ignore")
+        standard_input, sys.stdin = sys.stdin, nobody
+        try:
+            yield
+        finally:
+            sys.stdin = standard_input
+
+
 def _load_error(name: str, error: Exception) -> LoadError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    if Path(name).is_dir():
+    reason = f"{type(error).__name__}: {shortened(' '.join(str(error).split()), 300)}"
+    if "trust_remote_code" in str(error):
+        mend = (
+            "it needs Python code that comes with the checkpoint, which adafv never runs; use a checkpoint in the format of "
+            "transformers itself (often a second one, with -hf in its name)"
+        )
+        reason = ""
+    elif "cannot be loaded with `safetensors`" in str(error) or (
+        "no file named" in str(error) and list(Path(name).glob("*.bin"))
+    ):
+        mend = (
+            "its weights are not safetensors, and others are not read, as they may hold code; convert them with "
+            "save_pretrained where you trust them"
+        )
+    elif Path(name).is_dir():
         mend = "the folder must hold what save_pretrained wrote for the model and for its processor"
     elif Path(name).is_file():
         mend = "give the folder of the checkpoint, not a file"
@@ -282,4 +367,4 @@ def _load_error(name: str, error: Exception) -> LoadError:
         mend = (
             "check the folder or Hub id (such as llava-hf/llava-1.5-7b-hf), the network, and your access to the model"
         )
-    return LoadError(f"cannot load the model {name}: {mend} ({type(error).__name__}: {reason})")
+    return LoadError(f"cannot load the model {shortened(name)}: {mend}" + (f" ({reason})" if reason else ""))

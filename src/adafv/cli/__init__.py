@@ -6,21 +6,25 @@ Answers go to standard output, everything else to standard error; no error ends 
 
 import contextlib
 import logging
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from adafv.cli.ask import ask
-from adafv.cli.failures import INTERRUPTED, failures_as_messages
+from adafv.cli.failures import FAILED, INTERRUPTED, failures_as_messages, put
 from adafv.cli.page import page
 from adafv.cli.serve import serve
+from adafv.printable import one_line
 
 app = typer.Typer(
     name="adafv",
     help="Keep the visual tokens that matter for the question: training-free pruning for vision-language models. "
     "A small model comes along, so that all of it can be tried without a download.",
-    add_completion=False,
+    # Completion is printed by --show-completion; only --install-completion touches the user's start-up files.
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -61,13 +65,13 @@ def families() -> None:
     with failures_as_messages():
         from adafv.families.catalogue import catalogue
 
-        typer.echo(catalogue())
+        put(catalogue())
 
 
 def _list(rows: dict[str, str]) -> None:
     width = max(map(len, rows), default=0)
     for name, text in rows.items():
-        typer.echo(f"{name:<{width}}  {text}")
+        put(f"{name:<{width}}  {text}")
 
 
 def main() -> None:
@@ -83,3 +87,16 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except OSError as error:  # of what Typer itself writes, such as --help
+        sys.exit(FAILED if isinstance(error, BrokenPipeError) else f"error: {one_line(str(error))}")
+    finally:
+        _close_output()
+
+
+def _close_output() -> None:
+    """Write what is left. What cannot be written is dropped: Python would try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,14 +1,17 @@
 """`adafv ask`: one question about one image, and what pruning did."""
 
 import difflib
+import io
 import json
 import math
 import os
 import re
+import stat
 import sys
+import tempfile
 import time
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,9 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adafv.asking.failures import UsageError, check_text
-from adafv.asking.models import about, checked_model, unknown_words, unknown_words_warning
-from adafv.cli.failures import failures_as_messages
+from adafv.asking.models import about, checked_model, folder_or_id, hub_options, unknown_words, unknown_words_warning
+from adafv.cli.failures import FAILED, OutputError, failures_as_messages, put, say
 from adafv.cli.options import METHOD, MethodOption, ModelOption, ObjectiveOption, TextOption
+from adafv.printable import printable, shortened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
     from adafv.engines.transformers import Pruner, Record
 
 PICTURE_KINDS = (".png", ".jpg", ".jpeg", ".webp")
+_PROBE = 64 * 1024
+"""Bytes that are written to find out whether a picture can be."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _RUN = "How to run it"
 _OUTPUT = "What to show"
@@ -96,7 +102,7 @@ def ask(
             device=device,
             compare=compare,
             repeats=repeats,
-            picture=None if picture is None else _checked_picture(picture),
+            picture=None if picture is None else _checked_picture(picture, image),
             as_json=as_json,
         )
         _answer(wish)
@@ -140,7 +146,9 @@ def parse_keep(text: str) -> int | float:
         else:
             value = float(written)
     except ValueError:
-        raise UsageError(f"--keep {text!r} is not a budget; give tokens (64), a share (0.1 or 10%), or all") from None
+        raise UsageError(
+            f"--keep {shortened(text)!r} is not a budget; give tokens (64), a share (0.1 or 10%), or all"
+        ) from None
     if isinstance(value, int) and value < 1:
         raise UsageError(f"--keep {text}: at least one visual token must stay; give 1 or more")
     if isinstance(value, float) and not 0.0 < value <= 1.0:
@@ -157,23 +165,63 @@ def _checked_question(question: str) -> str:
     return question.strip()
 
 
-def _checked_picture(path: Path) -> Path:
+def _checked_picture(path: Path, image: str) -> Path:
+    """Where the picture is to be written, once it is known that it can be; symbolic links are followed.
+
+    Args:
+        image: the source of the image that the question is about, which must not be overwritten.
+    """
+    name = f"--picture {shortened(path)}"
     if path.suffix.lower() not in PICTURE_KINDS:
-        raise UsageError(f"--picture {path}: the name must end in one of {', '.join(PICTURE_KINDS)}")
-    if path.is_dir():
-        raise UsageError(f"--picture {path} is a folder; name a file")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"--picture {path}: there is no folder {path.parent}; create it first")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise UsageError(f"--picture {path} may not be written; choose another place")
-    return path
+        raise UsageError(f"{name}: the name must end in one of {', '.join(PICTURE_KINDS)}")
+    try:
+        there = _status(path)
+        target = Path(os.path.realpath(path))
+        if there is None:
+            if not target.parent.is_dir():
+                raise UsageError(f"{name}: there is no folder {shortened(target.parent)}; create it first")
+        elif stat.S_ISDIR(there.st_mode):
+            raise UsageError(f"{name} is a folder; name a file")
+        elif not stat.S_ISREG(there.st_mode):
+            raise UsageError(f"{name} is not a regular file; choose another place")
+        elif any(os.path.samestat(there, given) for given in _inputs(image)):
+            raise UsageError(f"{name} is the image that the question is about; choose another name")
+        elif not os.access(target, os.W_OK):
+            raise UsageError(f"{name} may not be written; choose another place")
+        # A file without a name, which is gone when it is closed: the only way to know about permissions, read-only disks,
+        # quotas and full disks alike.
+        with tempfile.TemporaryFile(dir=target.parent) as probe:
+            probe.write(bytes(_PROBE))
+    except OSError as error:
+        raise UsageError(f"{name} cannot be written ({_why(error)}); choose another place") from error
+    return target
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Of what a path leads to; None where there is nothing."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
+def _inputs(image: str) -> list[os.stat_result]:
+    """What the image is read from. Two paths may lead to one file: by links, or by upper and lower case."""
+    found = []
+    with suppress(OSError, ValueError, AttributeError):  # an address, or nothing
+        found.append(os.fstat(sys.stdin.fileno()) if image == "-" else os.stat(image))
+    return found
+
+
+def _why(error: OSError) -> str:
+    return shortened(error.strerror or str(error) or type(error).__name__)
 
 
 def one_of(option: str, value: str, known: tuple[str, ...]) -> str:
     if value not in known:
         close = difflib.get_close_matches(value, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UsageError(f"{option} {value!r} does not exist; known are: {', '.join(known)}{hint}")
+        raise UsageError(f"{option} {shortened(value)!r} does not exist; known are: {', '.join(known)}{hint}")
     return value
 
 
@@ -201,16 +249,20 @@ def _checked_pruner(wish: _Wish, session: "Session | None" = None) -> "Pruner":
 
 
 def _answer(wish: _Wish) -> None:
+    from adafv.images import is_address
+
+    # What can be found wrong without torch is, as torch takes seconds to import. A download waits for the rest of it.
+    image = None if is_address(wish.image) else _read(wish.image)
+    with _progress(f"looking for {wish.model}"):
+        hub_options(folder_or_id(wish.model))
     with _progress("starting torch and transformers"):
         _checked_pruner(wish)
         from adafv.asking.session import Session, check_device
         from adafv.engines.transformers import Pruner
-        from adafv.images import load_image
 
         device = check_device(wish.device)
-    with _progress("reading the image"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks; what matters is an error in ours
-        image = load_image(wish.image)
+    if image is None:
+        image = _read(wish.image)
     start = time.perf_counter()
     with _progress(f"loading {wish.model}"):
         session = Session.load(wish.model, wish.dtype, device)
@@ -220,12 +272,16 @@ def _answer(wish: _Wish) -> None:
     tokenizer = session.processor.tokenizer
     unknown = unknown_words(tokenizer, wish.question)
     if unknown:
-        typer.echo(f"warning: {unknown_words_warning(tokenizer, unknown)}", err=True)
+        say(f"warning: {unknown_words_warning(tokenizer, unknown)}")
     with _progress("answering"):
         pruned = session.ask(inputs, pruner, wish.max_new_tokens)
     record = pruned.record
     assert record is not None
 
+    # The answer comes first, whatever becomes of the rest; one JSON object holds the comparison, so it has to wait for it.
+    if not wish.as_json:
+        put(printable(pruned.answer, kept="\n\t"))
+        say(about(wish.model, tokenizer))
     timings: list[Timing] = []
     if wish.compare:
         modes: dict[str, Pruner | None] = {"unpruned": None, wish.method: pruner}
@@ -233,8 +289,6 @@ def _answer(wish: _Wish) -> None:
             modes["saliency"] = Pruner("saliency", wish.keep, positions=wish.positions)
         with _progress("comparing"):
             timings = session.compare(inputs, modes, wish.max_new_tokens, wish.repeats, {wish.method: pruned})
-    if wish.picture is not None:
-        _draw(wish, session, inputs, record, pruned.answer)
 
     if wish.as_json:
         seconds = {"load": loaded, **record.seconds}
@@ -259,14 +313,21 @@ def _answer(wish: _Wish) -> None:
         }
         if wish.compare:
             result["compare"] = [timing.as_dict() for timing in timings]
-        typer.echo(json.dumps(_without_nan(result), allow_nan=False))
-        return
-    typer.echo(pruned.answer)
-    typer.echo(about(wish.model, tokenizer), err=True)
-    if not wish.compare:
-        typer.echo(_summary(record, pruned.kv_mib), err=True)
-        return
-    _print_table(timings)
+        put(json.dumps(_without_nan(result), allow_nan=False))
+    elif wish.compare:
+        _print_table(timings)
+    else:
+        say(_summary(record, pruned.kv_mib))
+    if wish.picture is not None:
+        _draw(wish, session, inputs, record, pruned.answer)
+
+
+def _read(source: str) -> "Image":
+    from adafv.images import load_image
+
+    with _progress("reading the image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks; what matters is an error in ours
+        return load_image(source)
 
 
 def _summary(record: "Record", kv_mib: float) -> str:
@@ -277,15 +338,42 @@ def _summary(record: "Record", kv_mib: float) -> str:
 
 
 def _draw(wish: _Wish, session: "Session", inputs: Any, record: "Record", answer: str) -> None:
+    """Draw what was kept. The answer is out already, so whatever fails here says that the picture alone is missing."""
     from adafv.picture import draw
 
     assert wish.picture is not None
-    drawn: Image = draw(record, 0, session.tower_view(inputs), question=wish.question, answer=answer)
     try:
-        drawn.save(wish.picture, quality=92)
-    except OSError as error:
-        raise UsageError(f"--picture {wish.picture} cannot be written ({error}); choose another place") from error
-    typer.echo(f"drew {wish.picture}", err=True)
+        drawn: Image = draw(record, 0, session.tower_view(inputs), question=wish.question, answer=answer)
+        _write(drawn, wish.picture)
+    except (OSError, ValueError, MemoryError) as error:
+        reason = _why(error) if isinstance(error, OSError) else shortened(str(error) or type(error).__name__)
+        say(
+            f"error: the answer is complete, but --picture {wish.picture} was not written ({reason}); choose another place"
+        )
+        raise typer.Exit(FAILED) from error
+    say(f"drew {wish.picture}")
+
+
+def _write(picture: "Image", path: Path) -> None:
+    """Write a picture whole or not at all; what was there before stays until the new one is complete."""
+    data = io.BytesIO()
+    kind = path.suffix.lower().removeprefix(".").replace("jpg", "jpeg")
+    picture.save(data, kind, quality=92)
+    # Not by `tempfile`, whose files nobody else may read.
+    beside = path.with_name(f".adafv-{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with open(handle, "wb") as file:
+            file.write(data.getvalue())
+            file.flush()
+            os.fsync(handle)  # some disks find out here that they are full
+        with suppress(FileNotFoundError):
+            os.chmod(beside, stat.S_IMODE(path.stat().st_mode))
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(beside)
+        raise
 
 
 def _print_table(timings: "list[Timing]") -> None:
@@ -300,9 +388,16 @@ def _print_table(timings: "list[Timing]") -> None:
         table.add_column(heading, justify="right")
     for timing in timings:
         table.add_row(
-            timing.name, Text(timing.answer), str(timing.tokens), f"{timing.median:.3f}", f"{timing.kv_mib:.2f}"
+            timing.name,
+            Text(printable(timing.answer, kept="\n")),
+            str(timing.tokens),
+            f"{timing.median:.3f}",
+            f"{timing.kv_mib:.2f}",
         )
-    Console(file=sys.stdout).print(table)
+    try:
+        Console(file=sys.stdout).print(table)
+    except OSError as error:
+        raise OutputError from error
 
 
 def _progress(what: str) -> AbstractContextManager[Any]:
@@ -310,8 +405,9 @@ def _progress(what: str) -> AbstractContextManager[Any]:
     if not sys.stderr.isatty():
         return nullcontext()
     from rich.console import Console
+    from rich.text import Text
 
-    return Console(stderr=True).status(f"{what} ...")
+    return Console(stderr=True).status(Text(f"{shortened(what)} ..."))
 
 
 def _without_nan(value: Any) -> Any:

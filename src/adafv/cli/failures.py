@@ -7,8 +7,30 @@ from contextlib import contextmanager
 import typer
 
 from adafv.asking.failures import UsageError, out_of_memory
+from adafv.printable import one_line, shortened
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+
+
+class OutputError(Exception):
+    """Standard output cannot be written; the cause says why."""
+
+
+def say(message: str) -> None:
+    """One line on standard error, printable whatever is in it: names, addresses, what a server or a checkpoint says."""
+    typer.echo(one_line(message), err=True)
+
+
+def put(text: str) -> None:
+    """A result on standard output.
+
+    Raises:
+        OutputError: the disk is full, or nobody reads.
+    """
+    try:
+        typer.echo(text)
+    except (OSError, ValueError) as error:
+        raise OutputError from error
 
 
 @contextmanager
@@ -30,7 +52,12 @@ def failures_as_messages() -> Iterator[None]:
 
 
 def _message(error: Exception) -> tuple[str, int]:
-    if isinstance(error, BrokenPipeError):  # whoever read our output has had enough
+    if isinstance(error, OutputError):
+        reason = error.__cause__
+        if isinstance(reason, BrokenPipeError):  # whoever read our output has had enough
+            return "", FAILED
+        return f"standard output cannot be written ({getattr(reason, 'strerror', None) or reason})", FAILED
+    if isinstance(error, BrokenPipeError):
         return "", FAILED
     if isinstance(error, UsageError):
         return str(error), MISUSED
@@ -40,14 +67,14 @@ def _message(error: Exception) -> tuple[str, int]:
         return str(error), MISUSED if isinstance(error, (BudgetError, OptionError)) else FAILED
     if out_of_memory(error):
         return "out of memory; try --dtype bfloat16, a smaller --keep, --device cpu, or a smaller model", FAILED
-    text = " ".join(str(error).split())
+    text = shortened(" ".join(str(error).split()), 500)
     return (
-        f"{type(error).__name__}: {text[:500]} (not foreseen by adafv; ADAFV_TRACEBACK=1 shows where it came from)",
+        f"{type(error).__name__}: {text} (not foreseen by adafv; ADAFV_TRACEBACK=1 shows where it came from)",
         FAILED,
     )
 
 
 def _end(message: str, code: int) -> None:
     if message:
-        typer.echo(f"error: {message}", err=True)
+        say(f"error: {message}")
     raise typer.Exit(code)

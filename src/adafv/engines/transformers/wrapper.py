@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
-from adafv.engines.transformers.cache import remember
+from adafv.engines.transformers.cache import holds_pruned, remember
 from adafv.engines.transformers.compress import CompressedInputs, compress_call
 from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
 from adafv.engines.transformers.generation import (
@@ -47,7 +47,7 @@ from adafv.engines.transformers.releases import (
     warn_if_untested,
 )
 from adafv.engines.transformers.settings import Settings, setting
-from adafv.errors import AlreadyEnabledError, UnsupportedCallError
+from adafv.errors import AlreadyEnabledError, NoRecordError, UnsupportedCallError
 from adafv.families.base import family_of, stock_model
 from adafv.methods import Method
 
@@ -158,9 +158,16 @@ class PrunedModel:
         self._own = threading.local()
 
     @property
-    def last(self) -> Record | None:
-        """What the last run with images did: the last of this thread, or else the last of any thread."""
-        return getattr(self._own, "record", None) or self._latest
+    def last(self) -> Record:
+        """What the last run with images did: the last of this thread, or else the last of any thread.
+
+        Raises:
+            NoRecordError: there was none yet.
+        """
+        record: Record | None = getattr(self._own, "record", None) or self._latest
+        if record is None:
+            raise NoRecordError("nothing was pruned yet: run the model with an image first, then read `last`")
+        return record
 
     @property
     def enabled(self) -> bool:
@@ -283,8 +290,12 @@ class PrunedModel:
                     f"{name} holds a key/value cache, but adafv knows it as {' or '.join(CACHE_NAMES)} alone, and would not "
                     "see which tokens it lacks; pass it under one of these names"
                 )
-        names = {*CACHE_NAMES, "pixel_values_videos", self.family.images[0], *self.family.other_names}
-        return any(arguments.get(name) is not None for name in names)
+        return any(arguments.get(name) is not None for name in (*CACHE_NAMES, *self._visual_names))
+
+    @property
+    def _visual_names(self) -> tuple[str, ...]:
+        """Arguments that hold images or videos."""
+        return ("pixel_values_videos", self.family.images[0], *self.family.other_names)
 
     def _run(self, call: CompressedInputs, function: Callable[..., Any]) -> Any:
         record = call.record
@@ -391,7 +402,8 @@ def _wrapped_class(stock_class: Any) -> Any:
         function = stock_class._get_logits_processor
         handle: PrunedModel | None = model.__dict__.get(_HANDLE)
         given = inspect.signature(function).bind(model, *args, **kwargs).arguments.get("model_kwargs") or {}
-        if handle is not None and (given.get("mm_encoder_outputs") or handle._concerned(_present(given))):
+        seen = {"mm_encoder_outputs", *(handle._visual_names if handle is not None else ())}
+        if any(given.get(name) is not None for name in seen) or holds_pruned(cache_of(given)):
             raise UnsupportedCallError(
                 "this `generate` was looked up before the model was wrapped, so it would not prune; look it up inside the "
                 "`with` block, or after enable(): model.generate(...)"

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from adafv.engines.vllm import PREFIX, architectures, check_release, cpu, cpu_torchvision
 from adafv.errors import AdaFVError, OptionError, UnsupportedModelError, VersionError
+from adafv.printable import shortened
 
 OVERRIDES = "--hf-overrides"
 
@@ -188,7 +189,7 @@ def _json_object(text: str) -> dict[str, Any]:
     except json.JSONDecodeError:
         value = None
     if not isinstance(value, dict):
-        raise OptionError(f"{OVERRIDES} {text!r} is not a JSON object")
+        raise OptionError(f"{OVERRIDES} {shortened(text)!r} is not a JSON object")
     return value
 
 
@@ -215,13 +216,22 @@ def pruned_architecture(model: str, revision: str | None) -> str:
     """
     from transformers import PretrainedConfig
 
+    from adafv.asking.models import hub_options, problem_with
+
+    problem = problem_with(model)
+    if problem:
+        raise LaunchError(f"cannot read the config of {shortened(model)}: {problem}")
     try:
-        config, _ = PretrainedConfig.get_config_dict(model, **({} if revision is None else {"revision": revision}))
+        # Of a revision, the Hub must be asked; else once, so that a network that is not there is noticed soon.
+        options = hub_options(model) if revision is None else {"revision": revision}
+        config, _ = PretrainedConfig.get_config_dict(model, **options)
+    except AdaFVError:
+        raise
     except Exception as error:  # the Hub and JSON raise errors of many kinds
-        reason = " ".join(str(error).split())[:300]
+        reason = shortened(" ".join(str(error).split()), 300)
         raise LaunchError(
-            f"cannot read the config of {model}: check the folder or Hub id (such as llava-hf/llava-1.5-7b-hf), the "
-            f"network, and your access to the model ({type(error).__name__}: {reason})"
+            f"cannot read the config of {shortened(model)}: check the folder or Hub id (such as llava-hf/llava-1.5-7b-hf), "
+            f"the network, and your access to the model ({type(error).__name__}: {reason})"
         ) from error
     names = config.get("architectures")
     if not names:

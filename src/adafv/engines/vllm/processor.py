@@ -21,6 +21,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from adafv.engines.vllm.request import Reader, Wish, check_placeholders, digest
 from adafv.engines.vllm.settings import OPTION, Budget, ServerSettings
 from adafv.errors import OptionError, UnsupportedCallError, UnsupportedModelError
+from adafv.images import check_shape
 from adafv.prompts.prompt import special_tokens
 from adafv.prompts.text import ChatTemplate, resolve_scope
 
@@ -101,6 +102,7 @@ class PrunedProcessor:
             options = dict(inputs.hf_processor_mm_kwargs)
             budget = self.info.settings.asked(options.pop(OPTION, None))
             self._check_options(options)
+            self._check_shapes(inputs.mm_data_items)
             wishes = self._wishes(inputs, budget)
             inputs = self._known_by(wishes, replace(inputs, hf_processor_mm_kwargs=options))
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
@@ -114,6 +116,17 @@ class PrunedProcessor:
                     f"mm_processor_kwargs of a request can set {OPTION!r} alone here, not {name!r}; the server can, for all "
                     "requests, with --mm-processor-kwargs"
                 )
+
+    def _check_shapes(self, mm_data_items: Any) -> None:
+        """Raise ImageError for an image of which the image processor would make far more pixels than it has."""
+        items = mm_data_items.get("image")
+        if not isinstance(items, ImageProcessorItems):
+            return
+        image_processor = getattr(self.info.get_hf_processor(), "image_processor", None)
+        for index in range(items.get_count()):
+            if items.get(index) is not None:  # else it is named only, and was checked when it was sent
+                width, height = items.get_image_size(index)
+                check_shape((width, height), f"image {index + 1} of the request", image_processor)
 
     def _known_by(self, wishes: list[Wish], inputs: ProcessorInputs) -> ProcessorInputs:
         """The same inputs, whose images are known to every cache by what is wanted of them, too.
