@@ -1,4 +1,5 @@
-"""The command line: `adafv ask`, `adafv page`, `adafv serve`, `adafv methods`, `adafv families`.
+"""The command line: `adafv ask`, `adafv page`, `adafv serve`, `adafv methods`, `adafv families`,
+`adafv env`.
 
 torch and transformers take seconds to import, so a command imports them once its options are known to be sound.
 Answers go to standard output, everything else to standard error; no error ends in a traceback.
@@ -12,6 +13,7 @@ from typing import Annotated
 import typer
 
 from adafv.cli.ask import ask
+from adafv.cli.env import env
 from adafv.cli.failures import INTERRUPTED, failures_as_messages
 from adafv.cli.page import page
 from adafv.cli.serve import serve
@@ -27,6 +29,7 @@ app = typer.Typer(
 app.command("ask")(ask)
 app.command("page")(page)
 app.command("serve")(serve)
+app.command("env")(env)
 
 
 def _show_version(wanted: bool) -> None:
