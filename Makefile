@@ -12,7 +12,7 @@ VLLM_VENV := .venv-vllm-$(VLLM)
 # Tests use one thread each, so they share the cores by running side by side.
 WORKERS := -n auto --maxprocesses 4
 
-.PHONY: help demo test test-fast check format testbed benchmark oldest processors test-vllm clean
+.PHONY: help demo test test-fast check format testbed benchmark oldest processors test-vllm package clean
 
 help:
 	@echo "make demo       ask the bundled model about a picture, full and pruned, and draw what was kept"
@@ -22,6 +22,7 @@ help:
 	@echo "make oldest     the tests on the oldest supported transformers"
 	@echo "make processors the tests of stock processors that need torchvision"
 	@echo "make test-vllm  the tests inside vLLM, on CPU (VLLM=0.31.0: on that release)"
+	@echo "make package    wheel and sdist, tried as a new user would, outside the repository"
 	@echo "make benchmark  what pruning costs and saves, as ratios"
 
 # torch first, by itself: asked for through a range, pip may choose a build with gigabytes of CUDA libraries.
@@ -106,6 +107,10 @@ $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(OVER_$(VLLM)) --editable .
 	touch $@
+
+# Built, installed and tried outside the repository, on each of two Pythons that is there; -rs lists what was left out.
+package: $(VENV)/installed
+	ADAFV_PACKAGE=1 $(BIN)/python -m pytest tests/package --confcutdir=tests/package -rs -n 2 --dist loadgroup
 
 # A file of tests starts its engine once, so it stays with one process.
 test-vllm: $(VLLM_VENV)/installed
