@@ -12,7 +12,7 @@ VLLM_VENV := .venv-vllm-$(VLLM)
 # Tests use one thread each, so they share the cores by running side by side.
 WORKERS := -n auto --maxprocesses 4
 
-.PHONY: help demo test test-fast check format testbed benchmark oldest processors test-vllm package clean
+.PHONY: help demo test test-fast check format testbed benchmark oldest processors test-vllm package package-3.11 package-3.13 clean
 
 help:
 	@echo "make demo       ask the bundled model about a picture, full and pruned, and draw what was kept"
@@ -108,9 +108,16 @@ $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(OVER_$(VLLM)) --editable .
 	touch $@
 
-# Built, installed and tried outside the repository, on each of two Pythons that is there; -rs lists what was left out.
+# Built, installed and tried outside the repository, on both Pythons at a time; -rs lists what was left out.
 package: $(VENV)/installed
-	ADAFV_PACKAGE=1 $(BIN)/python -m pytest tests/package --confcutdir=tests/package -rs -n 2 --dist loadgroup
+	$(MAKE) --jobs 2 --output-sync package-3.11 package-3.13
+
+package-3.11: $(VENV)/installed
+	ADAFV_PACKAGE=3.11 $(BIN)/python -m pytest tests/package --confcutdir=tests/package -rs --durations=5
+
+package-3.13: $(VENV)/installed
+	ADAFV_PACKAGE=3.13 $(BIN)/python -m pytest --confcutdir=tests/package -rs --durations=5 tests/package/test_distributions.py::TestInstalled \
+		tests/package/test_first_minutes.py tests/package/test_snippets.py
 
 # A file of tests starts its engine once, so it stays with one process.
 test-vllm: $(VLLM_VENV)/installed

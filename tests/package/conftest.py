@@ -5,12 +5,10 @@ own), from the files that git knows, and install the wheel as a user would, into
 is there. Nothing of the development's is in those; commands run in them as processes.
 """
 
-import os
 import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,43 +16,32 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from environments import NAMED, PYTHONS, ROOT, TORCH, Environment, clean_variables, interpreter
+from environments import (
+    NAMED,
+    PYTHONS,
+    ROOT,
+    TORCH,
+    Environment,
+    clean_variables,
+    files_of_the_repository,
+    interpreter,
+)
 
-DIST = "ADAFV_DIST"
-"""Where the processes of one run find what was built."""
-
-if "ADAFV_PACKAGE" not in os.environ:
+if not PYTHONS:
     collect_ignore_glob = ["test_*.py"]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if "ADAFV_PACKAGE" not in os.environ or DIST in os.environ or config.option.collectonly:
-        return
-    folder = Path(tempfile.mkdtemp(prefix="adafv-dist-"))
-    config.add_cleanup(partial(shutil.rmtree, folder, ignore_errors=True))
-    config.add_cleanup(partial(os.environ.pop, DIST, None))
-    os.environ[DIST] = str(folder)
-    files = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in filter(None, files.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / "source" / name)
+@pytest.fixture(scope="session")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the sdist and the wheel that was made from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    for name in files_of_the_repository():
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / "source" / name)
     command = [sys.executable, "-m", "build", "--outdir", str(folder), str(folder / "source")]
     done = subprocess.run(command, env=clean_variables(), capture_output=True, text=True)
-    if done.returncode:
-        pytest.exit(f"sdist and wheel cannot be built:\n{done.stdout}\n{done.stderr}", 1)
-
-
-@pytest.fixture(scope="session")
-def dist() -> Path:
-    """Folder with the sdist and the wheel."""
-    return Path(os.environ[DIST])
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +68,7 @@ def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(
     scope="session",
-    params=[pytest.param(release, marks=pytest.mark.xdist_group(release)) for release in PYTHONS],
+    params=PYTHONS,
     ids=lambda release: f"python{release}",
 )
 def environment(

@@ -9,11 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-PYTHONS = ("3.11", "3.13")
+PYTHONS = os.environ.get("ADAFV_PACKAGE", "").split()
+"""Releases to try it on."""
 TORCH = "2.13.0"
 """As in the Makefile: asked for through a range, pip may choose a build with gigabytes of CUDA libraries."""
 NAMED = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-v1.6-34b-hf")
 """Checkpoints that the documentation names in what is run here."""
+
+
+def files_of_the_repository(*folders: str) -> set[str]:
+    """The files that git knows or would add, by their place in the repository."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *folders],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
 
 
 def clean_variables() -> dict[str, str]:

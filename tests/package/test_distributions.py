@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from environments import ROOT, Environment, clean_variables
+from environments import ROOT, Environment, clean_variables, files_of_the_repository
 from packaging.metadata import Metadata
 
 MEGABYTE = 10**6
@@ -18,18 +18,6 @@ MOST = 15 * MEGABYTE
 """Of either file. The bundled model is eleven; a second one, or the log of a training, should not slip in."""
 NOT_IN_SDIST = {".gitignore"}
 DEVELOPMENT = ("pytest", "mypy", "ruff", "hypothesis", "build", "playwright", "peft", "torchao", "bitsandbytes")
-
-
-def tracked(*folders: str) -> set[str]:
-    """The files that git knows, by their place in the repository."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *folders],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
 
 
 def metadata_of(wheel: Path) -> Metadata:
@@ -43,18 +31,18 @@ class TestContents:
         with zipfile.ZipFile(wheel) as archive:
             names = set(archive.namelist())
         package = {name for name in names if ".dist-info/" not in name}
-        assert package == {name.removeprefix("src/") for name in tracked("src")}
+        assert package == {name.removeprefix("src/") for name in files_of_the_repository("src")}
         assert {"adafv/py.typed", "adafv/bundled/llava/model.safetensors", "adafv/page/style.css"} <= package
 
     def test_wheel_holds_the_files_as_they_are(self, wheel: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
-            for name in tracked("src"):
+            for name in files_of_the_repository("src"):
                 assert archive.read(name.removeprefix("src/")) == (ROOT / name).read_bytes(), name
 
     def test_sdist_is_the_repository(self, unpacked: Path) -> None:
         found = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
         made = {name for name in found if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
-        assert found - made == tracked() - NOT_IN_SDIST
+        assert found - made == files_of_the_repository() - NOT_IN_SDIST
 
     def test_size(self, wheel: Path, sdist: Path) -> None:
         for path in (wheel, sdist):

@@ -62,7 +62,7 @@ def test_examples(environment: Environment, photo: Path, tmp_path: Path, documen
     needs = sorted({package for found in chosen for package in found.needs})
     if needs:
         if environment.release != "3.11":
-            pytest.skip(f"{', '.join(needs)} are installed beside the first Python alone")
+            pytest.skip(f"{document} needs {', '.join(needs)}, installed beside Python 3.11 alone")
         environment.install("--no-compile", *needs)
     run = [found for found in chosen if not found.not_run]
     if not run:
