@@ -5,5 +5,5 @@
     app.py        the page itself, in Gradio
     samples.py    the pictures to choose from
 
-Gradio is an extra (`page`) and only `app.py` imports it.
+Gradio is an extra (`adafv[page]`) and only `app.py` imports it.
 """
