@@ -108,7 +108,9 @@ $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(OVER_$(VLLM)) --editable .
 	touch $@
 
-# Built, installed and tried outside the repository, on both Pythons at a time; -rs lists what was left out.
+# Built, installed and tried outside the repository, on both Pythons at a time; -rs lists what was left out. On the second one,
+# what another Python could break: installing, commands, the first answer, the page, examples.
+ON_3.13 := TestInstalled or TestHelp or TestPage or first_answer or test_env or test_examples
 package: $(VENV)/installed
 	$(MAKE) --jobs 2 --output-sync package-3.11 package-3.13
 
@@ -116,8 +118,7 @@ package-3.11: $(VENV)/installed
 	ADAFV_PACKAGE=3.11 $(BIN)/python -m pytest tests/package --confcutdir=tests/package -rs --durations=5
 
 package-3.13: $(VENV)/installed
-	ADAFV_PACKAGE=3.13 $(BIN)/python -m pytest --confcutdir=tests/package -rs --durations=5 tests/package/test_distributions.py::TestInstalled \
-		tests/package/test_first_minutes.py tests/package/test_snippets.py
+	ADAFV_PACKAGE=3.13 $(BIN)/python -m pytest tests/package --confcutdir=tests/package -rs --durations=5 -k '$(ON_3.13)'
 
 # A file of tests starts its engine once, so it stays with one process.
 test-vllm: $(VLLM_VENV)/installed

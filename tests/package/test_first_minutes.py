@@ -148,7 +148,7 @@ class TestNoNetwork:
 
 
 class TestJson:
-    @pytest.mark.parametrize("options", ["", "--compare --repeats 1", "--method saliency --keep 7"])
+    @pytest.mark.parametrize("options", ["", "--compare --repeats 1"])
     def test_ask(self, environment: Environment, photo: Path, options: str) -> None:
         command = f"adafv ask photo.jpg 'what is in the picture?' {options} --json | python -m json.tool"
         done = environment.run(command)
