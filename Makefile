@@ -12,7 +12,7 @@ VLLM_VENV := .venv-vllm-$(VLLM)
 # Tests use one thread each, so they share the cores by running side by side.
 WORKERS := -n auto --maxprocesses 4
 
-.PHONY: help demo test test-fast check format testbed benchmark oldest processors test-vllm clean
+.PHONY: help demo test test-fast check format testbed benchmark oldest processors test-vllm package package-3.11 package-3.13 clean
 
 help:
 	@echo "make demo       ask the bundled model about a picture, full and pruned, and draw what was kept"
@@ -22,6 +22,7 @@ help:
 	@echo "make oldest     the tests on the oldest supported transformers"
 	@echo "make processors the tests of stock processors that need torchvision"
 	@echo "make test-vllm  the tests inside vLLM, on CPU (VLLM=0.31.0: on that release)"
+	@echo "make package    wheel and sdist, tried as a new user would, outside the repository"
 	@echo "make benchmark  what pruning costs and saves, as ratios"
 
 # torch first, by itself: asked for through a range, pip may choose a build with gigabytes of CUDA libraries.
@@ -106,6 +107,18 @@ $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(OVER_$(VLLM)) --editable .
 	touch $@
+
+# Built, installed and tried outside the repository, on both Pythons at a time; -rs lists what was left out. On the second one,
+# what another Python could break: installing, commands, the first answer, the page, examples.
+ON_3.13 := TestInstalled or TestHelp or TestPage or first_answer or test_env or test_examples
+package: $(VENV)/installed
+	$(MAKE) --jobs 2 --output-sync package-3.11 package-3.13
+
+package-3.11: $(VENV)/installed
+	ADAFV_PACKAGE=3.11 $(BIN)/python -m pytest tests/package --confcutdir=tests/package -rs --durations=5
+
+package-3.13: $(VENV)/installed
+	ADAFV_PACKAGE=3.13 $(BIN)/python -m pytest tests/package --confcutdir=tests/package -rs --durations=5 -k '$(ON_3.13)'
 
 # A file of tests starts its engine once, so it stays with one process.
 test-vllm: $(VLLM_VENV)/installed

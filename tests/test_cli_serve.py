@@ -217,7 +217,7 @@ class TestRefusals:
 
     @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
     def test_vllm_is_not_installed(self) -> None:
-        refused(run("bundled", "--keep", "8"), 1, "pip install 'adafv[vllm]'")
+        refused(run("bundled", "--keep", "8"), 1, "pip install 'vllm>=0.31,<0.34'")
 
 
 class TestHelpers:
@@ -281,7 +281,7 @@ class TestReleases:
         refused(
             run("bundled", "--keep", "8"),
             1,
-            f"vLLM {release} is installed, but adafv supports {RELEASES}; run: pip install 'adafv[vllm]'",
+            f"vLLM {release} is installed, but adafv supports {RELEASES}; run: pip install 'vllm>=0.31,<0.34'",
         )
 
     @pytest.mark.parametrize("release", ["0.31.0", "0.31.0+cpu", "0.33.1rc1"])

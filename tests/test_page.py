@@ -287,7 +287,7 @@ class TestCommand:
 
     def test_without_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        self.refused(1, "pip install 'adafv[page]'", "--model", "m")
+        self.refused(1, "pip install 'gradio>=6.31'", "--model", "m")
 
     def test_port_taken(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -83,5 +83,5 @@ def _photo(side: int, random: Random, split: str) -> Image.Image:
 def _photograph(name: str) -> Image.Image:
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("photographic backgrounds need scikit-image: pip install 'adafv[train]'")
+        raise ModuleNotFoundError("photographic backgrounds need scikit-image: pip install '.[train]'")
     return Image.open(Path(spec.origin).parent / "data" / name).convert("RGB")

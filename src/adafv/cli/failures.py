@@ -10,6 +10,8 @@ from adafv.asking.failures import UsageError, out_of_memory
 from adafv.printable import one_line, shortened
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+REPORT = "adafv env"
+"""The command whose output belongs into a bug report."""
 
 
 class OutputError(Exception):
@@ -68,10 +70,8 @@ def _message(error: Exception) -> tuple[str, int]:
     if out_of_memory(error):
         return "out of memory; try --dtype bfloat16, a smaller --keep, --device cpu, or a smaller model", FAILED
     text = shortened(" ".join(str(error).split()), 500)
-    return (
-        f"{type(error).__name__}: {text} (not foreseen by adafv; ADAFV_TRACEBACK=1 shows where it came from)",
-        FAILED,
-    )
+    how = f"ADAFV_TRACEBACK=1 shows where it came from, and `{REPORT}` what a report of it needs"
+    return f"{type(error).__name__}: {text} (not foreseen by adafv; {how})", FAILED
 
 
 def _end(message: str, code: int) -> None:

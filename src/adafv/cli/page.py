@@ -20,6 +20,7 @@ from adafv.cli.ask import DTYPES, one_of
 from adafv.cli.failures import failures_as_messages
 from adafv.cli.options import ModelOption
 from adafv.errors import AdaFVError
+from adafv.extras import install_command, outdated
 
 PASSWORD = "ADAFV_PAGE_PASSWORD"
 """Environment variable that may hold the password."""
@@ -57,14 +58,16 @@ def page(
 ) -> None:
     r"""Open a page on which to ask questions about images, unpruned and pruned side by side.
 
-    Needs the extra: pip install 'adafv\[page]'. Without --model, a small model answers that comes with adafv and knows
+    Needs Gradio: pip install 'gradio>=6.31'. Without --model, a small model answers that comes with adafv and knows
     only simple drawings.
 
         adafv page --model llava-hf/llava-1.5-7b-hf
     """
     with failures_as_messages():
         if importlib.util.find_spec("gradio") is None:
-            raise PageError("the page needs Gradio, which is not installed; run: pip install 'adafv[page]'")
+            raise PageError(f"the page needs Gradio, which is not installed; run: {install_command('page')}")
+        if old := outdated("page"):
+            raise PageError(f"{old} is installed, but the page needs another release; run: {install_command('page')}")
         one_of("--dtype", dtype, DTYPES)
         bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         _serve(checked_model(model), bare, port, password, examples, dtype, device)

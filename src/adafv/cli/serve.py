@@ -64,7 +64,7 @@ def serve(
 ) -> None:
     r"""Serve a model with vLLM, with most visual tokens pruned.
 
-    Needs the extra vllm: pip install 'adafv\[vllm]'. Options of vLLM's server go behind two dashes.
+    Needs vLLM: pip install 'vllm>=0.31,<0.34'. Options of vLLM's server go behind two dashes.
 
         adafv serve llava-hf/llava-1.5-7b-hf --keep 64 --port 8000 -- --tensor-parallel-size 2
     """

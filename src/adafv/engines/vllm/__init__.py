@@ -53,13 +53,15 @@ def architectures() -> dict[str, str]:
     return found
 
 
-def check_release(release: str) -> None:
-    """Raise VersionError for a release of vLLM that is not supported."""
+def check_release(release: str, build: str = "vllm") -> None:
+    """Raise VersionError for a release of vLLM that is not supported; `build` is the distribution that it comes from."""
     from packaging.specifiers import SpecifierSet
+
+    from adafv.extras import install_command
 
     if not SpecifierSet(RELEASES).contains(release, prereleases=True):
         raise VersionError(
-            f"vLLM {release} is installed, but adafv supports {RELEASES}; run: pip install 'adafv[vllm]'"
+            f"vLLM {release} is installed, but adafv supports {RELEASES}; run: {install_command('vllm', build=build)}"
         )
 
 

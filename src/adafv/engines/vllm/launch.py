@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from adafv.engines.vllm import PREFIX, architectures, check_release, cpu, cpu_torchvision
 from adafv.errors import AdaFVError, OptionError, UnsupportedModelError, VersionError
+from adafv.extras import install_command
 from adafv.printable import shortened
 
 OVERRIDES = "--hf-overrides"
@@ -149,9 +150,12 @@ def installed_vllm() -> str:
     """
     found = packages_distributions().get("vllm", []) if importlib.util.find_spec("vllm") else []
     if not found:
-        raise LaunchError("the server needs vLLM, which is not installed; run: pip install 'adafv[vllm]'")
+        raise LaunchError(
+            f"the server needs vLLM, which is not installed; run: {install_command('vllm')} (for GPUs; docs/serving.md "
+            "says what a CPU needs)"
+        )
     try:
-        check_release(version(found[0]))
+        check_release(version(found[0]), found[0])
     except VersionError as error:
         raise LaunchError(str(error)) from None
     return found[0]
