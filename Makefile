@@ -9,17 +9,21 @@ MODEL   := .testbed/model
 # The release of vLLM that `make test-vllm` tests, in an environment of its own; 0.31.0 is the other one.
 VLLM    ?= 0.32.0
 VLLM_VENV := .venv-vllm-$(VLLM)
+# The newest transformers that CI tests: constraints.txt.
+TESTED  := $(patsubst transformers==%,%,$(filter transformers==%,$(file < constraints.txt)))
 # Tests use one thread each, so they share the cores by running side by side.
 WORKERS := -n auto --maxprocesses 4
 
-.PHONY: help demo test test-fast check format testbed benchmark oldest processors test-vllm package package-3.11 package-3.13 clean
+.PHONY: help demo test test-whole test-fast newest check format testbed benchmark oldest processors test-vllm package package-3.11 package-3.13 clean
 
 help:
 	@echo "make demo       ask the bundled model about a picture, full and pruned, and draw what was kept"
 	@echo "make test       all tests"
 	@echo "make test-fast  without the slow ones"
 	@echo "make check      ruff, format, types, all tests"
+	@echo "make test-whole every family in every way of generating with every batch"
 	@echo "make oldest     the tests on the oldest supported transformers"
+	@echo "make newest     the tests on the newest transformers of the day; allowed to fail"
 	@echo "make processors the tests of stock processors that need torchvision"
 	@echo "make test-vllm  the tests inside vLLM, on CPU (VLLM=0.31.0: on that release)"
 	@echo "make package    wheel and sdist, tried as a new user would, outside the repository"
@@ -55,6 +59,10 @@ test: $(VENV)/installed $(MODEL)/config.json
 	ADAFV_TESTBED=$(if $(wildcard $(TESTBED)/build.py),$(abspath $(MODEL))) \
 	ADAFV_PHOTOS=$(if $(wildcard $(TESTBED)/images),$(abspath $(TESTBED)/images)) $(BIN)/python -m pytest $(WORKERS)
 
+# Every family in every way of generating with every batch; `make test` runs each pair of two of them.
+test-whole: $(VENV)/installed
+	ADAFV_WHOLE=1 $(BIN)/python -m pytest $(WORKERS) tests/test_oracle.py
+
 test-fast: $(VENV)/installed
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
@@ -79,6 +87,19 @@ benchmark: $(VENV)/installed
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint .venv-oldest/constraints.txt \
 		--editable '.[dev]' transformers==5.18.0
 	touch $@
+
+# The newest transformers that the index has on the day. It may fail, and says so: then it is not yet supported.
+newest: $(VENV)/installed
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	grep -vE '^(transformers|tokenizers|huggingface_hub|hf-xet|safetensors)==' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade --constraint .venv-newest/constraints.txt \
+		--editable '.[dev,page]'
+	@release=$$(.venv-newest/bin/python -c 'import transformers; print(transformers.__version__)'); \
+	echo "the newest transformers is $$release"; \
+	.venv-newest/bin/python -m pytest $(WORKERS) -m "not slow" && echo "adafv works on transformers $$release" || \
+	{ echo "adafv fails on transformers $$release, which is newer than it supports; this is allowed, and to be mended" >&2; \
+	test "$$release" != $(TESTED); }
 
 oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest $(WORKERS) -m "not slow"
@@ -125,4 +146,4 @@ test-vllm: $(VLLM_VENV)/installed
 	$(VLLM_VENV)/bin/python -m pytest tests/serving --confcutdir=tests/serving -n auto --maxprocesses 2 --dist loadfile
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-vllm-* .torchvision .testbed demo.png
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm-* .torchvision .testbed demo.png

@@ -49,12 +49,45 @@ def any_model(any_family: FamilyRow) -> Any:
     return any_family.build()
 
 
+@pytest.fixture(scope="module")
+def any_rough_model(any_family: FamilyRow) -> Any:
+    """The same in bfloat16."""
+    return any_family.build(dtype=torch.bfloat16)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A family without videos is not asked about videos; that it refuses them is in test_families.py."""
+    """A family without videos is not asked about videos; that it refuses them is in test_families.py.
+
+    Of the product family x way of generating x batch, every pair of two is run, not every triple: each family in each way
+    with one batch, which rotates. ADAFV_WHOLE=1 runs the product (`make test-whole`), as before a release.
+    """
+
+    def parameters(item: pytest.Item) -> dict[str, Any]:
+        return getattr(getattr(item, "callspec", None), "params", {})
 
     def exists(item: pytest.Item) -> bool:
-        chosen = getattr(getattr(item, "callspec", None), "params", {})
+        chosen = parameters(item)
         row = chosen.get("any_family")
         return row is None or row.videos is not None or "video" not in str(chosen.get("batch", ""))
 
     items[:] = [item for item in items if exists(item)]
+    if os.environ.get("ADAFV_WHOLE"):
+        return
+    places = {row.name: place for place, row in enumerate(FAMILIES)}
+    batches: dict[Any, list[str]] = {}
+    modes: dict[str, int] = {}
+    product = [item for item in items if {"any_family", "mode", "batch"} <= parameters(item).keys()]
+    for item in product:
+        chosen = parameters(item)
+        modes.setdefault(chosen["mode"], len(modes))
+        of_row = batches.setdefault(chosen["any_family"].name, [])
+        if chosen["batch"] not in of_row:
+            of_row.append(chosen["batch"])
+
+    def rotates_here(item: pytest.Item) -> bool:
+        chosen = parameters(item)
+        name = chosen["any_family"].name
+        return chosen["batch"] == batches[name][(modes[chosen["mode"]] + places[name]) % len(batches[name])]
+
+    left_out = {id(item) for item in product if not rotates_here(item)}
+    items[:] = [item for item in items if id(item) not in left_out]

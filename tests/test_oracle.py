@@ -121,10 +121,9 @@ def test_forward_without_mask_or_cache(any_family: FamilyRow, any_model: Any, po
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_forward_in_bfloat16(any_family: FamilyRow, any_model: Any, batch: str) -> None:
+def test_forward_in_bfloat16(any_family: FamilyRow, any_model: Any, any_rough_model: Any, batch: str) -> None:
     """Within the error that bfloat16 itself makes: the oracle's distance from itself in float32."""
-    exact = any_model
-    model = any_family.build(dtype=torch.bfloat16)
+    exact, model = any_model, any_rough_model
     inputs = inputs_for(any_family, model, batch)
     with torch.no_grad(), AdaFV(keep=KEEP)(model) as adafv:
         pruned = model(**inputs).logits
@@ -198,13 +197,15 @@ def uneven_tensor(row: FamilyRow, model: Any, inputs: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("how", ["greedy", "beams", "second-turn"])
 @pytest.mark.parametrize("batch", ["one", "mixed-left", "video-and-image"])
-def test_generate_in_bfloat16(any_family: FamilyRow, any_model: Any, batch: str, how: str) -> None:
+def test_generate_in_bfloat16(
+    any_family: FamilyRow, any_model: Any, any_rough_model: Any, batch: str, how: str
+) -> None:
     """What the tokens of an answer are worth, within the error of bfloat16.
 
     Which of two nearly equal tokens is said may differ in bfloat16. So the answer is given to the masked stock model, in
     bfloat16 and in float32, and the log-probabilities are compared.
     """
-    exact, model = any_model, any_family.build(dtype=torch.bfloat16)
+    exact, model = any_model, any_rough_model
     inputs = inputs_for(any_family, model, batch)
     if how == "beams" and STOCK_MIXES_UP_IMAGES and uneven_tensor(any_family, model, inputs):
         return  # refused: see test_generate

@@ -1,0 +1,198 @@
+"""Random ways of calling `forward` and `generate`, against the oracle.
+
+Every other test of a way of calling fixes all the others; faults hid where two met (padding on both sides and a number of
+logits, a repeated cache and a second turn). Here everything is drawn at once: family, numbers of images, padding on either
+side and its token, mask and positions given or not, lengths, names of the cache, and what follows on it. The examples are
+the same in every run (`derandomize`); ADAFV_EXAMPLES=500 looks at more, and other ones.
+"""
+
+import os
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, note, settings
+from hypothesis import strategies as st
+from models import END, FAMILIES, PAD, FamilyRow, make_inputs, token_types, words
+from oracle import VISUAL_INPUTS, masked_inputs, same_logits
+
+from adafv import Pruner
+from adafv.engines.transformers.releases import CACHE_NAMES, returned_cache
+from adafv.families import family_of
+
+ROWS = ["llava", "llava-next", "internvl", "qwen2.5-vl", "gemma3", "mistral3"]
+"""One token a patch, crops with newlines, one tensor for all images, M-RoPE, tokens that look ahead, rows of any length."""
+TOLERANCE = {"atol": 3e-5, "rtol": 3e-5}
+EXAMPLES = int(os.environ.get("ADAFV_EXAMPLES", "25"))
+drawn = settings(
+    max_examples=EXAMPLES,
+    derandomize="ADAFV_EXAMPLES" not in os.environ,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@cache
+def built(name: str) -> tuple[FamilyRow, Any]:
+    row = next(row for row in FAMILIES if row.name == name)
+    return row, row.build()
+
+
+@st.composite
+def prompts(draw: Any, row: FamilyRow, model: Any, right: bool) -> dict[str, Any]:
+    """A batch of prompts, padded on the left and, if asked for, with answers of different lengths on the right."""
+    images = draw(st.lists(st.integers(0, 2), min_size=1, max_size=3).filter(any))
+    inputs = make_inputs(row, model, images, seed=draw(st.integers(0, 5)))
+    pad = draw(st.sampled_from([PAD, END]))
+    ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
+    prompt = ids.shape[1]
+    ids[mask == 0] = pad
+    front = draw(st.integers(0, 3))
+    ids = torch.nn.functional.pad(ids, (front, 0), value=pad)
+    mask = torch.nn.functional.pad(mask, (front, 0))
+    if right:
+        lengths = [draw(st.integers(0, 5)) for _ in images]
+        width = max(lengths) + draw(st.integers(0, 1))
+        answers, shown = torch.full((len(images), width), pad), torch.zeros(len(images), width, dtype=torch.long)
+        for number, length in enumerate(lengths):
+            answers[number, :length], shown[number, :length] = torch.tensor(words(length, number)), 1
+        ids, mask = torch.cat((ids, answers), 1), torch.cat((mask, shown), 1)
+    visuals = {name: value for name, value in inputs.items() if name in VISUAL_INPUTS}
+    return {"input_ids": ids, "attention_mask": mask, **token_types(row, ids, front + prompt), **visuals}
+
+
+def options_of(draw: Any) -> dict[str, Any]:
+    method = draw(st.sampled_from(["adafv", "saliency", "uniform"]))
+    keep = draw(st.one_of(st.floats(0.05, 1.0), st.integers(1, 40)))
+    return {"method": method, "keep": keep, "positions": draw(st.sampled_from(["compact", "original"]))}
+
+
+def whole_conversation(
+    row: FamilyRow, first: dict[str, Any], keep: torch.Tensor, more: torch.Tensor
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """(the prompts and what follows them, what was kept of both)."""
+    ids = torch.cat((first["input_ids"], more), 1)
+    wide = {"value": 1, "pad": (0, more.shape[1])}
+    mask = torch.nn.functional.pad(first["attention_mask"], **wide)
+    visuals = {name: value for name, value in first.items() if name in VISUAL_INPUTS}
+    types = token_types(row, ids, first["input_ids"].shape[1])
+    kept = torch.nn.functional.pad(keep.long(), **wide).bool()
+    return {"input_ids": ids, "attention_mask": mask, **types, **visuals}, kept
+
+
+@pytest.mark.parametrize("name", ROWS)
+@drawn
+@given(data=st.data())
+def test_forward(name: str, data: Any) -> None:
+    row, model = built(name)
+    draw = data.draw
+    follows = draw(st.booleans())
+    inputs = draw(prompts(row, model, right=not follows))
+    chosen = options_of(draw)
+    given_mask, length = inputs["attention_mask"], inputs["input_ids"].shape[1]
+    call = dict(inputs)
+    if given_mask.all() and draw(st.booleans()):
+        del call["attention_mask"]
+    if not row.rotary and draw(st.booleans()):
+        call["position_ids"] = (given_mask.cumsum(-1) - 1).clamp_min(0) + family_of(model).first_position
+    last = draw(st.one_of(st.none(), st.integers(1, length + 2)))
+    if last is not None:
+        call["logits_to_keep"] = last
+    as_tuple = draw(st.booleans())
+    if as_tuple:
+        call["return_dict"] = False
+    call["use_cache"] = follows or draw(st.booleans())
+    note(f"{chosen} {sorted(call)} {given_mask.tolist()}")
+    with torch.no_grad(), Pruner(**chosen)(model) as pruner:
+        output = model(**call)
+        keep = pruner.last.keep_mask
+        logits = output[0] if as_tuple else output.logits
+        if follows:
+            event("something follows")
+            held = (
+                next(part for part in output if hasattr(part, "get_seq_length")) if as_tuple else returned_cache(output)
+            )
+            rows = torch.arange(len(given_mask))
+            if draw(st.booleans()):
+                rows = torch.tensor(draw(st.lists(st.sampled_from(rows.tolist()), min_size=1, max_size=3)))
+                held.batch_select_indices(rows)
+            more = torch.tensor([words(draw(st.integers(1, 3)), 30)] * len(rows))
+            mask = torch.nn.functional.pad(given_mask[rows], (0, more.shape[1]), value=1)
+            then = {"input_ids": more, "attention_mask": mask, draw(st.sampled_from(CACHE_NAMES)): held}
+            if "position_ids" in call:
+                then["position_ids"] = (mask.cumsum(-1) - 1)[:, -more.shape[1] :] + family_of(model).first_position
+            after = model(**then).logits
+    with torch.no_grad():
+        expected = model(**masked_inputs(inputs, keep, chosen["positions"], row, model)).logits
+        columns = slice(-min(last, length) if last else None, None)
+        same_logits(logits, expected[:, columns], given_mask[:, columns], keep[:, columns], **TOLERANCE)
+        if follows:
+            whole, kept = whole_conversation(row, inputs, keep, more[:1].expand(len(keep), -1))
+            expected = model(**masked_inputs(whole, kept, chosen["positions"], row, model)).logits
+            torch.testing.assert_close(after, expected[rows, -more.shape[1] :], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@drawn
+@given(data=st.data())
+def test_generate(name: str, data: Any) -> None:
+    row, model = built(name)
+    draw = data.draw
+    inputs = draw(prompts(row, model, right=False))
+    chosen = options_of(draw)
+    length = inputs["input_ids"].shape[1]
+    options: dict[str, Any] = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "suppress_tokens": list(range(110, 120)),
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "pad_token_id": draw(st.sampled_from([PAD, END])),
+        "use_cache": draw(st.booleans()),
+    }
+    if draw(st.booleans()):
+        options["repetition_penalty"] = 1.4
+    if draw(st.booleans()):
+        options["no_repeat_ngram_size"] = 2
+    if draw(st.booleans()):
+        del options["max_new_tokens"]
+        options |= {"max_length": length + 4, "min_length": length + draw(st.integers(0, 4))}
+    if (inputs["input_ids"] == PAD).any() or (inputs["input_ids"] == END).any():
+        pass  # the mask says what is padding, whatever its token
+    call = dict(inputs)
+    if inputs["attention_mask"].all() and draw(st.booleans()):
+        del call["attention_mask"]
+    follows = options["use_cache"] and draw(st.booleans())
+    note(f"{chosen} {options} {inputs['attention_mask'].tolist()}")
+    with Pruner(**chosen)(model) as pruner:
+        one = model.generate(**call, **options)
+        keep = pruner.last.keep_mask
+        if follows:
+            event("something follows")
+            rows = torch.arange(len(keep))
+            held = returned_cache(one)
+            if draw(st.booleans()):
+                held.batch_repeat_interleave(2)
+                rows = rows.repeat_interleave(2)
+            more = torch.tensor([words(3, 70)] * len(rows))
+            conversation = torch.cat((one.sequences[rows], more), 1)
+            new = conversation.shape[1] - length
+            mask = torch.nn.functional.pad(inputs["attention_mask"][rows], (0, new), value=1)
+            later = {**options, "max_length": None, "min_length": None, "max_new_tokens": 1}
+            two = model.generate(
+                input_ids=conversation, attention_mask=mask, **{draw(st.sampled_from(CACHE_NAMES)): held}, **later
+            )
+    oracle = masked_inputs(inputs, keep, chosen["positions"], row, model, generates=True)
+    expected = model.generate(**oracle, **options)
+    assert one.sequences.tolist() == expected.sequences.tolist()
+    for mine, theirs in zip(one.scores, expected.scores, strict=True):
+        torch.testing.assert_close(mine, theirs, **TOLERANCE)
+    if follows:
+        whole, kept = whole_conversation(
+            row, inputs, keep, torch.cat((one.sequences[:, length:], more[: len(keep)]), 1)
+        )
+        oracle = masked_inputs(whole, kept, chosen["positions"], row, model, generates=True)
+        expected = model.generate(**oracle, **later)
+        torch.testing.assert_close(two.scores[0], expected.scores[0][rows], **TOLERANCE)
