@@ -79,6 +79,7 @@ def same_logits(
     assert pruned.shape == expected.shape
     kept, dropped = given.bool() & keep_mask, given.bool() & ~keep_mask
     assert pruned[dropped].isnan().all()
+    assert not pruned[~given.bool()].isnan().any()  # padding means nothing, but sums over it must not become NaN
     torch.testing.assert_close(pruned[kept], expected[kept], atol=atol, rtol=rtol)
 
 

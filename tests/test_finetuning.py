@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import FAMILIES, IMAGE, PAD, FamilyRow, make_inputs
@@ -128,6 +129,56 @@ def test_training_is_that_of_the_masked_stock_model(
     start = language_model_only(row.build())
     changed = {name for name, value in start.named_parameters() if not torch.equal(value, model.get_parameter(name))}
     assert changed == {name for name, value in start.named_parameters() if value.requires_grad}
+
+
+BESIDE_LOGITS = ["cache", "past_key_values", "image_outputs", "image_hidden_states"]
+"""What stock outputs hold too, and Trainer cannot gather in every release."""
+
+
+def loss_on_logits(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """As a `compute_loss_func` of the user's own."""
+    return torch.nn.functional.cross_entropy(outputs["logits"][:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+def right_answers(prediction: Any) -> dict[str, float]:
+    """As a `compute_metrics` of the user's own, which knows its labels and nothing of pruning."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    said, labels = logits[:, :-1].argmax(-1), prediction.label_ids[:, 1:]
+    counted = labels != IGNORED
+    scores = logits[:, :-1][counted]
+    assert not np.isnan(scores).any()
+    return {"right": float((said == labels)[counted].mean()), "mean": float(scores.mean())}
+
+
+@rows
+@pytest.mark.parametrize("outside", ["label_smoothing", "compute_loss_func"])
+def test_losses_and_metrics_outside_the_model(row: FamilyRow, outside: str, tmp_path: Path) -> None:
+    """Trainer then takes the labels away from the model, and compares logits with them by their columns."""
+    data = examples(row)
+    options = {"label_smoothing_factor": 0.1} if outside == "label_smoothing" else {}
+    given: dict[str, Any] = {
+        "args": arguments(tmp_path, **options),
+        "data_collator": padded,
+        "compute_metrics": right_answers,
+        "compute_loss_func": loss_on_logits if outside == "compute_loss_func" else None,
+    }
+    model, stock = language_model_only(row.build()), language_model_only(row.build())
+    with AdaFV(keep=KEEP)(model):
+        trainer = Trainer(model, train_dataset=data, eval_dataset=data, **given)
+        trainer.train()
+        mine = trainer.evaluate(ignore_keys=BESIDE_LOGITS)
+    masked = []
+    for example in data:
+        inputs = {name: value[None] for name, value in example.items() if name not in ("scene", "labels")}
+        masks = masked_inputs(inputs, compress(stock, inputs, keep=KEEP).record.keep_mask)
+        masked.append({**example, **{name: masks[name][0] for name in ("attention_mask", "position_ids")}})
+    other = Trainer(stock, train_dataset=masked, eval_dataset=masked, **given)
+    other.train()
+    theirs = other.evaluate(ignore_keys=BESIDE_LOGITS)
+    for name in ("eval_loss", "eval_right", "eval_mean"):
+        assert mine[name] == pytest.approx(theirs[name], abs=1e-4)
+    for (name, one), two in zip(model.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3, msg=name)
 
 
 @rows

@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from adafv import AdaFV, Pruner, compress
 from adafv.engines.transformers.prompt import read_prompt
 from adafv.engines.transformers.releases import CACHE, CACHE_NAMES, returned_cache
-from adafv.errors import UnsupportedCallError
+from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
 from adafv.families import family_of
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
@@ -466,3 +466,31 @@ def test_a_question_without_a_word_that_counts(any_family: FamilyRow, any_model:
     assert torch.equal(adafv.last.kept[0], by_saliency)
     assert torch.equal(adafv.last.kept[1], by_words)
     same_logits(pruned, expected, inputs["attention_mask"], adafv.last.keep_mask, **TOLERANCE)
+
+
+def test_what_is_missing_is_named(any_family: FamilyRow, any_model: Any) -> None:
+    """`image_sizes`, `image_grid_thw` and the like, which a caller forgets who picks out what to pass."""
+    model, inputs = any_model, make_inputs(any_family, any_model, [1])
+    pixels = family_of(model).images[0]
+    for name in family_of(model).images[1:]:
+        if name not in inputs:
+            continue
+        rest = {other: value for other, value in inputs.items() if other != name}
+        with torch.no_grad(), AdaFV(keep=KEEP)(model):
+            expected = model(**inputs).logits
+            try:  # some do without: what it says can be seen
+                found = model(**rest).logits
+            except PromptError as raised:
+                error = str(raised)
+            else:
+                torch.testing.assert_close(found, expected, **TOLERANCE, equal_nan=True)
+                continue
+        assert name in error
+        assert pixels in error
+
+
+def test_a_compiled_base_model(any_family: FamilyRow) -> None:
+    model = any_family.build()
+    model.model = torch.compile(model.model, backend="eager")
+    with pytest.raises(UnsupportedModelError, match=r"model\.model\.compile\(\)"):
+        AdaFV(keep=KEEP)(model)

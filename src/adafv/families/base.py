@@ -229,6 +229,11 @@ def family_of(model: Any) -> Family:
         UnsupportedModelError: no family knows the model's class, or the family refuses the checkpoint.
     """
     names = {cls.__name__ for cls in type(model).__mro__}
+    if type(getattr(model, "model", None)).__name__ == "OptimizedModule":
+        raise UnsupportedModelError(
+            "model.model was replaced by torch.compile(model.model), and what is inside cannot be run in parts; compile it "
+            "in place instead: model.model.compile(), or its language model alone: model.model.language_model.compile()"
+        )
     towers = {cls.__name__ for cls in type(getattr(getattr(model, "model", None), "vision_tower", None)).__mro__}
     matching = [
         family

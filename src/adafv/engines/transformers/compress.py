@@ -73,6 +73,8 @@ class CompressedInputs(dict[str, Any]):
     """How the prompt became shorter, over the whole conversation where a cache is continued."""
     new: Compaction
     """The same of the columns of this call alone."""
+    dropped: Tensor
+    """[B, S] bool, which of those columns were visual tokens that did not stay."""
     contents: CacheContents | None = None
     """What the cache will hold; None where that is what any cache would hold."""
 
@@ -189,6 +191,7 @@ def compress_call(
             dropped[image.row] += image.layout.tokens - choice.places.numel()
             stays[image.row, columns] = False
             stays[image.row, columns[choice.places.to(call.device)]] = True
+        result.dropped = ~stays
         anchored = call.prompt.is_visual.any(1)
         guard = needs_guard(model, family, call, result, settings.positions)
         compaction = result.new = compact(call.prompt.attended, dropped, stays, anchored, guard)
@@ -245,12 +248,22 @@ def _visuals(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, dict[str
     names = {name for modality in family.modalities for name in family.inputs(modality)} | set(family.other_names)
     taken = {name: inputs.pop(name) for name in names if name in inputs}
     known = {name: taken[other] for other, name in family.other_names.items() if other in taken} | taken
-    visuals = {}
+    visuals: dict[str, dict[str, Any]] = {}
     for modality in family.modalities:
         mine = {name: known[name] for name in family.inputs(modality) if name in known}
         if family.inputs(modality)[0] in mine:
-            visuals[modality] = mine
+            visuals[modality] = _Visuals(mine)
     return visuals, taken
+
+
+class _Visuals(dict[str, Any]):
+    """The inputs of one modality. What the family asks for and the caller left out is named."""
+
+    def __missing__(self, name: str) -> Any:
+        raise PromptError(
+            f"{name} is missing beside {', '.join(self)}; pass all that the processor returned: model(**inputs) or "
+            "model.generate(**inputs)"
+        )
 
 
 def _by_prompt(

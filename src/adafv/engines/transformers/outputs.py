@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from adafv.engines.transformers.compress import CompressedInputs
-from adafv.engines.transformers.prompt import Compaction
 from adafv.engines.transformers.settings import Settings
 from adafv.errors import UnsupportedCallError
 
@@ -48,10 +47,10 @@ def in_the_callers_columns(output: Any, call: CompressedInputs, asked: Any) -> N
         last = asked if isinstance(asked, int) and asked > 0 else None
         # Someone may train on them: then every column has what its next token is predicted from.
         trained = torch.is_grad_enabled() and logits.requires_grad
-        logits = call.new.give_back(logits, last, fill=None if trained else float("nan"))
+        logits = call.new.give_back(logits, last, fill=None if trained else float("nan"), dropped=call.dropped)
         output.logits = logits[:, asked.to(logits.device)] if isinstance(asked, Tensor) else logits
     if getattr(output, "hidden_states", None) is not None:
-        output.hidden_states = tuple(_states(state, call.new) for state in output.hidden_states)
+        output.hidden_states = tuple(_states(state, call) for state in output.hidden_states)
     if getattr(output, "attentions", None) is not None:
         output.attentions = tuple(_attention(layer, call) for layer in output.attentions)
 
@@ -62,16 +61,17 @@ def of_generate(output: Any, call: CompressedInputs) -> None:
         return
     if getattr(output, "hidden_states", None):
         first, *others = output.hidden_states
-        output.hidden_states = (tuple(_states(state, call.new) for state in first), *others)
+        output.hidden_states = (tuple(_states(state, call) for state in first), *others)
     if getattr(output, "attentions", None):
         output.attentions = tuple(tuple(_attention(layer, call) for layer in step) for step in output.attentions)
 
 
-def _states(values: Tensor, new: Compaction) -> Tensor:
+def _states(values: Tensor, call: CompressedInputs) -> Tensor:
     """[B * m, L, D] of the last L columns that were read -> of the columns as given."""
+    new = call.new
     if values.shape[1] > new.columns.shape[1]:
         raise _unknown("hidden states", values)
-    return new.give_back(values, fill=float("nan"), repeats=len(values) // len(new.columns))
+    return new.give_back(values, fill=float("nan"), dropped=call.dropped, repeats=len(values) // len(new.columns))
 
 
 def _attention(values: Tensor | None, call: CompressedInputs) -> Tensor | None:
@@ -89,7 +89,8 @@ def _attention(values: Tensor | None, call: CompressedInputs) -> Tensor | None:
     values = torch.cat((held, answer), dim=-1)
     if queries != new.columns.shape[1] or more:
         return values
-    return new.give_back(values.movedim(-2, 1), fill=float("nan"), repeats=repeats).movedim(1, -2)
+    values = values.movedim(-2, 1)
+    return new.give_back(values, fill=float("nan"), dropped=call.dropped, repeats=repeats).movedim(1, -2)
 
 
 def _unknown(what: str, values: Tensor) -> UnsupportedCallError:

@@ -101,7 +101,15 @@ class Compaction:
             padding = padding.unsqueeze(-1)
         return values.gather(1, index).masked_fill(padding, fill)
 
-    def give_back(self, values: Tensor, last: int | None = None, *, fill: float | None, repeats: int = 1) -> Tensor:
+    def give_back(
+        self,
+        values: Tensor,
+        last: int | None = None,
+        *,
+        fill: float | None,
+        dropped: Tensor | None = None,
+        repeats: int = 1,
+    ) -> Tensor:
         """Values of the new columns -> of the columns before, where the caller looks for them: what `take` took apart.
 
         Args:
@@ -109,6 +117,7 @@ class Compaction:
             last: how many of the last columns before are asked for; None: all S.
             fill: what stands at columns that were taken out; None: what stands at the column that stayed in front of it,
                 from which the next one that stayed is predicted, and 0 where none did.
+            dropped: [B, S] bool, at which of them: padding that was taken out gets 0, as it means nothing. None: at all.
             repeats: rows of `values` per row of the prompt, one after the other: beams, return sequences.
 
         Returns:
@@ -125,10 +134,17 @@ class Compaction:
             index = index.cummax(1).values
         index = index.repeat_interleave(repeats, dim=0)
         missing = index < 0
+        filled = missing if dropped is None else missing & self._asked(dropped, width, repeats).to(missing.device)
         for _ in range(values.dim() - 2):
-            index, missing = index.unsqueeze(-1), missing.unsqueeze(-1)
+            index, missing, filled = index.unsqueeze(-1), missing.unsqueeze(-1), filled.unsqueeze(-1)
         index = index.clamp_min(0).expand(*index.shape[:2], *values.shape[2:])
-        return values.gather(1, index).masked_fill(missing, 0.0 if fill is None else fill)
+        found = values.gather(1, index).masked_fill(missing, 0.0)
+        return found if not fill else found.masked_fill(filled, fill)
+
+    @staticmethod
+    def _asked(marks: Tensor, width: int, repeats: int) -> Tensor:
+        """The last columns of [B, S], for [B * repeats, width]."""
+        return marks[:, marks.shape[1] - width :].repeat_interleave(repeats, dim=0)
 
     def then(self, after: "Compaction") -> "Compaction":
         """Both, side by side: `after` is about the columns that follow these."""
