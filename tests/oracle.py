@@ -68,6 +68,15 @@ def kept_logits(logits: Tensor, mask: Tensor) -> list[Tensor]:
     return [row[attended.bool()] for row, attended in zip(logits, mask, strict=True)]
 
 
+def equal(one: Tensor, two: Tensor) -> bool:
+    """Bit by bit, where NaN at a dropped column equals NaN."""
+    return (
+        one.shape == two.shape
+        and torch.equal(one.isnan(), two.isnan())
+        and torch.equal(one.nan_to_num(), two.nan_to_num())
+    )
+
+
 def same_logits(
     pruned: Tensor, expected: Tensor, given: Tensor, keep_mask: Tensor, atol: float = 2e-5, rtol: float = 2e-5
 ) -> None:

@@ -321,7 +321,6 @@ class TestMistakes:
             (["--keep", "lots"], "is not a budget"),
             (["--keep", "nan"], "a share lies above 0"),
             (["--keep", "64.0"], "leave the point out"),
-            (["--keep", "17"], "only 16 visual tokens"),
             (["--method", "adfv"], "did you mean adafv?"),
             (["--method", "saliency", "--objective", "split"], "does not apply to --method saliency"),
             (["--objective", "best"], "known are: joint, split"),

@@ -50,7 +50,7 @@ def test_device_maps(family: FamilyRow, how: str, tmp_path: Path) -> None:
     stock = model.generate(**inputs, **GREEDY)
     with torch.no_grad(), AdaFV(keep=0.3)(model) as handle:
         assert torch.equal(model.generate(**inputs, **GREEDY), expected)
-        torch.testing.assert_close(model(**inputs).logits, logits)
+        torch.testing.assert_close(model(**inputs).logits, logits, equal_nan=True)
     for mine, theirs in zip(handle.last.kept, adafv.last.kept, strict=True):
         assert torch.equal(mine, theirs)
     tower_offloaded = any(parameter.is_meta for parameter in model.model.vision_tower.parameters())

@@ -70,7 +70,7 @@ def page(
             raise PageError(f"{old} is installed, but the page needs another release; run: {install_command('page')}")
         one_of("--dtype", dtype, DTYPES)
         bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        _serve(checked_model(model), bare, port, password, examples, dtype, device)
+        _serve(model, bare, port, password, examples, dtype, device)
 
 
 def _serve(
@@ -88,6 +88,7 @@ def _serve(
     from adafv.page.answers import Answers
     from adafv.page.uploads import Uploads
 
+    model = checked_model(model)
     typer.echo(f"loading {model}", err=True)
     session = Session.load(model, dtype, check_device(device))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the uploads are deleted then, too

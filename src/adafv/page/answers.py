@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from adafv.asking.failures import UsageError, out_of_memory
+from adafv.asking.failures import UsageError, check_text, out_of_memory
 from adafv.asking.models import unknown_words, unknown_words_warning
 from adafv.asking.session import Session, Timing
 from adafv.errors import AdaFVError
@@ -168,8 +168,7 @@ def _checked_question(question: Any) -> str:
         raise UsageError("type a question first, such as: What is in the picture?")
     if len(question) > MAX_QUESTION:
         raise UsageError(f"the question has {len(question)} letters; shorten it to {MAX_QUESTION} at most")
-    if not question.isascii() and any("\ud800" <= letter <= "\udfff" for letter in question):
-        raise UsageError("the question holds characters that no text has (lone surrogates); type it again")
+    check_text(question, "the question")
     return question
 
 
