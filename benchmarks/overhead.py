@@ -58,6 +58,7 @@ from transformers.initialization import no_init_weights
 
 from adafv import AdaFV, compress
 from adafv.core import geometric_mean, joint_search, split_search
+from adafv.engines.transformers.releases import returned_cache
 from adafv.families.towers import TappedTower
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -220,7 +221,7 @@ def exactness(options: Options) -> list[Row]:
         if sizes[0] == sizes[1]:
             dropped = record.tokens_before[0] - record.tokens_after[0]
             name = f"{family}: KV length, prompt {inputs['input_ids'].shape[1]} - (N - K) {dropped}"
-            length = pruned.past_key_values.get_seq_length()
+            length = returned_cache(pruned).get_seq_length()
             rows.append(gate(name, length, "==", inputs["input_ids"].shape[1] - dropped))
     return rows
 

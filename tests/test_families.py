@@ -162,7 +162,7 @@ def test_flattened_crops_and_lists(family: FamilyRow) -> None:
         expected = model(**inputs).logits
         assert equal(model(**{**inputs, "pixel_values": flat}).logits, expected)
         small = other.model(**inputs).logits
-        assert torch.equal(other.model(**{**inputs, "pixel_values": flat}).logits, small)
+        assert equal(other.model(**{**inputs, "pixel_values": flat}).logits, small)
 
 
 def test_published_layout_on_several_crops() -> None:

@@ -25,6 +25,7 @@ from adafv.asking.failures import LoadError, UsageError, check_text
 from adafv.asking.models import folder_or_id, hub_options, within
 from adafv.engines.transformers import Pruner, Record
 from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.releases import returned_cache
 from adafv.errors import AdaFVError, OptionError, UnsupportedModelError
 from adafv.families.base import family_of, known_families
 from adafv.images import check_shape
@@ -48,6 +49,8 @@ class Answer:
     kv_mib: float
     """Keys and values of the prompt, read from the cache."""
     record: Record | None
+    note: str = ""
+    """What is to be said about how it came about; mostly empty."""
 
 
 @dataclass(frozen=True)
@@ -201,10 +204,16 @@ class Session:
             with pruner(self.model) as pruned:
                 output = self._generate(inputs, max_new_tokens)
             record = pruned.last
+        note = ""
+        if pruner is not None and record is not None and record.methods[0] != pruner.settings.method.name:
+            note = (
+                f"no word of the question counts for the picture, so {record.methods[0]} alone chose what was kept; ask "
+                "about something that can be seen"
+            )
         prompt = inputs["input_ids"].shape[1]
         answer = self.processor.tokenizer.decode(output.sequences[0, prompt:], skip_special_tokens=True).strip()
         cached = prompt if record is None else record.prompt_length_after
-        return Answer(answer, _cache_bytes(output.past_key_values, cached) / MIB, record)
+        return Answer(answer, _cache_bytes(returned_cache(output), cached) / MIB, record, note)
 
     def compare(
         self,

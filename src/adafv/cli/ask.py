@@ -277,6 +277,8 @@ def _answer(wish: _Wish) -> None:
         pruned = session.ask(inputs, pruner, wish.max_new_tokens)
     record = pruned.record
     assert record is not None
+    if pruned.note:
+        say(f"note: {pruned.note}")
 
     # The answer comes first, whatever becomes of the rest; one JSON object holds the comparison, so it has to wait for it.
     if not wish.as_json:

@@ -56,7 +56,7 @@ class Comparison:
     results: list[Result]
     """The unpruned model first, then each method."""
     warning: str
-    """Where the model does not know a word of the question; else empty."""
+    """Where the model does not know a word of the question, or no word counts; else empty."""
 
 
 class Answers:
@@ -123,7 +123,8 @@ class Answers:
             warning = unknown_words_warning(tokenizer, unknown_words(tokenizer, question))
         before = timings[0].tokens
         results = [Result(timing, before, _drawn(answers[timing.name].record, crops)) for timing in timings]
-        return Comparison(results, as_sentence(warning))
+        said = dict.fromkeys(text for text in (warning, *(answer.note for answer in answers.values())) if text)
+        return Comparison(results, " ".join(as_sentence(text) for text in said))
 
 
 class _OneAtATime:

@@ -124,6 +124,8 @@ class ChatTemplate:
             visual, nobodys, turn_ends, attended: per column, whether it is a placeholder, is nobody's word, ends a turn,
                 and is read at all.
         """
+        # Special tokens of the tokenizer are nobody's words either: markers that no config names, words that it lacks.
+        nobodys = [nobody or token in self.pieces.special for nobody, token in zip(nobodys, tokens, strict=True)]
         text = Text.of(self.pieces, tokens, visual, attended)
         place, behind = text.places[image[0]], text.places[image[1]] + 1
         counts = self._could_be_words(text, nobodys)

@@ -70,7 +70,7 @@ def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatT
             "question": "from the user, outside the chat template",
         }
         raise NoWordsError(
-            f"prompt {row} has no text {where[scope]}, so there is nothing to compare the image with; "
+            f"there is no text {where[scope]}, so there is nothing to compare the image with; "
             "ask a question, or use a method that does not look at text (saliency, random, uniform)"
         )
     return found

@@ -402,8 +402,9 @@ def _wrapped_class(stock_class: Any) -> Any:
         function = stock_class._get_logits_processor
         handle: PrunedModel | None = model.__dict__.get(_HANDLE)
         given = inspect.signature(function).bind(model, *args, **kwargs).arguments.get("model_kwargs") or {}
-        seen = {"mm_encoder_outputs", *(handle._visual_names if handle is not None else ())}
-        if any(given.get(name) is not None for name in seen) or holds_pruned(cache_of(given)):
+        encoded = [part for part in (given.get("mm_encoder_outputs") or {}).values() if part is not None]
+        visuals = [name for name in (handle._visual_names if handle is not None else ()) if given.get(name) is not None]
+        if encoded or visuals or holds_pruned(cache_of(given)):
             raise UnsupportedCallError(
                 "this `generate` was looked up before the model was wrapped, so it would not prune; look it up inside the "
                 "`with` block, or after enable(): model.generate(...)"
