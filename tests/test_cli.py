@@ -189,6 +189,13 @@ class TestModel:
         assert "does not know the words 'zebra', 'zebra's'; it reads <unk> in their place" in result.stderr
         assert "It knows: a, above," in result.stderr
 
+    def test_no_word_that_counts(self, photo: Path) -> None:
+        """ "hello" is no word of the bundled model: saliency chooses, and the answer is given all the same."""
+        result = run("ask", photo, "hello", "--keep", "10%", "--max-new-tokens", 2, "--device", "cpu")
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout.strip()
+        assert "note: no word of the question counts for the picture, so saliency alone chose" in result.stderr
+
     def test_known_words_are_not(self, photo: Path) -> None:
         result = run("ask", photo, "How many Bananas are there?", "--json", "--max-new-tokens", 2, "--device", "cpu")
         assert json.loads(result.stdout)["unknown_words"] == []

@@ -129,6 +129,12 @@ class TestAnswers:
         assert known.warning == ""
         assert "'zebra'" in unknown.warning
 
+    def test_no_word_that_counts(self, picture: Path, uploads: Uploads) -> None:
+        bundled = Answers(Session.load("bundled", "auto", torch.device("cpu")), uploads)
+        compared = bundled.compare(str(picture), "hello", 10, ("adafv", "saliency"), 2)
+        assert "saliency alone chose" in compared.warning
+        assert compared.results[1].timing.answer == compared.results[2].timing.answer
+
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
