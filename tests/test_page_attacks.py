@@ -344,7 +344,7 @@ class TestShapes:
             (1, True, "not a text"),
             (1, ["x"], "cannot be a list"),
             (1, {"text": "x"}, "cannot be an object"),
-            (1, "\ud800", "lone surrogates"),
+            (1, "\ud800", "half a letter"),
             (1, "x" * 60_000, "shorten it to 500"),
             (1, "What is <image>?", "<image>"),
             (2, float("nan"), "cannot be nan; give 1 to 100"),
