@@ -270,7 +270,7 @@ def test_several_answers_continued(any_family: FamilyRow, any_model: Any, how: s
     rows = torch.tensor([1, 0, 1]) if how == "chosen" else torch.tensor([0, 0, 1, 1])
     torch.manual_seed(4)
     with AdaFV(keep=KEEP)(model) as adafv:
-        if how == "return-sequences" and STOCK_MIXES_UP_IMAGES and family_of(model).as_tensor:
+        if how == "return-sequences" and STOCK_MIXES_UP_IMAGES and "image" in family_of(model).as_tensor:
             with pytest.raises(UnsupportedCallError, match="mixes up prompts"):
                 model.generate(**inputs, **{**DECODED, "do_sample": True}, num_return_sequences=2)
             return
