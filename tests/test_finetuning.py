@@ -76,6 +76,16 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
+def as_masked(stock: Any, data: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The examples under which the stock model sees the tokens that stay: by the oracle."""
+    masked = []
+    for example in data:
+        inputs = {name: value[None] for name, value in example.items() if name not in ("scene", "labels")}
+        masks = masked_inputs(inputs, compress(stock, inputs, keep=KEEP).record.keep_mask)
+        masked.append({**example, **{name: masks[name][0] for name in ("attention_mask", "position_ids")}})
+    return masked
+
+
 def language_model_only(model: Any) -> Any:
     """What is trained here leaves the choice of tokens alone, so that each step can be compared with the oracle's."""
     for name, parameter in model.named_parameters():
@@ -112,11 +122,7 @@ def test_training_is_that_of_the_masked_stock_model(
     stock = language_model_only(row.build())
     if checkpointing:
         stock.enable_input_require_grads()
-    masked = []
-    for example in data:
-        inputs = {name: value[None] for name, value in example.items() if name not in ("scene", "labels")}
-        masks = masked_inputs(inputs, compress(stock, inputs, keep=KEEP).record.keep_mask)
-        masked.append({**example, **{name: masks[name][0] for name in ("attention_mask", "position_ids")}})
+    masked = as_masked(stock, data)
     other = Trainer(stock, train_dataset=masked, eval_dataset=masked, **given)
     assert first == pytest.approx(other.evaluate()["eval_loss"], abs=1e-5)
     other.train()
@@ -169,11 +175,7 @@ def test_losses_and_metrics_outside_the_model(row: FamilyRow, outside: str, tmp_
         trainer = Trainer(model, train_dataset=data, eval_dataset=data, **given)
         trainer.train()
         mine = trainer.evaluate(ignore_keys=BESIDE_LOGITS)
-    masked = []
-    for example in data:
-        inputs = {name: value[None] for name, value in example.items() if name not in ("scene", "labels")}
-        masks = masked_inputs(inputs, compress(stock, inputs, keep=KEEP).record.keep_mask)
-        masked.append({**example, **{name: masks[name][0] for name in ("attention_mask", "position_ids")}})
+    masked = as_masked(stock, data)
     other = Trainer(stock, train_dataset=masked, eval_dataset=masked, **given)
     other.train()
     theirs = other.evaluate(ignore_keys=BESIDE_LOGITS)
