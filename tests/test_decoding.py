@@ -328,3 +328,15 @@ def test_logits_is_an_option(family: FamilyRow, model: Any) -> None:
         pytest.raises(UnsupportedCallError, match="must be a number"),
     ):
         model(**inputs, logits_to_keep=torch.tensor([3]))
+
+
+def test_a_row_that_is_masked_as_a_whole(family: FamilyRow, model: Any) -> None:
+    """As one that fills up a distributed batch: its placeholders are still counted by the stock model."""
+    inputs = make_inputs(family, model, [1, 1])
+    inputs["attention_mask"][1] = 0
+    with torch.no_grad():
+        with AdaFV(keep=KEEP)(model) as adafv:
+            pruned = model(**inputs).logits[0]
+        expected = model(**masked_inputs(inputs, adafv.last.keep_mask)).logits[0]
+    kept = inputs["attention_mask"][0].bool() & adafv.last.keep_mask[0]
+    torch.testing.assert_close(pruned[kept], expected[kept], **TOLERANCE)

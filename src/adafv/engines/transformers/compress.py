@@ -194,7 +194,9 @@ def compress_call(
         result.dropped = ~stays
         anchored = call.prompt.is_visual.any(1)
         guard = needs_guard(model, family, call, result, settings.positions)
-        compaction = result.new = compact(call.prompt.attended, dropped, stays, anchored, guard)
+        # The stock model counts placeholders, masked or not, as in a row that fills up a distributed batch.
+        there = call.prompt.attended | call.prompt.is_visual
+        compaction = result.new = compact(there, dropped, stays, anchored, guard)
         whole = result.compaction = call.prefix.then(compaction)
         if family.rotary_axes:
             delta, attended = set_rotary_positions(model, family, result, call, visuals, whole, compaction, stays)
