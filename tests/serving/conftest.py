@@ -20,6 +20,8 @@ else:
 
     if cpu_torchvision.import_error() is not None:  # what `adafv serve` does for servers, for engines in this process
         cpu_torchvision.load()
+        # Commands that tests start read the variable; an engine's workers, which are spawned, get this process's path.
+        sys.path.insert(0, str(cpu_torchvision.FOLDER))
         folders = str(cpu_torchvision.FOLDER), os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     os.environ |= {
