@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adafv.core import text_to_image_attention
-from adafv.families.llava import Llava
+from adafv.engines.transformers.families.llava import Llava
 from benchmarks.accuracy import interval
 from training.architecture import SIDE
 from training.batches import normalised, patches_in, pixels

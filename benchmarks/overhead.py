@@ -59,7 +59,7 @@ from transformers.initialization import no_init_weights
 from adafv import AdaFV, compress
 from adafv.core import geometric_mean, joint_search, split_search
 from adafv.engines.transformers.releases import returned_cache
-from adafv.families.towers import TappedTower
+from adafv.engines.transformers.towers import TappedTower
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROUNDS, QUICK_ROUNDS = 15, 3

@@ -7,8 +7,8 @@ from models import PATCH, SIDE, FamilyRow, make_inputs
 
 from adafv import compress
 from adafv.core import ImageLayout
+from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.prompt import read_prompt
-from adafv.families import family_of
 
 
 def check_saliency(row: FamilyRow, model: Any, layer: int, attention: str) -> None:

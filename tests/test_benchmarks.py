@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from adafv.bundled import bundled_model
-from adafv.families.towers import patch_score
+from adafv.engines.transformers.towers import patch_score
 from benchmarks import overhead, saliency
 from benchmarks.overhead import Options, Row, Shapes, gate, main, over_pairs
 

@@ -22,10 +22,10 @@ from packaging.specifiers import SpecifierSet
 
 import adafv.environment
 from adafv.engines.transformers import releases
+from adafv.engines.transformers.families import known_families
 from adafv.engines.vllm import RELEASES
 from adafv.environment import as_text, environment
 from adafv.extras import install_command, outdated, requirements
-from adafv.families import known_families
 
 ROOT = Path(__file__).parent.parent
 SECRETS = {"HF_TOKEN": "hf_abcdefgh", "OPENAI_API_KEY": "sk-12345678", "ADAFV_MODEL": "/secret/model"}
@@ -82,7 +82,7 @@ class TestFacts:
         class Newer(type(known_families()[0])):  # type: ignore[misc]
             name, model_classes = "Newer", ("NewerForConditionalGeneration",)
 
-        monkeypatch.setattr("adafv.families.known_families", lambda: (*known_families(), Newer()))
+        monkeypatch.setattr("adafv.engines.transformers.families.known_families", lambda: (*known_families(), Newer()))
         facts = environment()
         assert facts["families"]["absent"]["Newer"] == ["NewerForConditionalGeneration"]
         assert "Newer" not in facts["families"]["present"]
@@ -208,7 +208,7 @@ class TestUnforeseen:
             ("adafv.cli.page", "checked_model", "page"),
             ("adafv.engines.vllm.launch", "split_overrides", "serve", "bundled", "--keep", "8", "--print-command"),
             ("adafv.methods", "known_methods", "methods"),
-            ("adafv.families.catalogue", "catalogue", "families"),
+            ("adafv.engines.transformers.families.catalogue", "catalogue", "families"),
             ("adafv.environment", "environment", "env"),
         ]:
             # By way of sys.modules, as a command hides the module of its name.

@@ -12,10 +12,10 @@ from packaging.version import Version
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adafv import AdaFV, Pruner
+from adafv.engines.transformers.families import family_of, known_families
+from adafv.engines.transformers.families.catalogue import catalogue
+from adafv.engines.transformers.towers import TappedTower
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
-from adafv.families import family_of, known_families
-from adafv.families.catalogue import catalogue
-from adafv.families.towers import TappedTower
 
 NEWEST = Version(transformers.__version__) >= Version("5.23")
 
@@ -290,7 +290,7 @@ def test_published_layout_is_the_raster_of_all_crops() -> None:
 def test_the_example_in_the_docs_is_what_is_there() -> None:
     root = Path(__file__).parent.parent
     text = (root / "docs/adding-a-family.md").read_text()
-    for path in ("src/adafv/families/deepseek_vl.py", "tests/rows/deepseek_vl.py"):
+    for path in ("src/adafv/engines/transformers/families/deepseek_vl.py", "tests/rows/deepseek_vl.py"):
         assert (root / path).read_text() in text
 
 

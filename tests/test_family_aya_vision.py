@@ -11,9 +11,9 @@ from rows.internvl import TOKENS, tiles
 from test_family_idefics3 import squares_of_patch_saliency
 
 from adafv import compress
+from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.prompt import read_prompt
 from adafv.errors import PromptError, UnsupportedCallError
-from adafv.families import family_of
 
 ROWS = [rows.aya_vision.ROW, rows.cohere2_vision.ROW]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
 from adafv import AdaFV
-from adafv.families import family_of, towers
+from adafv.engines.transformers.families import family_of, towers
 
 compass = pytest.importorskip("rows.cohere_compass")
 ROW = FamilyRow(

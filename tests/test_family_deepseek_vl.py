@@ -12,8 +12,8 @@ from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import Dee
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 from adafv import AdaFV, Pruner, compress
+from adafv.engines.transformers.families import family_of
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
-from adafv.families import family_of
 
 
 @pytest.fixture(params=[deepseek_vl.ROW, janus.ROW], ids=lambda row: row.name)

@@ -13,9 +13,9 @@ from transformers import Gemma3Processor, PreTrainedTokenizerFast, StaticCache
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from adafv import AdaFV, Pruner, compress
+from adafv.engines.transformers.families import family_of
+from adafv.engines.transformers.towers import TappedTower
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
-from adafv.families import family_of
-from adafv.families.towers import TappedTower
 
 DECODED = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [IMAGE]}
 WINDOW = 8

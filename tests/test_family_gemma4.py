@@ -10,8 +10,8 @@ from rows import gemma4
 from test_family_packed_rows import recorded, sent
 
 from adafv import AdaFV, compress
+from adafv.engines.transformers.families import family_of
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
-from adafv.families import family_of
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from oracle import STOCK_MIXES_UP_IMAGES, encoded_by_prompt
 from rows.internvl import ROW, TOKENS, build, tiles
 
 from adafv import AdaFV, compress
+from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.prompt import read_prompt
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
-from adafv.families import family_of
 
 
 @pytest.mark.parametrize("layer", [-1, -2, 1])

@@ -13,8 +13,8 @@ from transformers import LlavaNextVideoProcessor, VideoLlavaImageProcessor, Vide
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from adafv import AdaFV, Pruner, compress
+from adafv.engines.transformers.families import family_of
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
-from adafv.families import family_of
 
 ROWS = [llava_next_video.ROW, video_llava.ROW]
 FRAMES = 4

@@ -11,9 +11,9 @@ from rows.mistral3 import IMAGE_END, ROW_END
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from adafv import AdaFV
+from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.prompt import read_prompt
 from adafv.errors import UnsupportedModelError
-from adafv.families import family_of
 
 WITH_ROW_ENDS = [mistral3.ROW, llava_pixtral.ROW]
 ROWS = [*WITH_ROW_ENDS, lighton_ocr.ROW]

@@ -9,9 +9,9 @@ from rows.ovis2 import ROW, build, grid
 from torch import Tensor
 
 from adafv import AdaFV
+from adafv.engines.transformers.families import family_of, towers
 from adafv.engines.transformers.prompt import read_prompt
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
-from adafv.families import family_of, towers
 
 
 def layouts_for(model: Any, inputs: dict[str, Any]) -> list[Any]:

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from adafv import AdaFV, compress
+from adafv.engines.transformers.families import family_of
 from adafv.errors import PromptError, UnsupportedModelError
-from adafv.families import family_of
 
 ROWS = {row.name: row for row in FAMILIES}
 PACKED = [

@@ -13,8 +13,8 @@ from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from adafv import AdaFV, Pruner, compress
+from adafv.engines.transformers.families import family_of
 from adafv.errors import UnsupportedCallError
-from adafv.families import family_of
 
 DECODED = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [IMAGE]}
 

@@ -5,9 +5,9 @@ import torch
 from joined_tiles import check_changed_token, check_saliency
 from models import make_inputs
 
+from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.prompt import read_prompt
 from adafv.errors import UnsupportedModelError
-from adafv.families import family_of
 
 qianfan = pytest.importorskip("rows.qianfan_ocr")
 

@@ -13,8 +13,8 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from adafv import compress
-from adafv.families import family_of, towers
-from adafv.families.qwen2_5_vl import window_order
+from adafv.engines.transformers.families import family_of, towers
+from adafv.engines.transformers.families.qwen2_5_vl import window_order
 from adafv.prompts.text import text_columns
 
 module_of_compress = sys.modules["adafv.engines.transformers.compress"]  # its name is the function's too

@@ -8,9 +8,9 @@ from models import FAMILIES, FamilyRow, make_inputs
 from torch import Tensor
 
 from adafv import AdaFV, compress
+from adafv.engines.transformers.families import family_of
+from adafv.engines.transformers.towers import Tap
 from adafv.errors import PromptError
-from adafv.families import family_of
-from adafv.families.towers import Tap
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def model(row: FamilyRow) -> Any:
 
 def scores_by_patch(model: Any, pixels: Tensor, sizes: Tensor, merges: Tensor) -> Tensor:
     """Saliency of every patch, in the order of the inputs, which is the tower's: position embeddings alone are sorted."""
-    from adafv.families.towers import patch_score
+    from adafv.engines.transformers.towers import patch_score
 
     last = len(model.model.vision_model.encoder.layers) - 1
     tap = Tap(model.model.vision_model, f"encoder.layers.{last}.self_attn", patch_score)

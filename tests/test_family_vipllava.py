@@ -12,8 +12,8 @@ from transformers import LlavaProcessor, SiglipVisionConfig, VipLlavaConfig, Vip
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from adafv import AdaFV, Pruner, compress
+from adafv.engines.transformers.families import family_of
 from adafv.errors import UnsupportedModelError
-from adafv.families import family_of
 
 
 @pytest.mark.parametrize(("layers", "deepest"), [((-2, -3, 1), -2), ([1, -1, 2], -1), (2, -3), ((-5 + 1, 3), -2)])

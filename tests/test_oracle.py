@@ -12,9 +12,9 @@ from oracle import STOCK_MIXES_UP_IMAGES, VISUAL_INPUTS, encoded_by_prompt, kept
 from transformers import StaticCache
 
 from adafv import AdaFV, Pruner, compress
+from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.generation import CHUNKED_PREFILL_KEEPS_IMAGES
 from adafv.errors import UnsupportedCallError
-from adafv.families import family_of
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 KEEP = 0.3

@@ -20,8 +20,8 @@ from models import END, FAMILIES, PAD, FamilyRow, make_inputs, token_types, word
 from oracle import VISUAL_INPUTS, masked_inputs, same_logits
 
 from adafv import Pruner
+from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.releases import CACHE_NAMES, returned_cache
-from adafv.families import family_of
 
 ROWS = ["llava", "llava-next", "internvl", "qwen2.5-vl", "gemma3", "mistral3"]
 """One token a patch, crops with newlines, one tensor for all images, M-RoPE, tokens that look ahead, rows of any length."""

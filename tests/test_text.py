@@ -9,9 +9,9 @@ from processors import chat, photo, processor, speaking_model
 from transformers import TextIteratorStreamer, pipeline
 
 from adafv import AdaFV
+from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.prompt import read_prompt
 from adafv.errors import OptionError, PromptError, UnsupportedCallError
-from adafv.families import family_of
 from adafv.prompts.prompt import place_images
 from adafv.prompts.text import ChatTemplate, resolve_scope, text_columns
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.engines.vllm.tower_cache import EncodedImage, TowerCache
+from adafv.core.encoded import EncodedImage, TowerCache
 
 CAPACITY = 100
 LAYOUT = ImageLayout(torch.arange(1), crops=1, rows=1, columns=1)

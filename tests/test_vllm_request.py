@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from adafv import bundled
-from adafv.engines.vllm.request import Reader, Wish, budget_from, digest
-from adafv.engines.vllm.settings import MOST_TOKENS, Budget, ServerSettings
+from adafv.engines.serving.request import Reader, Wish, budget_from, digest
+from adafv.engines.serving.settings import MOST_TOKENS, Budget, ServerSettings
 from adafv.errors import PromptError
 from adafv.prompts.text import ChatTemplate
 
@@ -71,7 +71,7 @@ def test_a_key_does_not_run_its_parts_together() -> None:
 def test_keys_are_the_same_in_every_process() -> None:
     """The front and the workers may be several, and a cache may outlive them."""
     program = (
-        "from adafv.engines.vllm.request import Budget, Wish, digest;"
+        "from adafv.engines.serving.request import Budget, Wish, digest;"
         "print(Wish(Budget(0.1), (7, 8)).key('image', 'settings'), digest('image').sum().item())"
     )
     outputs = {

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adafv.core.budget import tokens_to_keep
-from adafv.engines.vllm.settings import MOST_TOKENS, Budget, ServerSettings
+from adafv.engines.serving.settings import MOST_TOKENS, Budget, ServerSettings
 from adafv.errors import BudgetError, OptionError
 
 COUNTS = st.integers(1, MOST_TOKENS)

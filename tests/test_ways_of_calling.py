@@ -19,10 +19,10 @@ from transformers import DynamicCache
 from transformers.trainer_pt_utils import LabelSmoother
 
 from adafv import AdaFV, Pruner, compress
+from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.prompt import read_prompt
 from adafv.engines.transformers.releases import CACHE, CACHE_NAMES, returned_cache
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
-from adafv.families import family_of
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 KEEP = 0.3

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from adafv import AdaFV, Pruner, compress
 from adafv.engines.transformers import check_transformers
+from adafv.engines.transformers.towers import TAPPED_ATTENTION
 from adafv.errors import (
     AdaFVError,
     AlreadyEnabledError,
@@ -25,7 +26,6 @@ from adafv.errors import (
     UnsupportedModelError,
     VersionError,
 )
-from adafv.families.towers import TAPPED_ATTENTION
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 

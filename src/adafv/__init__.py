@@ -6,7 +6,7 @@
         output = model.generate(**inputs)
     print(adafv.last.kept)
 
-The pure functions are in `adafv.core`; methods in `adafv.methods`, model families in `adafv.families`.
+The pure functions are in `adafv.core`; methods in `adafv.methods`, model families in `adafv.engines.transformers.families`.
 """
 
 import importlib

@@ -139,7 +139,7 @@ def _transformers() -> Facts:
 def _families() -> Facts:
     import transformers
 
-    from adafv.families import known_families
+    from adafv.engines.transformers.families import known_families
 
     has = set(dir(transformers))  # hasattr would import every model
     present, absent = [], {}

@@ -9,8 +9,8 @@ from engines import alike, answers, chat, picture
 from transformers import AutoConfig
 
 from adafv.core.budget import tokens_to_keep
+from adafv.engines.transformers.families.base import family_of
 from adafv.errors import UnsupportedModelError
-from adafv.families.base import family_of
 
 QUESTIONS = [
     ("bird", "What color is the banana?"),

@@ -66,7 +66,7 @@ def methods() -> None:
 def families() -> None:
     """List the supported model families: what each takes, and what is refused."""
     with failures_as_messages():
-        from adafv.families.catalogue import catalogue
+        from adafv.engines.transformers.families.catalogue import catalogue
 
         put(catalogue())
 

@@ -110,6 +110,7 @@ def _given(option: str, value: object) -> list[str]:
 
 def _checked(model: str, settings: dict[str, Any], options: list[str], needs_vllm: bool) -> "Launch":
     """What is to be run. Everything that can be found wrong without vLLM is: it takes ten seconds to import."""
+    from adafv.engines.serving.settings import ServerSettings
     from adafv.engines.vllm.launch import (
         LaunchError,
         installed_vllm,
@@ -120,7 +121,6 @@ def _checked(model: str, settings: dict[str, Any], options: list[str], needs_vll
         split_overrides,
         value_of,
     )
-    from adafv.engines.vllm.settings import ServerSettings
 
     overrides, others = split_overrides(options)
     ServerSettings.of(settings)

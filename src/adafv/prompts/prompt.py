@@ -9,7 +9,23 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.errors import PromptError
-from adafv.families import Run
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of neighbouring placeholders in a prompt; the only trace that some families leave of their tiles."""
+
+    row: int
+    """Prompt of the batch."""
+    start: int
+    """Column of its first placeholder."""
+    length: int
+    before: int
+    """Token in front of it, -1 where there is none or only its embedding is known."""
+    between: tuple[int, ...] = ()
+    """All tokens between the run in front of it in its prompt, or the prompt's first token, and it."""
+    after: int = -1
+    """Token behind it, -1 as in `before`."""
 
 
 @dataclass(frozen=True)

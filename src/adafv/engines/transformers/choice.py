@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adafv.core import ImageLayout
 from adafv.engines.transformers.conversation import Conversation
-from adafv.families import Encoded, Family
+from adafv.engines.transformers.families import Encoded, Family
 from adafv.methods import Kept, Method, VisualTokens
 from adafv.prompts.prompt import PlacedImage
 
@@ -35,7 +35,7 @@ class Choice:
 
 @dataclass
 class EncodedImage:
-    """What the tower made of one image; see `adafv.families.Encoded`."""
+    """What the tower made of one image; see `adafv.engines.transformers.families.Encoded`."""
 
     features: Tensor
     saliency: Tensor | None

@@ -26,6 +26,8 @@ from adafv.engines.transformers.cache import (
 from adafv.engines.transformers.choice import Choice, choose_tokens, encode_images
 from adafv.engines.transformers.conversation import Conversation, new_images
 from adafv.engines.transformers.devices import host_by_default
+from adafv.engines.transformers.families import MODALITIES, Family, family_of
+from adafv.engines.transformers.families.base import stock_model
 from adafv.engines.transformers.packing import BORDERS, LONGEST, shorten_borders
 from adafv.engines.transformers.positions import needs_guard, set_linear_positions, set_rotary_positions
 from adafv.engines.transformers.prompt import Compaction, compact, nothing_removed
@@ -33,8 +35,6 @@ from adafv.engines.transformers.record import Record, kv_bytes, timed
 from adafv.engines.transformers.releases import NEWEST_TESTED, OLDEST_TESTED, cache_of, warn_if_untested
 from adafv.engines.transformers.settings import Settings
 from adafv.errors import NoWordsError, PromptError, UnsupportedCallError
-from adafv.families import MODALITIES, Family, family_of
-from adafv.families.base import stock_model
 from adafv.methods import Method
 from adafv.prompts.prompt import PlacedImage
 from adafv.prompts.text import text_columns

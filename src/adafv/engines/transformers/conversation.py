@@ -8,11 +8,11 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.engines.transformers.cache import cached_prefix, check_same_conversation
+from adafv.engines.transformers.families import Family
 from adafv.engines.transformers.packing import Packing, read_packing
 from adafv.engines.transformers.prompt import Compaction, check_mask, given_prompt, read_prompt
 from adafv.engines.transformers.settings import Settings
 from adafv.errors import CacheError, PromptError
-from adafv.families import Family
 from adafv.prompts.prompt import PlacedImage, Prompt, frames_of, place_images
 
 

@@ -23,10 +23,10 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from adafv.engines.transformers.families import Family
+from adafv.engines.transformers.families.base import REPEATS_IMAGES_IN_ORDER
 from adafv.engines.transformers.settings import setting
 from adafv.errors import UnsupportedCallError
-from adafv.families import Family
-from adafv.families.base import REPEATS_IMAGES_IN_ORDER
 
 CHUNKED_PREFILL_KEEPS_IMAGES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
 """transformers 5.18 sends no image into any chunk, and answers without having seen it; 5.23 cuts the images up."""

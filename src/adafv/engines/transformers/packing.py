@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafv.engines.transformers.families import Family
 from adafv.engines.transformers.releases import cache_of
 from adafv.errors import PromptError, UnsupportedCallError
-from adafv.families import Family
 
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k")
 """Where packed prompts begin, and where the last one ends: [prompts + 1] int32, for a batch of one row."""

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from adafv.engines.transformers.cache import contents_of
 from adafv.engines.transformers.conversation import Conversation
+from adafv.engines.transformers.families import Family
 from adafv.engines.transformers.packing import positions_along
 from adafv.engines.transformers.prompt import Compaction
 from adafv.engines.transformers.releases import cache_of
 from adafv.engines.transformers.settings import setting
 from adafv.errors import CacheError, PromptError, UnsupportedCallError
-from adafv.families import Family
 
 
 def set_linear_positions(

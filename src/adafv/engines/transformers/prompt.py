@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafv.engines.transformers.families import Family
 from adafv.errors import PromptError, UnsupportedCallError
-from adafv.families import Family
 from adafv.prompts.prompt import Prompt, any_of, special_tokens
 
 

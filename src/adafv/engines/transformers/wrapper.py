@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 from adafv.engines.transformers.cache import holds_pruned, remember
 from adafv.engines.transformers.compress import CompressedInputs, compress_call
 from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
+from adafv.engines.transformers.families.base import family_of, stock_model
 from adafv.engines.transformers.generation import (
     PromptRestorer,
     RestoredPrompts,
@@ -48,7 +49,6 @@ from adafv.engines.transformers.releases import (
 )
 from adafv.engines.transformers.settings import Settings, setting
 from adafv.errors import AlreadyEnabledError, NoRecordError, UnsupportedCallError
-from adafv.families.base import family_of, stock_model
 from adafv.methods import Method
 
 _HANDLE = "_adafv"

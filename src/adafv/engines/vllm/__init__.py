@@ -12,13 +12,11 @@ the words that count and the budget into what the caches know an image by. `mode
 tower and projector and selects with the same `adafv.core` and `adafv.methods` as any engine. Both are mixins in front of
 vLLM's own classes: nothing of vLLM is patched, and who does not name an AdaFV architecture runs vLLM as it is.
 
-    settings.py     the options of the server and of a request
-    request.py      which words of a prompt count for which image; what a cache must tell apart
     processor.py    K placeholders, the caches' keys
     model.py        tower, selection, tensor parallelism
     tap.py          queries and keys of the tower's layer that the projector reads
-    tower_cache.py  one image with many questions is encoded once
-    metrics.py      counters for /metrics and a line in the log
+    rotary.py       positions in time, height and width of what was kept
+    cpu.py          the memory that a server on a CPU takes
     launch.py       the command line of vLLM's server
     families/       one file per model family: what differs between vLLM's model classes
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 
-from adafv.engines.vllm.metrics import Meter
+from adafv.core.encoded import EncodedImage, TowerCache
+from adafv.engines.serving.metrics import Meter
+from adafv.engines.serving.request import budget_from
+from adafv.engines.serving.settings import OPTION, ServerSettings
 from adafv.engines.vllm.processor import FIELDS
-from adafv.engines.vllm.request import budget_from
-from adafv.engines.vllm.settings import OPTION, ServerSettings
 from adafv.engines.vllm.tap import Tap
-from adafv.engines.vllm.tower_cache import EncodedImage, TowerCache
 from adafv.errors import UnsupportedModelError
 from adafv.methods import VisualTokens
 

@@ -18,8 +18,8 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from adafv.engines.vllm.request import Reader, Wish, check_placeholders, digest
-from adafv.engines.vllm.settings import OPTION, Budget, ServerSettings
+from adafv.engines.serving.request import Reader, Wish, check_placeholders, digest
+from adafv.engines.serving.settings import OPTION, Budget, ServerSettings
 from adafv.errors import OptionError, UnsupportedCallError, UnsupportedModelError
 from adafv.images import check_shape
 from adafv.prompts.prompt import special_tokens

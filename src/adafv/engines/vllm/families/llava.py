@@ -14,12 +14,12 @@ from vllm.model_executor.models.llava import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from adafv.core import ImageLayout
+from adafv.core.encoded import EncodedImage
+from adafv.engines.transformers import towers
 from adafv.engines.vllm.model import PrunedModel
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
 from adafv.engines.vllm.tap import Tap
-from adafv.engines.vllm.tower_cache import EncodedImage
 from adafv.errors import UnsupportedModelError
-from adafv.families import towers
 
 TOWERS = {
     "clip_vision_model": towers.TOWERS["CLIPVisionModel"],

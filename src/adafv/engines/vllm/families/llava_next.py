@@ -1,7 +1,8 @@
 """LLaVA-NeXT: a thumbnail and several crops per image ("anyres"), packed by vLLM's own method.
 
 As in transformers, where each patch ends up is found by sending the places of patches through the packing, and the
-saliency is sent through it as well; see `adafv.families.llava_onevision`, which shares this way of seeing.
+saliency is sent through it as well; see `adafv.engines.transformers.families.llava_onevision`, which shares this way of
+seeing.
 """
 
 from abc import abstractmethod
@@ -19,9 +20,9 @@ from vllm.model_executor.models.llava_next import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from adafv.core import ImageLayout, anyres_layout, anyres_places
+from adafv.core.encoded import EncodedImage
 from adafv.engines.vllm.families.llava import PrunedLlava
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
-from adafv.engines.vllm.tower_cache import EncodedImage
 
 
 class PrunedAnyres(PrunedLlava):

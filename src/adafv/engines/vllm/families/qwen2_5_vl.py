@@ -1,7 +1,7 @@
 """Qwen2.5-VL: images of any size in one row of patches, windows, positions in time, height and width.
 
 As in transformers, the saliency is read off the tower's last block that looks at the whole image, patch by patch of each
-image by itself; a token shows four patches, and gets their mean. See `adafv.families.qwen2_5_vl`.
+image by itself; a token shows four patches, and gets their mean. See `adafv.engines.transformers.families.qwen2_5_vl`.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from adafv.core import ImageLayout, patch_saliency
+from adafv.core.encoded import EncodedImage
+from adafv.engines.serving.request import Wish
+from adafv.engines.serving.settings import Budget
+from adafv.engines.transformers.families.qwen2_5_vl import window_order
 from adafv.engines.vllm.model import PrunedModel
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
-from adafv.engines.vllm.request import Wish
 from adafv.engines.vllm.rotary import ROTATIONS, RotaryPositions, place_channels
-from adafv.engines.vllm.settings import Budget
 from adafv.engines.vllm.tap import Attended, Tap
-from adafv.engines.vllm.tower_cache import EncodedImage
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
-from adafv.families.qwen2_5_vl import window_order
 
 LONGEST = 200
 """How many times longer than wide an image may be, for Qwen's image processor."""

@@ -1,0 +1,80 @@
+"""Gemma 4 (`Gemma4ForConditionalGeneration`): images of any size, padded to one length, squares of patches pooled to tokens.
+
+The inputs say where each patch lies (`image_position_ids`), and -1 where a row of patches is padding. The tower averages
+squares of patches (3 x 3 in the released models), and so is the saliency. Sound goes its own way, past the pruning. In
+the larger models the tokens of an image look at each other both ways in the layers with a sliding window; these models
+are refused for now, and so are videos. Windows are counted in tokens of the shortened prompt.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from adafv.core import ImageLayout
+from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.engines.transformers.towers import with_tap
+from adafv.errors import UnsupportedCallError, UnsupportedModelError
+from adafv.prompts.prompt import Run
+
+
+class Gemma4(Family):
+    name = "Gemma 4"
+    model_classes = ("Gemma4ForConditionalGeneration",)
+    images: ClassVar[tuple[str, ...]] = ("pixel_values", "image_position_ids")
+    saliency = "received"
+    limits = "refuses videos, prompts as embeddings, and models whose image tokens look at each other both ways"
+
+    def check(self, model: Any) -> None:
+        if model.model.vision_tower is None:
+            raise UnsupportedModelError("this checkpoint has no vision tower, so there are no visual tokens")
+        both_ways = getattr(model.config.get_text_config(), "use_bidirectional_attention", None)
+        if both_ways is not None:
+            raise UnsupportedModelError(
+                f"use_bidirectional_attention={both_ways!r} lets tokens look ahead, which is not supported for {self.name}; "
+                "supported are its models without it (E2B, E4B)"
+            )
+
+    def check_call(self, model: Any, inputs: Mapping[str, Any], cache: Any, cached: bool, generates: bool) -> None:
+        if inputs.get("inputs_embeds") is not None and model.config.get_text_config().hidden_size_per_layer_input:
+            raise UnsupportedCallError(
+                "this model looks up an input for every layer by the token's number, and stock transformers cannot find it "
+                "from the embeddings of a prompt with images; pass input_ids"
+            )
+
+    def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
+        side = model.config.vision_config.pooling_kernel_size
+        sizes = ((positions.amax(0) + 1) // side for positions in visuals["image_position_ids"].cpu())
+        grids = [(int(rows), int(columns)) for columns, rows in sizes]
+        return [ImageLayout(torch.arange(rows * columns), 1, rows, columns) for rows, columns in grids]
+
+    def take(
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
+    ) -> dict[str, Any]:
+        return {name: values[wanted] for name, values in visuals.items()}
+
+    def encode(
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+    ) -> Encoded:
+        pixels, positions = visuals["pixel_values"], visuals["image_position_ids"]
+        last = len(model.model.vision_tower.encoder.layers) - 1
+        twin, tap = with_tap(model.model, "vision_tower", f"encoder.layers.{last}.self_attn", saliency)
+        output = twin.get_image_features(pixels, positions, return_dict=True)
+        features = list(output.pooler_output)
+        if tap is None:
+            return Encoded(features, None)
+        side = model.config.vision_config.pooling_kernel_size
+        scores = []
+        for by_patch, places, layout in zip(tap.scores[-1], positions, layouts, strict=True):
+            column, row = (places // side).to(by_patch.device).unbind(-1)
+            shows = column >= 0
+            by_token = by_patch.new_zeros(layout.tokens)
+            scores.append(by_token.index_add(0, (row * layout.columns + column)[shows], by_patch[shows]) / side**2)
+        return Encoded(features, scores)
+
+    def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> torch.Tensor:
+        config, layout = model.config.vision_config, layouts[0]
+        rows, columns = (count * config.pooling_kernel_size for count in (layout.rows, layout.columns))
+        side = config.patch_size
+        patches = visuals["pixel_values"][0, : rows * columns].view(rows, columns, side, side, -1)
+        return patches.permute(4, 0, 2, 1, 3).reshape(1, -1, rows * side, columns * side)

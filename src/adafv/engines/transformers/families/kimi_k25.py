@@ -1,0 +1,57 @@
+"""Kimi K2.5 (`Kimi_K25ForConditionalGeneration`): images of any size, a packed tower, positions along the prompt.
+
+The tower leaves the patches of an image in rows from left to right and joins them (2 x 2) behind its last layer, as
+PaddleOCR-VL does, so the saliency of a token is the mean over the patches that are joined there. Videos are refused: the
+stock model makes one token of a place in several frames and then splits its tokens as if each frame had its own, which
+fails.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adafv.core import ImageLayout
+from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.engines.transformers.families.paddleocr_vl import merged_rows, raster_view
+from adafv.engines.transformers.towers import with_tap
+from adafv.prompts.prompt import Run
+
+
+class KimiK25(Family):
+    name = "Kimi K2.5"
+    model_classes = ("Kimi_K25ForConditionalGeneration",)
+    images: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+    saliency = "received"
+    limits = "refuses videos"
+
+    def check(self, model: Any) -> None:
+        pass
+
+    def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
+        height, width = model.config.vision_config.merge_kernel_size
+        grids = [(rows // height, columns // width) for _, rows, columns in visuals["image_grid_thw"].tolist()]
+        return [ImageLayout(torch.arange(rows * columns), 1, rows, columns) for rows, columns in grids]
+
+    def take(
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
+    ) -> dict[str, Any]:
+        parts = visuals["pixel_values"].split(visuals["image_grid_thw"].prod(-1).tolist())
+        pixels = torch.cat([parts[i] for i in wanted])
+        return {"pixel_values": pixels, "image_grid_thw": visuals["image_grid_thw"][wanted]}
+
+    def encode(
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+    ) -> Encoded:
+        last = len(model.model.vision_tower.layers) - 1
+        twin, tap = with_tap(model.model, "vision_tower", f"layers.{last}.attn", saliency)
+        output = twin.get_image_features(visuals["pixel_values"], visuals["image_grid_thw"], return_dict=True)
+        scores = None
+        if tap is not None:
+            height, width = model.config.vision_config.merge_kernel_size
+            scores = merged_rows(tap.scores, layouts, (height, width))
+        return Encoded(list(output.pooler_output), scores)
+
+    def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
+        return raster_view(visuals)

@@ -1,0 +1,78 @@
+"""LLaVA-1.5 (`LlavaForConditionalGeneration`): one crop per image, every patch a token."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adafv.core import ImageLayout
+from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.engines.transformers.towers import TappedTower, check_tower, patch_grid, scale_down, with_tower
+from adafv.prompts.prompt import Run
+
+
+class Llava(Family):
+    name = "LLaVA-1.5"
+    model_classes = ("LlavaForConditionalGeneration",)
+    images: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+        "image_sizes",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+    )
+    downsamples = True
+
+    tower_name: ClassVar[str] = "vision_tower"
+    """Attribute of the base model that holds the tower."""
+
+    def check(self, model: Any) -> None:
+        self.reads(model, {})
+
+    def reads(self, model: Any, visuals: Mapping[str, Any]) -> tuple[int | list[int], dict[str, Any]]:
+        """(hidden states of the tower that the projector reads, the options of `get_image_features` that say so).
+
+        Raises:
+            UnsupportedModelError: the saliency cannot be read there, or tokens are not patches.
+        """
+        layer, strategy = feature_options(model, visuals)
+        return layer, {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy}
+
+    def take(
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
+    ) -> dict[str, Any]:
+        return {**visuals, "pixel_values": visuals["pixel_values"][wanted]}
+
+    def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
+        rows, columns = patch_grid(getattr(model.model, self.tower_name), *visuals["pixel_values"].shape[-2:])
+        layout = ImageLayout(torch.arange(rows * columns), crops=1, rows=rows, columns=columns)
+        return [layout] * len(visuals["pixel_values"])
+
+    def encode(
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+    ) -> Encoded:
+        return self._encoded(model, visuals, visuals["pixel_values"], saliency)
+
+    def encode_smaller(
+        self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]
+    ) -> list[Tensor]:
+        pixels = scale_down(visuals["pixel_values"], getattr(model.model, self.tower_name), grid)
+        return self._encoded(model, visuals, pixels, saliency=False, interpolate_pos_encoding=True).features
+
+    def _encoded(
+        self, model: Any, visuals: Mapping[str, Any], pixel_values: Tensor, saliency: bool, **options: Any
+    ) -> Encoded:
+        layers, reading = self.reads(model, visuals)
+        tower = TappedTower(getattr(model.model, self.tower_name), layers, saliency)
+        twin = with_tower(model.model, self.tower_name, tower)
+        output = twin.get_image_features(pixel_values, return_dict=True, **reading, **options)
+        return Encoded(list(output.pooler_output), list(tower.saliency) if saliency else None)
+
+
+def feature_options(model: Any, visuals: Mapping[str, Any]) -> tuple[int | list[int], str]:
+    """`vision_feature_layer` and `vision_feature_select_strategy`, of this call or of the model's config."""
+    layer, strategy = visuals.get("vision_feature_layer"), visuals.get("vision_feature_select_strategy")
+    layer = model.config.vision_feature_layer if layer is None else layer
+    strategy = model.config.vision_feature_select_strategy if strategy is None else strategy
+    check_tower(model.model.vision_tower, layer, strategy)
+    return layer, strategy

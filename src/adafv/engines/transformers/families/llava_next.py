@@ -1,0 +1,127 @@
+"""LLaVA-NeXT (`LlavaNextForConditionalGeneration`): a thumbnail and several crops per image ("anyres").
+
+The stock model joins the crops into one raster, cuts off the padding, and ends every row with a newline token. Where
+each patch ends up is found by sending patch numbers instead of features through the model's own `pack_image_features`,
+so the layout is right by construction, for every image size.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
+
+from adafv.core import ImageLayout
+from adafv.engines.transformers.families.base import Encoded, in_order
+from adafv.engines.transformers.families.llava import Llava
+from adafv.engines.transformers.towers import TappedTower, patch_grid, scale_down, with_tower
+from adafv.errors import UnsupportedModelError
+from adafv.prompts.prompt import Run
+
+
+class LlavaNext(Llava):
+    name = "LLaVA-NeXT"
+    model_classes = ("LlavaNextForConditionalGeneration",)
+
+    def take(
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
+    ) -> dict[str, Any]:
+        pixel_values, sizes = visuals["pixel_values"], torch.as_tensor(visuals["image_sizes"])
+        if pixel_values.dim() == 4:  # the crops of all images in one row
+            crops = pixel_values.split([layout.crops for layout in layouts])
+            return {**visuals, "pixel_values": torch.cat([crops[i] for i in wanted]), "image_sizes": sizes[wanted]}
+        return {**visuals, "pixel_values": pixel_values[wanted], "image_sizes": sizes[wanted]}
+
+    def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
+        return [self._layout(model, visuals, size, self._packed) for size in _sizes(visuals)]
+
+    def published_layouts(
+        self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]
+    ) -> list[ImageLayout]:
+        return [self._layout(model, visuals, size, self._spatial) for size in _sizes(visuals)]
+
+    def _layout(self, model: Any, visuals: Mapping[str, Any], size: list[int], order: Any) -> ImageLayout:
+        side = model.config.vision_config.image_size
+        tiling = get_anyres_image_grid_shape(tuple(size), model.config.image_grid_pinpoints, side)
+        crops = image_size_to_num_patches(tuple(size), model.config.image_grid_pinpoints, side)
+        rows, columns = patch_grid(model.model.vision_tower, *visuals["pixel_values"].shape[-2:])
+        numbers = torch.arange(crops * rows * columns).view(crops, rows * columns)
+        source = order(model, numbers, size, (*tiling, rows, columns))
+        return ImageLayout(source, crops, rows, columns, tiling)
+
+    @staticmethod
+    def _packed(model: Any, numbers: Tensor, size: list[int], grid: tuple[int, int, int, int]) -> Tensor:
+        packed, _ = model.model.pack_image_features(
+            [numbers.unsqueeze(-1).double()],
+            torch.tensor([size]),
+            vision_feature_select_strategy="default",
+            image_newline=torch.tensor([-1.0], dtype=torch.double),
+        )
+        return packed[0].squeeze(-1).long()
+
+    @staticmethod
+    def _spatial(model: Any, numbers: Tensor, size: list[int], grid: tuple[int, int, int, int]) -> Tensor:
+        """Thumbnail, then the crops merged into one raster: no unpadding, no newline tokens."""
+        raster = numbers[1:].view(grid).transpose(1, 2)
+        return torch.cat((numbers[0], raster.flatten()))
+
+    def encode(
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+    ) -> Encoded:
+        layers, reading = self.reads(model, visuals)
+        newline = newline_of(model)
+        tower = TappedTower(model.model.vision_tower, layers, saliency)
+        twin = with_tower(model.model, "vision_tower", tower)
+        # The stock method, stopped short of packing: where the tokens go is what the layouts say.
+        crops: list[Tensor] = []
+
+        def keep_unpacked(features: Any, *args: Any, **kwargs: Any) -> tuple[Any, None]:
+            crops.extend(features)
+            return features, None
+
+        twin.__dict__["pack_image_features"] = keep_unpacked
+        twin.get_image_features(visuals["pixel_values"], visuals["image_sizes"], return_dict=True, **reading)
+        features = [in_order(crop.flatten(0, 1), layout, newline) for crop, layout in zip(crops, layouts, strict=True)]
+        if not saliency:
+            return Encoded(features, None)
+        scores = tower.saliency.split([layout.crops for layout in layouts])
+        return Encoded(
+            features, [in_order(part.flatten(), layout) for part, layout in zip(scores, layouts, strict=True)]
+        )
+
+    def encode_smaller(
+        self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]
+    ) -> list[Tensor]:
+        """Of the thumbnail, which is the image at low resolution already."""
+        layers, _ = self.reads(model, visuals)
+        pixels = scale_down(_thumbnails(visuals, layouts), model.model.vision_tower, grid)
+        states = TappedTower(model.model.vision_tower, layers, False)(
+            pixels, interpolate_pos_encoding=True
+        ).hidden_states
+        assert states is not None
+        read = [states[index][:, 1:] for index in ([layers] if isinstance(layers, int) else layers)]
+        return list(model.model.multi_modal_projector(torch.cat(read, dim=-1)))
+
+
+def newline_of(model: Any) -> Tensor:
+    """[D] embedding that ends a row of patches."""
+    newline: Tensor = model.model.image_newline
+    if newline.is_meta:
+        raise UnsupportedModelError(
+            f"image_newline of {type(model).__name__} is offloaded, where the stock model cannot read it either; in "
+            "device_map keep the base model itself on a device, and offload its language model or tower"
+        )
+    return newline
+
+
+def _thumbnails(visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
+    pixel_values = visuals["pixel_values"]
+    if pixel_values.dim() == 5:
+        return pixel_values[:, 0]
+    return torch.stack([crops[0] for crops in pixel_values.split([layout.crops for layout in layouts])])
+
+
+def _sizes(visuals: Mapping[str, Any]) -> list[list[int]]:
+    """(height, width) of every image; a list on the host, as the stock model makes it."""
+    return torch.as_tensor(visuals["image_sizes"]).tolist()

@@ -1,9 +1,0 @@
-"""Model families: what adafv must know about a class of models, one small file each.
-
-Every module of this package that defines a `Family` is found by itself; adding a family touches one new file and its
-row in the test table.
-"""
-
-from adafv.families.base import MODALITIES, Encoded, Family, Run, family_of, known_families
-
-__all__ = ["MODALITIES", "Encoded", "Family", "Run", "family_of", "known_families"]
