@@ -1,33 +1,59 @@
 """Encoded images, so that one image with many questions goes through the tower once."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from adafv.core import ImageLayout
+from adafv.core.layout import ImageLayout
+from adafv.core.tokens import SALIENCY, Signal
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """What tower and projector made of one image."""
+    """What tower and projector made of one image, or one video."""
 
     features: Tensor
     """[N, D] as the language model would read them."""
-    saliency: Tensor | None
-    """[N] float32; None where the method does not ask for it."""
+    signals: Mapping[Signal, Tensor]
+    """What was asked for of the tower, [N, ...] each. What stands at tokens that show no patch does not matter."""
     layout: ImageLayout
+    deepstack: Tensor | None = None
+    """[N, L, D], what L of the language model's layers add to the tokens; None where the family has none, or has them in
+    the features."""
+
+    @property
+    def saliency(self) -> Tensor | None:
+        """[N] float32; None where it was not asked for."""
+        return self.signals.get(SALIENCY)
 
     @property
     def bytes(self) -> int:
         """What it holds of the device's memory."""
-        tensors = [tensor for tensor in (self.features, self.saliency) if tensor is not None]
+        tensors = [self.features, *self.signals.values(), *([] if self.deepstack is None else [self.deepstack])]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def copy(self) -> "EncodedImage":
         """The same in memory of its own: images that went through the tower together are views of one tensor."""
-        saliency = None if self.saliency is None else self.saliency.clone()
-        return EncodedImage(self.features.clone(), saliency, self.layout)
+        return replace(
+            self,
+            features=self.features.clone(),
+            signals={signal: values.clone() for signal, values in self.signals.items()},
+            deepstack=None if self.deepstack is None else self.deepstack.clone(),
+        )
+
+    def part(self, tokens: Tensor | None, layout: ImageLayout) -> "EncodedImage":
+        """Some of its tokens alone ([N'] long), laid out as `layout` says; None: all."""
+        if tokens is None:
+            return self if layout is self.layout else replace(self, layout=layout)
+        tokens = tokens.to(self.features.device)
+        return EncodedImage(
+            self.features[tokens],
+            {signal: values[tokens] for signal, values in self.signals.items()},
+            layout,
+            None if self.deepstack is None else self.deepstack[tokens],
+        )
 
 
 class TowerCache:

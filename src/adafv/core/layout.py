@@ -1,5 +1,6 @@
 """Where the visual tokens of an image come from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,11 @@ class ImageLayout:
     def shows_patch(self) -> Tensor:
         """[N] bool: False for tokens such as the newlines of LLaVA-NeXT, which are kept only when all else is."""
         return self.source >= 0
+
+    def of_crops(self, crops: Sequence[int]) -> Tensor:
+        """[N] bool: tokens that show a patch of one of these crops."""
+        crop = self.source.div(self.rows * self.columns, rounding_mode="floor")
+        return self.shows_patch & torch.isin(crop, torch.tensor(crops, dtype=torch.long))
 
     def place(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Crop, row and column of the tokens at `index` ([K] long -> three [K] long, -1 where no patch is shown)."""
