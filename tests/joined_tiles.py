@@ -8,7 +8,7 @@ from models import PATCH, SIDE, FamilyRow, make_inputs
 from adafv import compress
 from adafv.core import ImageLayout
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 
 
 def check_saliency(row: FamilyRow, model: Any, layer: int, attention: str) -> None:

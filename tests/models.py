@@ -186,7 +186,7 @@ def _every_row() -> list[FamilyRow]:
 def layouts_of(model: Any, inputs: dict[str, Any]) -> list[Any]:
     """Layouts of the images of a prompt, as the engine asks for them."""
     from adafv.engines.transformers.families import family_of
-    from adafv.engines.transformers.prompt import read_prompt
+    from adafv.engines.transformers.reading import read_prompt
 
     family = family_of(model)
     return family.layouts(model, "image", inputs, read_prompt(model, family, inputs).runs("image"))

@@ -16,6 +16,7 @@ from adafv.engines.transformers.families import family_of, known_families
 from adafv.engines.transformers.families.catalogue import catalogue
 from adafv.engines.transformers.towers import TappedTower
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
+from adafv.methods.published import arranged
 
 NEWEST = Version(transformers.__version__) >= Version("5.23")
 
@@ -277,7 +278,9 @@ def test_record_says_what_was_sent(family: FamilyRow) -> None:
 def test_published_layout_is_the_raster_of_all_crops() -> None:
     model = llava_next()
     images = llava_next_images(model, [(90, 100), (120, 40)])
-    for layout in family_of(model).published_layouts(model, images, layouts_of(model, images)):
+    for own in layouts_of(model, images):
+        layout = arranged(own)
+        assert layout is not None
         patches = layout.rows * layout.columns
         assert torch.equal(layout.source[:patches], torch.arange(patches))
         crop, row, column = layout.place(torch.arange(patches, layout.tokens))

@@ -12,7 +12,7 @@ from test_family_idefics3 import squares_of_patch_saliency
 
 from adafv import compress
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import PromptError, UnsupportedCallError
 
 ROWS = [rows.aya_vision.ROW, rows.cohere2_vision.ROW]

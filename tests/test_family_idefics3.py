@@ -13,7 +13,7 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMModel
 from adafv import AdaFV, compress
 from adafv.core import patch_saliency
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
 
 ROWS = [row for row in (rows.idefics3.ROW, rows.smolvlm.ROW) if row is not None]

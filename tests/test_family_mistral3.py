@@ -12,7 +12,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 
 from adafv import AdaFV
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import UnsupportedModelError
 
 WITH_ROW_ENDS = [mistral3.ROW, llava_pixtral.ROW]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adafv import AdaFV
 from adafv.engines.transformers.families import family_of, towers
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
 
 

@@ -6,7 +6,7 @@ from joined_tiles import check_changed_token, check_saliency
 from models import make_inputs
 
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import UnsupportedModelError
 
 qianfan = pytest.importorskip("rows.qianfan_ocr")

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from adafv import AdaFV
 from adafv.cli import app
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.prompts.prompt import place_images
 from adafv.prompts.text import resolve_scope, text_columns
 

@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from adafv import AdaFV, Pruner, compress
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.engines.transformers.releases import CACHE, CACHE_NAMES, returned_cache
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
 

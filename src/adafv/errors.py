@@ -17,6 +17,10 @@ class OptionError(AdaFVError, ValueError):
     """An option has a value that does not exist."""
 
 
+class MethodError(OptionError):
+    """A method that does not fit the model or the engine, or does not keep its contract."""
+
+
 class PromptError(AdaFVError, ValueError):
     """The prompt does not fit the images, or holds no text where the method needs some."""
 
@@ -27,6 +31,10 @@ class NoWordsError(PromptError):
 
 class CacheError(AdaFVError, ValueError):
     """The key/value cache does not belong to this prompt."""
+
+
+class StaleImagesError(AdaFVError, ValueError):
+    """Encoded images are not what the model would make of them now."""
 
 
 class ImageError(AdaFVError, ValueError):

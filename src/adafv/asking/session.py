@@ -25,7 +25,7 @@ from adafv.asking.failures import LoadError, UsageError, check_text
 from adafv.asking.models import folder_or_id, hub_options, within
 from adafv.engines.transformers import Pruner, Record
 from adafv.engines.transformers.families.base import family_of, known_families
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.engines.transformers.releases import returned_cache
 from adafv.errors import AdaFVError, OptionError, UnsupportedModelError
 from adafv.images import check_shape

@@ -94,8 +94,6 @@ class PlacedImage:
     columns: Tensor
     """[N] long, the columns of its placeholders, ascending."""
     layout: ImageLayout
-    published: ImageLayout | None = None
-    """The layout in which the published code would feed its tokens, where that is asked for."""
     frame: int | None = None
     """Which frame of a video it is; None for an image, or a whole video."""
     part: Tensor | None = None
@@ -107,11 +105,6 @@ class PlacedImage:
     def span(self) -> tuple[int, int]:
         """First and last column of the image, or of the whole video; what is between them is nobody's words."""
         return (int(self.columns[0]), int(self.columns[-1])) if self.video is None else self.video
-
-    @property
-    def fed(self) -> ImageLayout:
-        """The layout in which its tokens are fed to the language model."""
-        return self.layout if self.published is None else self.published
 
 
 def special_tokens(config: Any, generation_config: Any, placeholders: set[int]) -> tuple[set[int], set[int]]:
@@ -183,5 +176,5 @@ def frames_of(video: PlacedImage) -> list[PlacedImage]:
         source = source.where(source < 0, source - number * layout.rows * layout.columns)
         own = ImageLayout(source, crops=1, rows=layout.rows, columns=layout.columns)
         columns = video.columns[part]
-        frames.append(PlacedImage("video", video.number, video.row, columns, own, None, number, part, video.span))
+        frames.append(PlacedImage("video", video.number, video.row, columns, own, number, part, video.span))
     return frames

@@ -3,11 +3,15 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from adafv.core.budget import check_keep, tokens_to_keep
-from adafv.errors import BudgetError, OptionError
+from adafv.core.select import check_method
+from adafv.core.tokens import WORDS
+from adafv.errors import BudgetError, MethodError, OptionError
 from adafv.methods import Method, method_named
+from adafv.methods.base import TOKENS
 from adafv.prompts.text import SCOPES
 
 OPTION = "adafv"
@@ -49,6 +53,15 @@ class ServerSettings:
     """Of encoded images, per worker."""
     identity: str = field(repr=False, default="")
     """Everything but the budget that decides which tokens stay: part of what the caches know an image by."""
+
+    @cached_property
+    def method_without_text(self) -> Method:
+        """What chooses where no word counts."""
+        return self.method.without_text()
+
+    def method_for(self, words: bool) -> Method:
+        """What chooses for an image, by whether any word counts for it."""
+        return self.method if words or not self.method.needs_words else self.method_without_text
 
     @classmethod
     def of(cls, options: Any) -> "ServerSettings":
@@ -148,10 +161,7 @@ def _method(name: Any, parameters: Any) -> Method:
         if type(value) is not type(defaults[option]):
             raise OptionError(f"{option}={value!r}; give a value like {defaults[option]!r}")
     method = method_named(name, **parameters)
-    if method.published_layout:
-        raise OptionError("the published variant repeats tokens, which vLLM's prompts cannot; use variant='corrected'")
-    if type(method).grid is not Method.grid:
-        raise OptionError(
-            f"the method {method.name!r} scales images down, which is not supported in vLLM; use another one"
-        )
+    if method.may_repeat:
+        raise MethodError("the published variant repeats tokens, which vLLM's prompts cannot; use variant='corrected'")
+    check_method(method, "vLLM", frozenset({TOKENS}), frozenset({WORDS}).__contains__)
     return method

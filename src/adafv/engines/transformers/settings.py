@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from adafv.core.budget import check_keep
@@ -25,6 +26,13 @@ class Settings:
     template: ChatTemplate | None
     video: str
     logits: str = "prompt"
+    tokenizer: Any = None
+    """Of the processor, for methods that read words as text."""
+
+    @cached_property
+    def method_without_text(self) -> Method:
+        """What chooses where no word counts."""
+        return self.method.without_text()
 
     @classmethod
     def of(
@@ -47,12 +55,11 @@ class Settings:
             raise OptionError(f"video={video!r}; known are: {', '.join(VIDEO_BUDGETS)}")
         if logits not in LOGITS:
             raise OptionError(f"logits={logits!r}; known are: {', '.join(LOGITS)}")
-        if method.published_layout:
-            if positions != "compact":
-                raise OptionError("the published variant repeats tokens, so they have no original positions")
-            text = "after" if text is None else text
-        scope, template = resolve_scope(text, processor)
-        return cls(method, check_keep(keep), positions, scope, template, video, logits)
+        if method.may_repeat and positions != "compact":
+            raise OptionError("the published variant repeats tokens, so they have no original positions")
+        scope, template = resolve_scope(method.scope if text is None else text, processor)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        return cls(method, check_keep(keep), positions, scope, template, video, logits, tokenizer)
 
 
 def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:

@@ -24,7 +24,8 @@ import torch
 from transformers.utils import ModelOutput
 
 from adafv.engines.transformers.cache import holds_pruned, remember
-from adafv.engines.transformers.compress import CompressedInputs, compress_call
+from adafv.engines.transformers.call import CompressedInputs
+from adafv.engines.transformers.compress import compress_call
 from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
 from adafv.engines.transformers.families.base import family_of, stock_model
 from adafv.engines.transformers.generation import (

@@ -92,7 +92,7 @@ class PrunedProcessor:
         """The most tokens that an image can make, for vLLM to reserve memory by."""
         inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
         text: tuple[int, ...] = ()
-        if self.info.settings.method.needs_text:
+        if self.info.settings.method.needs_words:
             text = (self.reader.placeholder,)  # any token; a template that cannot be read is found out at the start
         images = inputs.mm_data_items.get_count("image", strict=False)
         return self._known_by([Wish(self.info.settings.most, text)] * images, inputs)
@@ -155,7 +155,7 @@ class PrunedProcessor:
                 "image embeddings come without the attention of the tower, so they cannot be pruned; send the images"
             )
         count = items.get_count()
-        if budget.keeps_all or not self.info.settings.method.needs_text:
+        if budget.keeps_all or not self.info.settings.method.needs_words:
             check_placeholders(inputs.prompt, image_placeholder(self.info.get_hf_config()), count)
             return [Wish(budget, ())] * count
         return [Wish(budget, text) for text in self.reader.texts(inputs.prompt, count)]

@@ -58,6 +58,8 @@ class Family(ABC):
     """What the saliency is: the attention of "[CLS]", or the attention "received" where the tower has no [CLS]."""
     downsamples: ClassVar[bool] = False
     """Whether images can be scaled down; such a family has `encode_smaller`."""
+    arranges: ClassVar[bool] = False
+    """Whether `encode` takes layouts other than the model's own: its patches in any order, padding included."""
     as_tensor: ClassVar[tuple[str, ...]] = ()
     """Modalities whose encoded features the stock model reads as one tensor; the others it reads as a list."""
     rotary_axes: ClassVar[int] = 0
@@ -102,12 +104,6 @@ class Family(ABC):
         Args:
             runs: of the placeholders, in reading order; for families whose inputs do not tell which tiles make an image.
         """
-
-    def published_layouts(
-        self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]
-    ) -> list[ImageLayout]:
-        """Layouts in which the published AdaFV code feeds the tokens of images, where they differ from the model's own."""
-        return layouts
 
     @abstractmethod
     def encode(

@@ -23,6 +23,7 @@ from adafv.prompts.prompt import Run
 class LlavaNext(Llava):
     name = "LLaVA-NeXT"
     model_classes = ("LlavaNextForConditionalGeneration",)
+    arranges = True
 
     def take(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
@@ -34,24 +35,18 @@ class LlavaNext(Llava):
         return {**visuals, "pixel_values": pixel_values[wanted], "image_sizes": sizes[wanted]}
 
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
-        return [self._layout(model, visuals, size, self._packed) for size in _sizes(visuals)]
+        return [self._layout(model, visuals, size) for size in _sizes(visuals)]
 
-    def published_layouts(
-        self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]
-    ) -> list[ImageLayout]:
-        return [self._layout(model, visuals, size, self._spatial) for size in _sizes(visuals)]
-
-    def _layout(self, model: Any, visuals: Mapping[str, Any], size: list[int], order: Any) -> ImageLayout:
+    def _layout(self, model: Any, visuals: Mapping[str, Any], size: list[int]) -> ImageLayout:
         side = model.config.vision_config.image_size
         tiling = get_anyres_image_grid_shape(tuple(size), model.config.image_grid_pinpoints, side)
         crops = image_size_to_num_patches(tuple(size), model.config.image_grid_pinpoints, side)
         rows, columns = patch_grid(model.model.vision_tower, *visuals["pixel_values"].shape[-2:])
         numbers = torch.arange(crops * rows * columns).view(crops, rows * columns)
-        source = order(model, numbers, size, (*tiling, rows, columns))
-        return ImageLayout(source, crops, rows, columns, tiling)
+        return ImageLayout(self._packed(model, numbers, size), crops, rows, columns, tiling)
 
     @staticmethod
-    def _packed(model: Any, numbers: Tensor, size: list[int], grid: tuple[int, int, int, int]) -> Tensor:
+    def _packed(model: Any, numbers: Tensor, size: list[int]) -> Tensor:
         packed, _ = model.model.pack_image_features(
             [numbers.unsqueeze(-1).double()],
             torch.tensor([size]),
@@ -59,12 +54,6 @@ class LlavaNext(Llava):
             image_newline=torch.tensor([-1.0], dtype=torch.double),
         )
         return packed[0].squeeze(-1).long()
-
-    @staticmethod
-    def _spatial(model: Any, numbers: Tensor, size: list[int], grid: tuple[int, int, int, int]) -> Tensor:
-        """Thumbnail, then the crops merged into one raster: no unpadding, no newline tokens."""
-        raster = numbers[1:].view(grid).transpose(1, 2)
-        return torch.cat((numbers[0], raster.flatten()))
 
     def encode(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
