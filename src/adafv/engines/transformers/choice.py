@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.conversation import Conversation
 from adafv.engines.transformers.families import Encoded, Family
 from adafv.methods import Kept, Method, VisualTokens
@@ -63,6 +64,8 @@ def encode_images(
 ) -> list[EncodedImage]:
     """Run the tower once per modality, or where images are scaled down once per grid; one entry per placed image."""
     wants_saliency = any(method.needs_saliency and lose for method, lose in zip(methods, pruned, strict=True))
+    signals = frozenset({SALIENCY} if wants_saliency else ())
+    family.check_signals(model, signals)
     results: list[Any] = [None] * len(placed)
     for modality, inputs in visuals.items():
         members = [i for i, image in enumerate(placed) if image.modality == modality]
@@ -74,9 +77,9 @@ def encode_images(
             if len(wanted) < len(numbers):
                 some, fed = family.take(model, modality, inputs, fed, wanted), [fed[number] for number in wanted]
             if grid is None:
-                part = family.encode(model, modality, some, fed, wants_saliency)
+                part = family.encode(model, modality, some, fed, signals)
             else:
-                part = Encoded(family.encode_smaller(model, some, fed, grid), None)
+                part = Encoded(family.encode_smaller(model, some, fed, grid))
             for place, number in enumerate(wanted):
                 encoded[number] = EncodedImage(
                     part.features[place],
