@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from adafv.core import class_attention, patch_saliency
+from adafv.core.layers import TowerLayers
 from adafv.core.tokens import Signal
 from adafv.errors import UnsupportedModelError
 
@@ -71,6 +72,12 @@ class TowerShape:
     def layers_of(self, tower: Any) -> list[Any]:
         """The layers of this tower, in order."""
         return list(uncompiled(tower).get_submodule(self.layers).children())
+
+    def numbered(self, tower: Any, feature_layers: int | list[int] = -1) -> TowerLayers:
+        """The layers of this tower as signals name them, where the projector reads these hidden states."""
+        count = len(self.layers_of(tower))
+        whole = None if self.whole is None else [layer + 1 for layer in self.whole(tower)]
+        return TowerLayers(count, max(_read_layers(feature_layers, count)), whole)
 
     @property
     def strategy(self) -> str:
@@ -123,32 +130,6 @@ def check_tower(tower: nn.Module, feature_layers: int | list[int], strategy: str
     _read_layers(feature_layers, len(shape.layers_of(tower)))
 
 
-def unreadable(signal: Signal, tower: nn.Module, shape: TowerShape, feature_layers: int | list[int] = -1) -> str | None:
-    """Why a signal cannot be read off a tower, and the mend; None: it can.
-
-    Args:
-        feature_layers: which hidden states the projector reads; layers behind the deepest of them are not run.
-    """
-    count = len(shape.layers_of(tower))
-    deepest = max(_read_layers(feature_layers, count))
-    if signal.layer is None:
-        return None
-    index = signal.layer if signal.layer >= 0 else signal.layer + count + 1
-    if not 0 <= index <= count:
-        return f"the tower has {count} layers; ask for one of 1 to {deepest}"
-    if index > deepest:
-        return f"the projector reads layer {deepest}, and no layer behind it is run; ask for one of 1 to {deepest}"
-    if signal.kind == "hidden":
-        return None
-    if index == 0:
-        return f"0 stands for the embeddings, in front of any attention; ask for one of 1 to {deepest}"
-    if signal.kind == "saliency" and shape.whole is not None:
-        whole = [layer + 1 for layer in shape.whole(tower)]
-        if index not in whole:
-            return f"the layer attends in windows; layers that look at the whole image are {', '.join(map(str, whole))}"
-    return None
-
-
 class Tap:
     """A twin of a tower in which layers are tapped; everything else runs as it does in the stock tower.
 
@@ -157,14 +138,13 @@ class Tap:
     Args:
         tower: the model's vision tower; it is not changed.
         shape: where its layers are.
-        signals: what to read. Of the layer that the projector reads where they name none; saliency and keys then are
-            those of the last layer up to it that looks at the whole image.
+        signals: what to read, see `adafv.core.layers` for which layer they are of.
         feature_layers: which hidden states the projector reads.
 
     Use `tower` in place of the model's; after a call, `read` gives the signals.
 
     Raises:
-        UnsupportedModelError: a signal cannot be read, see `unreadable`.
+        UnsupportedModelError: a signal cannot be read.
     """
 
     def __init__(
@@ -175,22 +155,14 @@ class Tap:
         feature_layers: int | list[int] = -1,
     ) -> None:
         self.tower: Any = tower if not signals else uncompiled(tower)
-        layers = shape.layers_of(tower)
-        deepest = max(_read_layers(feature_layers, len(layers)))
-        wanted: dict[int, set[str]] = {}
-        self._places: dict[Signal, tuple[int, str]] = {}
+        numbered, layers = shape.numbered(tower, feature_layers), shape.layers_of(tower)
         for signal in signals:
-            if reason := unreadable(signal, tower, shape, feature_layers):
+            if reason := numbered.unreadable(signal):
                 raise UnsupportedModelError(f"the {signal} cannot be read off {type(tower).__name__}: {reason}")
-            index, kind = deepest, signal.kind
-            if signal.layer is not None:
-                index = signal.layer if signal.layer >= 0 else signal.layer + len(layers) + 1
-            elif kind != "hidden" and shape.whole is not None:
-                index = max(layer + 1 for layer in shape.whole(tower) if layer < deepest)
-            if index == 0:
-                index, kind = 1, "embeddings"
-            self._places[signal] = index, kind
-            wanted.setdefault(index, set()).add(kind)
+        self._places = {signal: numbered.place(signal) for signal in signals}
+        wanted: dict[int, set[str]] = {}
+        for index, kind in self._places.values():
+            wanted.setdefault(max(index, 1), set()).add(kind if index else "embeddings")
         self._layers = {index: _TappedLayer(layers[index - 1], shape, kinds) for index, kinds in wanted.items()}
         for index, layer in self._layers.items():
             self.tower = _with(self.tower, [*shape.layers.split("."), str(index - 1)], layer.twin)
@@ -207,11 +179,12 @@ class Tap:
         """
         found = {}
         for signal, (index, kind) in self._places.items():
-            tokens = to_tokens(self._layers[index].patches(kind))
+            layer = self._layers[max(index, 1)]
+            tokens = to_tokens(layer.patches(kind if index else "embeddings"))
             if kind == "saliency":
                 tokens = [part.squeeze(-1) for part in tokens]
             elif kind == "keys":
-                tokens = [part.unflatten(-1, (self._layers[index].heads, -1)) for part in tokens]
+                tokens = [part.unflatten(-1, (layer.heads, -1)) for part in tokens]
             found[signal] = tokens
         return found
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 
 from adafv.core.encoded import EncodedImage, TowerCache
+from adafv.core.tokens import SALIENCY, Signal
 from adafv.engines.serving.metrics import Meter
 from adafv.engines.serving.request import budget_from
 from adafv.engines.serving.settings import OPTION, ServerSettings
@@ -43,7 +44,8 @@ class PrunedModel:
         self.adafv_without_text = settings.method.without_text()
         # Which images come without words is known only when they come, and what is cached of an image serves every question.
         needs_saliency = settings.method.needs_saliency or self.adafv_without_text.needs_saliency
-        self.adafv_tap = self.tap() if needs_saliency else None
+        self.adafv_signals: frozenset[Signal] = frozenset({SALIENCY} if needs_saliency else ())
+        self.adafv_tap = self.tap()
         self.adafv_encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self.adafv_largest = 0  # visual tokens of the largest image so far
 
@@ -53,7 +55,11 @@ class PrunedModel:
 
     @abstractmethod
     def tap(self) -> Tap:
-        """On the layer of the tower that the projector reads."""
+        """On the layers of the tower that `adafv_signals` name.
+
+        Raises:
+            UnsupportedModelError: a signal cannot be read.
+        """
 
     @abstractmethod
     def encode(self, images: dict[str, Any]) -> list[EncodedImage]:

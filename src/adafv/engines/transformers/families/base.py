@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from adafv.core import ImageLayout
 from adafv.core.tokens import SALIENCY, Signal
 from adafv.discovery import concrete_subclasses
-from adafv.engines.transformers.towers import TowerShape, shape_of, unreadable
+from adafv.engines.transformers.towers import TowerShape, shape_of
 from adafv.errors import UnsupportedModelError
 from adafv.prompts.prompt import Run
 
@@ -110,8 +110,9 @@ class Family(ABC):
         """Raise UnsupportedModelError where one of these signals cannot be read off this model's tower."""
         for tower in self.towers(model):
             shape = shape_of(tower) if self.tower_shape is None else self.tower_shape
+            layers = shape.numbered(tower, self.feature_layers(model))
             for signal in signals:
-                if reason := unreadable(signal, tower, shape, self.feature_layers(model)):
+                if reason := layers.unreadable(signal):
                     raise UnsupportedModelError(f"the {signal} cannot be read in {self.name}: {reason}")
 
     def towers(self, model: Any) -> list[Any]:
