@@ -12,6 +12,7 @@ from packaging.version import Version
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adafv import AdaFV, Pruner
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families import family_of, known_families
 from adafv.engines.transformers.families.catalogue import catalogue
 from adafv.engines.transformers.towers import TappedTower
@@ -41,7 +42,7 @@ def test_tokens_are_those_of_the_stock_model(family: FamilyRow, tower: str) -> N
     with torch.no_grad():
         stock = list(model.get_image_features(**images).pooler_output)
         layouts = layouts_of(model, images)
-        encoded = family_of(model).encode(model, "image", images, layouts, saliency=True)
+        encoded = family_of(model).encode(model, "image", images, layouts, signals=frozenset({SALIENCY}))
     assert [layout.tokens for layout in layouts] == [len(features) for features in stock]
     for features, saliency, layout, expected in zip(encoded.features, encoded.saliency, layouts, stock, strict=True):
         assert features.shape[0] == layout.tokens == saliency.shape[0]
@@ -57,14 +58,15 @@ def test_saliency_is_the_class_row_of_the_attention_map(family: FamilyRow, tower
     model.model.vision_tower.set_attn_implementation(attention)
     pixels = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
-        tapped = TappedTower(model.model.vision_tower, -2, saliency=True)
+        tapped = TappedTower(model.model.vision_tower, -2, signals=frozenset({SALIENCY}))
         states = tapped(pixels).hidden_states
         stock = model.model.vision_tower(pixels, output_hidden_states=True)
         assert torch.equal(states[-2], stock.hidden_states[-2])
         model.model.vision_tower.set_attn_implementation("eager")
         maps = model.model.vision_tower(pixels, output_attentions=True).attentions
     # hidden_states[-2] is the output of the last layer but one
-    torch.testing.assert_close(tapped.saliency, maps[-2][:, :, 0, 1:].mean(1), atol=1e-6, rtol=1e-5)
+    [saliency] = tapped.read(lambda patches: [patches])[SALIENCY]
+    torch.testing.assert_close(saliency.view(2, -1), maps[-2][:, :, 0, 1:].mean(1), atol=1e-6, rtol=1e-5)
 
 
 def test_layers_that_nothing_reads_do_not_run(family: FamilyRow) -> None:

@@ -13,6 +13,7 @@ from transformers import LlavaNextVideoProcessor, VideoLlavaImageProcessor, Vide
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from adafv import AdaFV, Pruner, compress
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families import family_of
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
 
@@ -38,7 +39,7 @@ def of_video(model: Any, pixels: torch.Tensor, **options: Any) -> tuple[Any, Any
     family, visuals = family_of(model), {"pixel_values_videos": pixels[None], **options}
     layouts = family.layouts(model, "video", visuals, [])
     with torch.no_grad():
-        return layouts[0], family.encode(model, "video", visuals, layouts, saliency=True)
+        return layouts[0], family.encode(model, "video", visuals, layouts, signals=frozenset({SALIENCY}))
 
 
 # -------------------------------------------------------------------------------------------- saliency and layout

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adafv.core.encoded import EncodedImage
-from adafv.core.tokens import SALIENCY, Signal
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families import Family, family_of
 from adafv.engines.transformers.families.base import stock_model
 from adafv.errors import PromptError, StaleImagesError
@@ -152,6 +152,7 @@ def encode(
     listed = [method] if isinstance(method, (str, Method)) else list(method)
     methods = [method_named(each) if isinstance(each, str) else each for each in listed]
     signals = frozenset[Signal]().union(*(part.of_tower for each in methods for part in (each, each.without_text())))
+    family.check_signals(model, signals)
     given = {name: value for name, value in inputs.items() if value is not None}
     visuals, taken = visuals_of(family, dict(given))
     if not visuals:
@@ -182,12 +183,11 @@ def encode_modality(
     signals: frozenset[Signal],
 ) -> list[EncodedImage]:
     """Run the tower on all images, or all videos, of a call."""
-    made = family.encode(model, modality, visuals, layouts, SALIENCY in signals)
-    read = {} if made.saliency is None else {SALIENCY: made.saliency}
+    made = family.encode(model, modality, visuals, layouts, signals)
     return [
         EncodedImage(
             features,
-            {signal: values[i] for signal, values in read.items()},
+            {signal: values[i] for signal, values in made.signals.items()},
             layout,
             made.deepstack[i] if made.deepstack else None,
         )

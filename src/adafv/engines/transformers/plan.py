@@ -56,6 +56,7 @@ def _check_method(call: Call, job: ImageJob) -> None:
     """Refuse what this call, this family or this model cannot give the method."""
     has = {WORDS, STRINGS} if call.settings.tokenizer is not None and call.tokens is not None else {WORDS}
     check_method(job.method, "transformers", frozenset({IMAGE, TOKENS}), has.__contains__)
+    call.family.check_signals(call.model, job.method.of_tower)
 
 
 def _follow(call: Call, job: ImageJob) -> None:

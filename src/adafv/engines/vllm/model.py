@@ -16,6 +16,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 
 from adafv.core.encoded import EncodedImage, TowerCache
 from adafv.core.select import Wanted, plan_of, select_tokens, take
+from adafv.core.tokens import Signal
 from adafv.engines.serving.metrics import Meter
 from adafv.engines.serving.request import budget_from
 from adafv.engines.serving.settings import OPTION, Budget, ServerSettings
@@ -43,8 +44,8 @@ class PrunedModel:
         self.adafv_cache = TowerCache(settings.tower_cache_bytes)
         self.adafv_meter = Meter(get_tensor_model_parallel_rank() == 0, settings.tower_cache_bytes)
         # Which images come without words is known only when they come, and what is cached of an image serves every question.
-        self.adafv_signals = settings.method.of_tower | settings.method_without_text.of_tower
-        self.adafv_tap = self.tap() if self.adafv_signals else None
+        self.adafv_signals: frozenset[Signal] = settings.method.of_tower | settings.method_without_text.of_tower
+        self.adafv_tap = self.tap()
         self.adafv_encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self.adafv_largest = 0  # visual tokens of the largest image so far
 
@@ -54,7 +55,11 @@ class PrunedModel:
 
     @abstractmethod
     def tap(self) -> Tap:
-        """On the layer of the tower that the projector reads."""
+        """On the layers of the tower that `adafv_signals` name.
+
+        Raises:
+            UnsupportedModelError: a signal cannot be read.
+        """
 
     @abstractmethod
     def encode(self, images: dict[str, Any]) -> list[EncodedImage]:

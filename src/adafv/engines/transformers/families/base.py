@@ -1,7 +1,7 @@
 """The interface of a model family, and how a model finds its family."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import SALIENCY, Signal
 from adafv.discovery import concrete_subclasses
+from adafv.engines.transformers.towers import TowerShape, shape_of
 from adafv.errors import UnsupportedModelError
 from adafv.prompts.prompt import Run
 
@@ -29,11 +31,16 @@ class Encoded:
 
     features: list[Tensor]
     """Per image [N, D], what the language model would read."""
-    saliency: list[Tensor] | None
-    """Per image [N] float32, see `adafv.core.class_attention` and `received_attention`; None where not asked for. What
-    stands at tokens that show no patch does not matter."""
+    signals: dict[Signal, list[Tensor]] = field(default_factory=dict)
+    """What was asked for of the tower, per image [N, ...]: see `adafv.core.tokens`. What stands at tokens that show no
+    patch does not matter."""
     deepstack: list[Tensor] = field(default_factory=list)
     """Per image [N, L, D], what L of the language model's layers add to the tokens; empty where the family has none."""
+
+    @property
+    def saliency(self) -> list[Tensor] | None:
+        """Per image [N] float32, of the layer that the projector reads; None where it was not asked for."""
+        return self.signals.get(SALIENCY)
 
 
 class Family(ABC):
@@ -56,6 +63,10 @@ class Family(ABC):
     """Further names under which processors or callers pass an entry -> its name in `images` or `videos`."""
     saliency: ClassVar[str] = "[CLS]"
     """What the saliency is: the attention of "[CLS]", or the attention "received" where the tower has no [CLS]."""
+    tower_name: ClassVar[str] = "vision_tower"
+    """Attribute of the base model that holds the tower."""
+    tower_shape: ClassVar[TowerShape | None] = None
+    """Where the tower keeps its layers, and which of them look at the whole image; None: as `towers.TOWERS` says."""
     downsamples: ClassVar[bool] = False
     """Whether images can be scaled down; such a family has `encode_smaller`."""
     arranges: ClassVar[bool] = False
@@ -97,6 +108,23 @@ class Family(ABC):
         """
         return
 
+    def check_signals(self, model: Any, signals: Iterable[Signal]) -> None:
+        """Raise UnsupportedModelError where one of these signals cannot be read off this model's tower."""
+        for tower in self.towers(model):
+            shape = shape_of(tower) if self.tower_shape is None else self.tower_shape
+            layers = shape.numbered(tower, self.feature_layers(model))
+            for signal in signals:
+                if reason := layers.unreadable(signal):
+                    raise UnsupportedModelError(f"the {signal} cannot be read in {self.name}: {reason}")
+
+    def towers(self, model: Any) -> list[Any]:
+        """The towers that signals are read off."""
+        return [getattr(model.model, self.tower_name)]
+
+    def feature_layers(self, model: Any) -> int | list[int]:
+        """Which hidden states of the tower the projector reads; layers behind the deepest of them may not be run."""
+        return -1
+
     @abstractmethod
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
         """Layout of every image, known before the tower runs.
@@ -107,9 +135,18 @@ class Family(ABC):
 
     @abstractmethod
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
-        """Run tower and projector, reading the saliency, if asked for, off the layer that the projector reads."""
+        """Run tower and projector, reading the signals (those `of_tower` alone) off the tower.
+
+        Raises:
+            UnsupportedModelError: one cannot be read, see `check_signals`.
+        """
 
     def encode_smaller(
         self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]

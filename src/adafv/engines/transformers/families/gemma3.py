@@ -19,7 +19,9 @@ from packaging.version import Version
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.engines.transformers.patches import by_image, pooled
 from adafv.engines.transformers.towers import TappedTower, check_tower, with_tower
 from adafv.errors import UnsupportedCallError
 from adafv.prompts.prompt import Run
@@ -62,8 +64,8 @@ class Gemma3(Family):
             )
 
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
-        tokens = self.pooled(model, torch.zeros(1, self.patches(model) ** 2))
-        side = int(tokens.shape[-1] ** 0.5)
+        projector = model.model.multi_modal_projector
+        side = int(projector.patches_per_image) // int(projector.kernel_size)
         layout = ImageLayout(torch.arange(side * side), crops=1, rows=side, columns=side)
         return [layout] * len(visuals["pixel_values"])
 
@@ -73,19 +75,20 @@ class Gemma3(Family):
         return {"pixel_values": visuals["pixel_values"][wanted]}
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
-        tower = TappedTower(model.model.vision_tower, -1, saliency)
+        tower = TappedTower(model.model.vision_tower, -1, signals)
         twin = with_tower(model.model, "vision_tower", tower)
         features = twin.get_image_features(visuals["pixel_values"], return_dict=True).pooler_output
-        return Encoded(list(features), list(self.pooled(model, tower.saliency)) if saliency else None)
-
-    def patches(self, model: Any) -> int:
-        """Patches along one side of an image."""
-        return int(model.model.multi_modal_projector.patches_per_image)
+        return Encoded(list(features), tower.read(lambda patches: by_image(self.pooled(model, patches), layouts)))
 
     def pooled(self, model: Any, patches: Tensor) -> Tensor:
-        """Values per patch ([images, patches]) -> per token ([images, tokens]), averaged as the projector does."""
+        """Values per patch ([all patches, C]) -> per token ([all tokens, C]), averaged as the projector does."""
         projector = model.model.multi_modal_projector
-        squares = patches.unflatten(1, (projector.patches_per_image, projector.patches_per_image)).unsqueeze(1)
-        return projector.avg_pool(squares).flatten(1)  # type: ignore[no-any-return]
+        side = int(projector.patches_per_image)
+        return pooled(patches, (side, side), projector.kernel_size)

@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded, in_order
 from adafv.engines.transformers.families.llava import Llava
+from adafv.engines.transformers.patches import by_crops
 from adafv.engines.transformers.towers import TappedTower, patch_grid, scale_down, with_tower
 from adafv.errors import UnsupportedModelError
 from adafv.prompts.prompt import Run
@@ -56,11 +58,16 @@ class LlavaNext(Llava):
         return packed[0].squeeze(-1).long()
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
         layers, reading = self.reads(model, visuals)
         newline = newline_of(model)
-        tower = TappedTower(model.model.vision_tower, layers, saliency)
+        tower = TappedTower(model.model.vision_tower, layers, signals)
         twin = with_tower(model.model, "vision_tower", tower)
         # The stock method, stopped short of packing: where the tokens go is what the layouts say.
         crops: list[Tensor] = []
@@ -71,13 +78,11 @@ class LlavaNext(Llava):
 
         twin.__dict__["pack_image_features"] = keep_unpacked
         twin.get_image_features(visuals["pixel_values"], visuals["image_sizes"], return_dict=True, **reading)
-        features = [in_order(crop.flatten(0, 1), layout, newline) for crop, layout in zip(crops, layouts, strict=True)]
-        if not saliency:
-            return Encoded(features, None)
-        scores = tower.saliency.split([layout.crops for layout in layouts])
-        return Encoded(
-            features, [in_order(part.flatten(), layout) for part, layout in zip(scores, layouts, strict=True)]
-        )
+
+        def packed(parts: list[Tensor], filler: Tensor | None = None) -> list[Tensor]:
+            return [in_order(part.flatten(0, 1), layout, filler) for part, layout in zip(parts, layouts, strict=True)]
+
+        return Encoded(packed(crops, newline), tower.read(lambda patches: packed(by_crops(patches, layouts))))
 
     def encode_smaller(
         self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]
@@ -85,9 +90,7 @@ class LlavaNext(Llava):
         """Of the thumbnail, which is the image at low resolution already."""
         layers, _ = self.reads(model, visuals)
         pixels = scale_down(_thumbnails(visuals, layouts), model.model.vision_tower, grid)
-        states = TappedTower(model.model.vision_tower, layers, False)(
-            pixels, interpolate_pos_encoding=True
-        ).hidden_states
+        states = TappedTower(model.model.vision_tower, layers, ())(pixels, interpolate_pos_encoding=True).hidden_states
         assert states is not None
         read = [states[index][:, 1:] for index in ([layers] if isinstance(layers, int) else layers)]
         return list(model.model.multi_modal_projector(torch.cat(read, dim=-1)))

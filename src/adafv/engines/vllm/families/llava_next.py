@@ -1,7 +1,7 @@
 """LLaVA-NeXT: a thumbnail and several crops per image ("anyres"), packed by vLLM's own method.
 
 As in transformers, where each patch ends up is found by sending the places of patches through the packing, and the
-saliency is sent through it as well; see `adafv.engines.transformers.families.llava_onevision`, which shares this way of
+signals are sent through it as well; see `adafv.engines.transformers.families.llava_onevision`, which shares this way of
 seeing.
 """
 
@@ -21,6 +21,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from adafv.core import ImageLayout, anyres_layout, anyres_places
 from adafv.core.encoded import EncodedImage
+from adafv.engines.transformers.patches import by_crops
 from adafv.engines.vllm.families.llava import PrunedLlava
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
 
@@ -41,12 +42,12 @@ class PrunedAnyres(PrunedLlava):
         layouts = [self.layout(size) for size in sizes]
         # An image comes with as many crops as the largest one of its request has; the rest are zeros.
         shown = [crops[: layout.crops] for crops, layout in zip(images["pixel_values"], layouts, strict=True)]
-        features, saliency = self.crops({**images, "pixel_values": shown})
-        scores: list[Tensor | None] = [None] * len(layouts)
-        if saliency is not None:
-            parts = saliency.unsqueeze(-1).split([layout.crops for layout in layouts])
-            scores = [self.pack(part, size).squeeze(-1) for part, size in zip(parts, sizes, strict=True)]
-        return [EncodedImage(*image) for image in zip(features, scores, layouts, strict=True)]
+
+        def packed(patches: Tensor) -> list[Tensor]:
+            crops = zip(by_crops(patches, layouts), sizes, strict=True)
+            return [self.pack(part, size) for part, size in crops]
+
+        return self.encoded({**images, "pixel_values": shown}, layouts, packed)
 
     def layout(self, size: Tensor) -> ImageLayout:
         """Where the tokens of an image of this size ([2], height and width) come from."""
