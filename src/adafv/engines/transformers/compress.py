@@ -26,7 +26,7 @@ from adafv.engines.transformers.cache import (
 from adafv.engines.transformers.choice import Choice, choose_tokens, encode_images
 from adafv.engines.transformers.conversation import Conversation, new_images
 from adafv.engines.transformers.devices import host_by_default
-from adafv.engines.transformers.families import MODALITIES, Family, family_of
+from adafv.engines.transformers.families import CallWithImages, Family, family_of
 from adafv.engines.transformers.families.base import stock_model
 from adafv.engines.transformers.packing import BORDERS, LONGEST, shorten_borders
 from adafv.engines.transformers.positions import needs_guard, set_linear_positions, set_rotary_positions
@@ -144,20 +144,19 @@ def compress_call(
     with timed(seconds, "compaction"):
         call = Conversation.read(model, family, result, cache, whole_conversation)
         placed, visuals, layouts = new_images(model, family, settings, visuals, call)
-    if family.one_placeholder and len(visuals) > 1:
-        raise UnsupportedCallError(
-            f"images beside videos in one call fail in stock transformers with {family.name}; pass the frames as images, or "
-            "ask about them in turns"
-        )
+    keeps = [tokens_to_keep(settings.keep, image.layout.tokens) for image in placed]
+    pruned = [keep < image.layout.tokens for keep, image in zip(keeps, placed, strict=True)]
     if placed:
-        family.check_call(model, result, cache, call.prefix.length > 0, call.generates)
+        packed = any(pruned) and call.packing is not None and call.packing.apart
+        modalities = tuple(visuals)
+        family.check_call(
+            model, CallWithImages(result, modalities, cache, call.prefix.length > 0, call.generates, packed)
+        )
     if not placed and not call.prefix.changed and not positions_known(cache):
         return result
     if "cache_position" in result:
         raise UnsupportedCallError("cache_position cannot be combined with pruned tokens; leave it out")
 
-    keeps = [tokens_to_keep(settings.keep, image.layout.tokens) for image in placed]
-    pruned = [keep < image.layout.tokens for keep, image in zip(keeps, placed, strict=True)]
     texts, methods = _texts(settings, call, placed, pruned)
     grids: list[tuple[int, int] | None] = [None] * len(placed)
     for i, image in enumerate(placed):
@@ -169,10 +168,6 @@ def compress_call(
                     "method, or scale the images before the processor"
                 )
             keeps[i] = methods[i].budget(keeps[i], image.layout)
-    if any(pruned) and call.packing is not None and call.packing.apart and not family.packed_rows:
-        raise UnsupportedCallError(
-            f"this release of transformers mixes up prompts packed into one row with {family.name}; give one prompt per row"
-        )
     if any(pruned) or call.prefix.changed:
         refuse_unknown_columns(result, (call.prompt.length, call.prefix.length + call.prompt.length))
 
@@ -247,9 +242,9 @@ def _visuals(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, dict[str
         raise UnsupportedCallError(
             f"videos are not supported for {family.name}; pass the frames as images, if it takes several"
         )
-    names = {name for modality in family.modalities for name in family.inputs(modality)} | set(family.other_names)
-    taken = {name: inputs.pop(name) for name in names if name in inputs}
-    known = {name: taken[other] for other, name in family.other_names.items() if other in taken} | taken
+    names = {name for modality in family.modalities for name in family.inputs(modality)}
+    taken = {name: inputs.pop(name) for name in list(inputs) if family.named(name) in names}
+    known = {family.named(name): value for name, value in taken.items()} | taken
     visuals: dict[str, dict[str, Any]] = {}
     for modality in family.modalities:
         mine = {name: known[name] for name in family.inputs(modality) if name in known}
@@ -287,7 +282,7 @@ def _by_prompt(
                     deepstack.setdefault(image.row, []).append(choice.deepstack)
         if features:
             joined, stacked = ([torch.cat(parts) for parts in each.values()] for each in (features, deepstack))
-            name = MODALITIES[0] if family.one_placeholder else modality
+            name = family.handed_as(modality)
             outputs[name] = family.hand_over(model, name, joined, stacked)
     return outputs
 
@@ -309,9 +304,8 @@ def _take_out(
         values = result.get(name)
         if not isinstance(values, Tensor) or values.dim() < 2 or values.shape[1] == 0:
             continue
-        if name == "token_type_ids" and family.looks_ahead and values.shape[1] == new:
-            # The stock model reads them from the beginning of the cache.
-            values = torch.nn.functional.pad(values, (call.prefix.length, 0))
+        if values.shape[1] == new:
+            values = family.since_the_cache_began(name, values, call.prefix.length)
         if values.shape[1] == whole.length:
             result[name] = whole.take(values, fill)
         elif values.shape[1] == new:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.engines.transformers.families.base import Encoded, Family
-from adafv.engines.transformers.towers import TappedTower, check_tower, patch_grid, scale_down, with_tower
+from adafv.engines.transformers.families.base import Encoded, Family, is_a
+from adafv.engines.transformers.towers import TappedTower, check_tower, patch_grid, scale_down, uncompiled, with_tower
 from adafv.prompts.prompt import Run
 
 
@@ -25,6 +25,9 @@ class Llava(Family):
 
     tower_name: ClassVar[str] = "vision_tower"
     """Attribute of the base model that holds the tower."""
+
+    def owns(self, model: Any) -> bool:
+        return super().owns(model) and not has_pixtral_tower(model)  # else see llava_pixtral.py
 
     def check(self, model: Any) -> None:
         self.reads(model, {})
@@ -67,6 +70,12 @@ class Llava(Family):
         twin = with_tower(model.model, self.tower_name, tower)
         output = twin.get_image_features(pixel_values, return_dict=True, **reading, **options)
         return Encoded(list(output.pooler_output), list(tower.saliency) if saliency else None)
+
+
+def has_pixtral_tower(model: Any) -> bool:
+    """Whether the tower is Pixtral's, whose images have any size."""
+    tower: Any = getattr(model.model, "vision_tower", None)
+    return is_a(uncompiled(tower), "PixtralVisionModel")
 
 
 def feature_options(model: Any, visuals: Mapping[str, Any]) -> tuple[int | list[int], str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout, patch_saliency
-from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.engines.transformers.families.base import Encoded, Family, is_a
 from adafv.engines.transformers.towers import Score, TappedTower, TowerShape, uncompiled, with_tower
 from adafv.errors import UnsupportedModelError
 from adafv.prompts.prompt import Run
@@ -47,7 +47,7 @@ class Mistral3(Family):
 
     def check(self, model: Any) -> None:
         tower = uncompiled(getattr(model.model, self.tower_name))
-        if all(cls.__name__ != "PixtralVisionModel" for cls in type(tower).__mro__):
+        if not is_a(tower, "PixtralVisionModel"):
             raise UnsupportedModelError(
                 f"the vision tower {type(tower).__name__} is not supported in {type(model).__name__}; supported is "
                 "PixtralVisionModel"
