@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
 from adafv import AdaFV
-from adafv.engines.transformers.families import family_of, towers
+from adafv.engines.transformers import towers
+from adafv.engines.transformers.families import family_of
 
 compass = pytest.importorskip("rows.cohere_compass")
 ROW = FamilyRow(

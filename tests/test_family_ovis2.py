@@ -9,7 +9,8 @@ from rows.ovis2 import ROW, build, grid
 from torch import Tensor
 
 from adafv import AdaFV
-from adafv.engines.transformers.families import family_of, towers
+from adafv.engines.transformers import towers
+from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.prompt import read_prompt
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
 

@@ -11,7 +11,8 @@ from packaging.version import Version
 from torch import Tensor
 
 from adafv import AdaFV
-from adafv.engines.transformers.families import family_of, towers
+from adafv.engines.transformers import towers
+from adafv.engines.transformers.families import family_of
 from adafv.errors import UnsupportedCallError
 
 ROWS = [row for row in FAMILIES if row.name in ("paddleocr-vl", "kimi-k2.5")]

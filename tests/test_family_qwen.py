@@ -13,7 +13,8 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from adafv import compress
-from adafv.engines.transformers.families import family_of, towers
+from adafv.engines.transformers import towers
+from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.families.qwen2_5_vl import window_order
 from adafv.prompts.text import text_columns
 

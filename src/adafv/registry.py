@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
+from adafv.printable import one_line
+
 T = TypeVar("T")
 
 
@@ -148,5 +150,5 @@ def _not_derived(value: Any, base: type[Any]) -> str | None:
 def cause(error: BaseException) -> str:
     """What an exception says, in one line, without paths: reports of bugs quote it."""
     kind = type(error).__name__
-    text = re.sub(r" \((?:/|\\|[A-Za-z]:)[^()]*\)", "", " ".join(str(error).split()))
+    text = re.sub(r" \((?:/|\\|[A-Za-z]:)[^()]*\)", "", one_line(" ".join(str(error).split())))
     return kind if not text or "/" in text or "\\" in text else f"{kind}: {text}"

@@ -7,9 +7,15 @@
     conversation.py  what one call says: new prompt, cached prefix, images
     choice.py        from images to kept tokens
     prompt.py        what is image and what is text in a prompt; taking columns out of it
-    text.py          which text counts for an image
+    positions.py     positions of the columns that stay, along the prompt or in time, height and width
+    packing.py       several prompts in one row
     cache.py         what a pruned key/value cache holds, so that the next turn fits it
+    outputs.py       logits and scores in the caller's columns
+    devices.py       models on several devices
     record.py        `Record`, what one run did
+    releases.py      what releases of transformers call otherwise or get wrong
+    towers.py        twins of a tower that let its attention be read
+    families/        one file per model family
 
 All work goes through one public argument of the models, `mm_encoder_outputs`, which exists from transformers 5.18 on.
 """

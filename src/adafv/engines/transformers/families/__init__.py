@@ -10,7 +10,8 @@ from adafv.engines.transformers.families.base import (
     Encoded,
     Family,
     family_of,
+    found_families,
     known_families,
 )
 
-__all__ = ["MODALITIES", "CallWithImages", "Encoded", "Family", "family_of", "known_families"]
+__all__ = ["MODALITIES", "CallWithImages", "Encoded", "Family", "family_of", "found_families", "known_families"]

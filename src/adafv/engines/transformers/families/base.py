@@ -79,7 +79,10 @@ class Family(ABC):
     """One line on what is refused or different, for the catalogue; empty where nothing is."""
 
     def owns(self, model: Any) -> bool:
-        """Whether a model is of this family: of one of its classes. Exactly one family may own a model."""
+        """Whether a model is of this family: of one of its classes, or of one derived from it.
+
+        Of several, the family of the nearest class is the model's; two for one class are refused.
+        """
         return any(is_a(model, name) for name in self.model_classes)
 
     @abstractmethod
@@ -257,14 +260,18 @@ def family_of(model: Any) -> Family:
             "model.model was replaced by torch.compile(model.model), and what is inside cannot be run in parts; compile it "
             "in place instead: model.model.compile(), or its language model alone: model.model.language_model.compile()"
         )
-    owners = [family for family in known_families() if family.owns(model)]
-    if len(owners) > 1:
-        homes = " and ".join(f"{family.name} ({found_families().homes[family.name]})" for family in owners)
+    owners: dict[int, list[Family]] = {}
+    for family in known_families():
+        if family.owns(model):
+            owners.setdefault(_distance(model, family), []).append(family)
+    nearest = owners[min(owners)] if owners else []
+    if len(nearest) > 1:
+        homes = " and ".join(f"{family.name} ({found_families().homes[family.name]})" for family in nearest)
         raise UnsupportedModelError(
             f"{type(model).__name__} is claimed by {homes}, and only one can be right; uninstall the other"
         )
-    if owners:
-        [family] = owners
+    if nearest:
+        [family] = nearest
         family.check(model)
         return family
     hint = ""
@@ -273,6 +280,12 @@ def family_of(model: Any) -> Family:
     elif is_a(model, "DataParallel") or is_a(model, "DistributedDataParallel"):
         hint = "; wrap the model inside: AdaFV(...)(model.module)"
     raise unsupported(type(model).__name__, hint)
+
+
+def _distance(model: Any, family: Family) -> int:
+    """How many classes the model's own is derived away from the family's."""
+    classes = type(model).__mro__
+    return next((i for i, cls in enumerate(classes) if cls.__name__ in family.model_classes), len(classes))
 
 
 def unsupported(model_class: str, hint: str = "") -> UnsupportedModelError:
