@@ -167,6 +167,10 @@ class FamilyRow:
     """Tokens of an image look at each other both ways, as `token_types` say."""
     chunked_prefill: bool = True
     """Whether the stock model takes images in chunked prefill."""
+    packed_rows: bool = True
+    """Whether the stock model, in this release, keeps prompts packed into one row apart."""
+    first_position: int = 0
+    """What the stock `forward` counts positions from."""
     static_cache: bool = True
     """Whether the stock model takes a static cache."""
     continued_with_images: bool = True

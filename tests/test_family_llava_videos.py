@@ -281,7 +281,8 @@ def test_both_names_of_the_pixels_are_understood() -> None:
         assert torch.equal(model.generate(**new, max_new_tokens=3), sequences)
     family = family_of(model)
     for inputs in (old, new):
-        assert torch.equal(family.view(model, inputs, []), old["pixel_values_images"])
+        named = {family.named(name): value for name, value in inputs.items()}
+        assert torch.equal(family.view(model, named, []), old["pixel_values_images"])
 
 
 def test_images_at_lower_resolution() -> None:
@@ -356,7 +357,7 @@ def test_placeholders_of_the_stock_processors(row: FamilyRow, size: tuple[int, i
         processor = stock_processor(LlavaNextVideoProcessor, images)
     pixels = images(photo(0, width, height), return_tensors="pt")
     placeholders = processor.replace_image_token(pixels, 0)
-    visuals = {family.other_names.get(name, name): value for name, value in pixels.items()}
+    visuals = {family.named(name): value for name, value in pixels.items()}
     [layout] = family.layouts(model, "image", visuals, [])
     assert layout.tokens == len(placeholders)
     for frames in (1, 3, 8):

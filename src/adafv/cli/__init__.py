@@ -57,9 +57,11 @@ def _options(
 def methods() -> None:
     """List the pruning methods."""
     with failures_as_messages():
-        from adafv.methods import known_methods
+        from adafv.methods import found_methods, known_methods
 
         _list({name: method.summary for name, method in known_methods().items()})
+        for broken in found_methods().broken:
+            put(f"not loaded: {one_line(str(broken))}")
 
 
 @app.command("families")

@@ -229,10 +229,12 @@ def _checked_pruner(wish: _Wish, session: "Session | None" = None) -> "Pruner":
     """The pruner that was asked for. Without a session, to find mistakes before the model is loaded."""
     from adafv.engines.transformers import Pruner
     from adafv.engines.transformers.settings import POSITIONS
-    from adafv.methods import known_methods
+    from adafv.methods import found_methods, known_methods, method_named
     from adafv.prompts.text import SCOPES
 
     methods = known_methods()
+    if wish.method not in methods and found_methods().broken:
+        method_named(wish.method)  # says what is broken
     method = methods[one_of("--method", wish.method, tuple(methods))]
     taken = {field.name for field in fields(method)}  # type: ignore[arg-type]
     for name in wish.parameters:

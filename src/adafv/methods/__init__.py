@@ -5,6 +5,6 @@ test. `methods/base.py` is the whole interface.
 """
 
 from adafv.core.tokens import Kept, Plan, VisualTokens
-from adafv.methods.base import Method, known_methods, method_named
+from adafv.methods.base import Method, found_methods, known_methods, method_named
 
-__all__ = ["Kept", "Method", "Plan", "VisualTokens", "known_methods", "method_named"]
+__all__ = ["Kept", "Method", "Plan", "VisualTokens", "found_methods", "known_methods", "method_named"]

@@ -16,8 +16,10 @@ A method says at which stages it acts:
 An image that keeps all its tokens is never shown to a method.
 """
 
+import inspect
+import warnings
 from abc import ABC, abstractmethod
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, ClassVar
 
@@ -25,8 +27,8 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.core.tokens import Kept, Plan, Signal, VisualTokens
-from adafv.discovery import concrete_subclasses
 from adafv.errors import OptionError
+from adafv.registry import Found, find
 
 IMAGE, TOWER, TOKENS, LAYERS = "image", "tower", "tokens", "layers"
 
@@ -89,27 +91,54 @@ class Method(ABC):
 
 
 @cache
+def found_methods() -> Found[Method]:
+    """The methods of this package and of the entry points `adafv.methods`, and what could not be loaded."""
+    return find("adafv.methods", "adafv.methods", Method, _fault, called_by_entry=True)  # type: ignore[type-abstract]
+
+
 def known_methods() -> dict[str, type[Method]]:
-    """Every method in this package, by name."""
-    return {
-        method.name: method for method in sorted(concrete_subclasses("adafv.methods", Method), key=lambda m: m.name)
-    }
+    """Every method that could be loaded, by name; in the order of the names."""
+    return dict(found_methods().classes)
 
 
 def method_named(name: str, **parameters: Any) -> Method:
     """An instance of the method called `name`.
 
     Raises:
-        OptionError: there is no such method, or it has no such parameter.
+        OptionError: there is no such method, it could not be loaded, or it has no such parameter.
     """
-    methods = known_methods()
-    if name not in methods:
-        raise OptionError(f"there is no method {name!r}; known are: {', '.join(methods)}")
-    method: Any = methods[name]
-    possible = [field.name for field in fields(method)]
+    found = found_methods()
+    if name not in found.classes:
+        known = f"known are: {', '.join(found.classes)}"
+        if broken := found.named(name):
+            raise OptionError(f"the method {name!r} could not be loaded: {'; '.join(map(str, broken))}; {known}")
+        raise OptionError(f"there is no method {name!r}; {known}{found.lacking()}")
+    for refused in found.named(name):  # of the same name
+        warnings.warn(f"the method {name!r} is that of {found.homes[name]}; {refused}", stacklevel=2)
+    method: Any = found.classes[name]
+    options = {field.name: field for field in fields(method) if field.init}
     for parameter in parameters:
-        if parameter not in possible:
+        if parameter not in options:
             raise OptionError(
-                f"the method {name!r} has no option {parameter!r}; it has {', '.join(possible) if possible else 'none'}"
+                f"the method {name!r} has no option {parameter!r}; it has {', '.join(options) if options else 'none'}"
             )
+    needed = [
+        option
+        for option, field in options.items()
+        if option not in parameters and field.default is MISSING and field.default_factory is MISSING
+    ]
+    if needed:
+        raise OptionError(f"the method {name!r} has no default for {', '.join(needed)}; give a value")
     return method(**parameters)
+
+
+def _fault(method: type[Method]) -> str | None:
+    """Why a class cannot be offered by name: its options must be known."""
+    if "__dataclass_fields__" not in vars(method):
+        return "is no dataclass, so its options are not known: put @dataclass(frozen=True) in front of the class"
+    options = {field.name for field in fields(method) if field.init}  # type: ignore[arg-type]
+    if hidden := sorted(set(inspect.signature(method).parameters) - options):
+        return f"takes {', '.join(hidden)} without fields of that name; every option is a field of the dataclass"
+    if not isinstance(getattr(method, "summary", None), str):
+        return "has no summary: set `summary`, one line"
+    return None

@@ -142,13 +142,6 @@ def read_call(
     call = _read(model, family, settings, result, whole_conversation)
     call.encoded = encoded
     _place_images(call, visuals)
-    if family.one_placeholder and len(call.visuals) > 1:
-        raise UnsupportedCallError(
-            f"images beside videos in one call fail in stock transformers with {family.name}; pass the frames as images, or "
-            "ask about them in turns"
-        )
-    if call.jobs:
-        family.check_call(model, result, cache, call.prefix.length > 0, call.generates)
     if call.changes_nothing:
         return result
     if "cache_position" in result:
@@ -242,9 +235,9 @@ def visuals_of(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, dict[s
         raise UnsupportedCallError(
             f"videos are not supported for {family.name}; pass the frames as images, if it takes several"
         )
-    names = {name for modality in family.modalities for name in family.inputs(modality)} | set(family.other_names)
-    taken = {name: inputs.pop(name) for name in names if name in inputs}
-    known = {name: taken[other] for other, name in family.other_names.items() if other in taken} | taken
+    names = {name for modality in family.modalities for name in family.inputs(modality)}
+    taken = {name: inputs.pop(name) for name in list(inputs) if family.named(name) in names}
+    known = {family.named(name): value for name, value in taken.items()} | taken
     visuals: dict[str, dict[str, Any]] = {}
     for modality in family.modalities:
         mine = {name: known[name] for name in family.inputs(modality) if name in known}

@@ -50,9 +50,8 @@ def take_out(call: Call) -> None:
         values = result.get(name)
         if not isinstance(values, Tensor) or values.dim() < 2 or values.shape[1] == 0:
             continue
-        if name == "token_type_ids" and family.looks_ahead and values.shape[1] == new:
-            # The stock model reads them from the beginning of the cache.
-            values = torch.nn.functional.pad(values, (call.prefix.length, 0))
+        if values.shape[1] == new:
+            values = family.since_the_cache_began(name, values, call.prefix.length)
         if values.shape[1] == whole.length:
             result[name] = whole.take(values, fill)
         elif values.shape[1] == new:

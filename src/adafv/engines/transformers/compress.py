@@ -20,7 +20,7 @@ from adafv.engines.transformers.columns import take_out
 from adafv.engines.transformers.compaction import compact
 from adafv.engines.transformers.devices import host_by_default
 from adafv.engines.transformers.encode import encode_images
-from adafv.engines.transformers.families import MODALITIES, Family, family_of
+from adafv.engines.transformers.families import Family, family_of
 from adafv.engines.transformers.families.base import stock_model
 from adafv.engines.transformers.packing import shorten_borders
 from adafv.engines.transformers.plan import plan_images
@@ -211,7 +211,7 @@ def _by_prompt(call: Call) -> dict[str, BaseModelOutputWithPooling]:
                 [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in each.values()]
                 for each in (features, deepstack)
             )
-            name = MODALITIES[0] if family.one_placeholder else modality
+            name = family.handed_as(modality)
             outputs[name] = family.hand_over(call.model, name, joined, stacked)
     return outputs
 

@@ -7,6 +7,8 @@ from adafv.core.select import check_method, plan_of
 from adafv.core.tokens import STRINGS, WORDS
 from adafv.engines.transformers.call import Call, ImageJob
 from adafv.engines.transformers.columns import refuse_unknown_columns
+from adafv.engines.transformers.families import CallWithImages
+from adafv.engines.transformers.releases import cache_of
 from adafv.errors import NoWordsError, UnsupportedCallError
 from adafv.methods.base import IMAGE, TOKENS
 from adafv.prompts.text import text_columns
@@ -15,23 +17,22 @@ from adafv.prompts.text import text_columns
 def plan_images(call: Call) -> None:
     """Give every image its budget, and those that lose tokens their words, their method and its plan."""
     for job in call.jobs:
-        available = job.image.layout.tokens
-        job.keep = tokens_to_keep(call.settings.keep, available)
-        if job.keep == available:
-            continue
+        job.keep = tokens_to_keep(call.settings.keep, job.image.layout.tokens)
+    losing = [job for job in call.jobs if job.lost]
+    if call.jobs:
+        cached, packed = call.prefix.length > 0, bool(losing) and call.packed
+        call.family.check_call(
+            call.model,
+            CallWithImages(call.inputs, tuple(call.visuals), cache_of(call.inputs), cached, call.generates, packed),
+        )
+    for job in losing:
         if call.settings.method.needs_words:
             _find_words(call, job)
         _check_method(call, job)
         job.plan = plan_of(job.method, job.image.layout, job.keep)
         job.keep = job.keep if job.plan.keep is None else job.plan.keep
         _follow(call, job)
-    prunes = any(job.plan is not None for job in call.jobs)
-    if prunes and call.packed and not call.family.packed_rows:
-        raise UnsupportedCallError(
-            f"this release of transformers mixes up prompts packed into one row with {call.family.name}; give one prompt per "
-            "row"
-        )
-    if prunes or call.prefix.changed:
+    if losing or call.prefix.changed:
         refuse_unknown_columns(call.inputs, (call.prompt.length, call.prefix.length + call.prompt.length))
 
 

@@ -44,7 +44,7 @@ def set_linear_positions(call: Call, stays: Tensor) -> None:
         if call.generates and isinstance(mask, Tensor) and mask.shape[1] == length:
             given = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
         elif not call.generates:
-            given = given[:, -new:] + family.first_position
+            given = family.places(given[:, -new:])
     given = given.expand(batch, -1)
     if given.shape[1] not in (length, new):
         raise PromptError(f"position_ids is {list(given.shape)}, but the prompt is [{batch}, {length}]")

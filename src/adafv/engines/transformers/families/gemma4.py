@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.engines.transformers.families.base import CallWithImages, Encoded, Family
 from adafv.engines.transformers.towers import TowerShape, with_tap
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
 from adafv.prompts.prompt import Run
@@ -38,8 +38,8 @@ class Gemma4(Family):
                 "supported are its models without it (E2B, E4B)"
             )
 
-    def check_call(self, model: Any, inputs: Mapping[str, Any], cache: Any, cached: bool, generates: bool) -> None:
-        if inputs.get("inputs_embeds") is not None and model.config.get_text_config().hidden_size_per_layer_input:
+    def check_call(self, model: Any, call: CallWithImages) -> None:
+        if call.inputs.get("inputs_embeds") is not None and model.config.get_text_config().hidden_size_per_layer_input:
             raise UnsupportedCallError(
                 "this model looks up an input for every layer by the token's number, and stock transformers cannot find it "
                 "from the embeddings of a prompt with images; pass input_ids"

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.engines.transformers.families.base import Encoded, Family, is_a
 from adafv.engines.transformers.patches import by_image
-from adafv.engines.transformers.towers import TappedTower, check_tower, patch_grid, scale_down, with_tower
+from adafv.engines.transformers.towers import TappedTower, check_tower, patch_grid, scale_down, uncompiled, with_tower
 from adafv.prompts.prompt import Run
 
 
@@ -24,6 +24,9 @@ class Llava(Family):
         "vision_feature_select_strategy",
     )
     downsamples = True
+
+    def owns(self, model: Any) -> bool:
+        return super().owns(model) and not has_pixtral_tower(model)  # else see llava_pixtral.py
 
     def check(self, model: Any) -> None:
         self.reads(model, {})
@@ -81,6 +84,12 @@ class Llava(Family):
         twin = with_tower(model.model, self.tower_name, tower)
         output = twin.get_image_features(pixel_values, return_dict=True, **reading, **options)
         return Encoded(list(output.pooler_output), tower.read(lambda patches: by_image(patches, layouts)))
+
+
+def has_pixtral_tower(model: Any) -> bool:
+    """Whether the tower is Pixtral's, whose images have any size."""
+    tower: Any = getattr(model.model, "vision_tower", None)
+    return is_a(uncompiled(tower), "PixtralVisionModel")
 
 
 def feature_options(model: Any, visuals: Mapping[str, Any]) -> tuple[int | list[int], str]:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 from adafv.core import ImageLayout
 from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded, in_order
 from adafv.engines.transformers.families.llava import Llava
 from adafv.engines.transformers.patches import by_crops
+from adafv.engines.transformers.releases import of_stock
 from adafv.engines.transformers.towers import TappedTower, patch_grid, scale_down, with_tower
 from adafv.errors import UnsupportedModelError
 from adafv.prompts.prompt import Run
@@ -41,8 +41,10 @@ class LlavaNext(Llava):
 
     def _layout(self, model: Any, visuals: Mapping[str, Any], size: list[int]) -> ImageLayout:
         side = model.config.vision_config.image_size
-        tiling = get_anyres_image_grid_shape(tuple(size), model.config.image_grid_pinpoints, side)
-        crops = image_size_to_num_patches(tuple(size), model.config.image_grid_pinpoints, side)
+        tiling, crops = (
+            of_stock("llava_next.modeling_llava_next", name)(tuple(size), model.config.image_grid_pinpoints, side)
+            for name in ("get_anyres_image_grid_shape", "image_size_to_num_patches")
+        )
         rows, columns = patch_grid(model.model.vision_tower, *visuals["pixel_values"].shape[-2:])
         numbers = torch.arange(crops * rows * columns).view(crops, rows * columns)
         return ImageLayout(self._packed(model, numbers, size), crops, rows, columns, tiling)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adafv.core import ImageLayout, patch_saliency
 from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.engines.transformers.families.base import Encoded, Family, is_a
 from adafv.engines.transformers.patches import pooled
 from adafv.engines.transformers.towers import Score, TappedTower, TowerShape, uncompiled, with_tower
 from adafv.errors import UnsupportedModelError
@@ -48,7 +48,7 @@ class Mistral3(Family):
 
     def check(self, model: Any) -> None:
         tower = uncompiled(getattr(model.model, self.tower_name))
-        if all(cls.__name__ != "PixtralVisionModel" for cls in type(tower).__mro__):
+        if not is_a(tower, "PixtralVisionModel"):
             raise UnsupportedModelError(
                 f"the vision tower {type(tower).__name__} is not supported in {type(model).__name__}; supported is "
                 "PixtralVisionModel"

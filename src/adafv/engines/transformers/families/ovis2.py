@@ -10,7 +10,7 @@ tokens. They are rows of a table, which tokens were kept does not matter to them
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +34,6 @@ class Ovis2(Family):
     saliency = "received"
     tower_shape = TowerShape("transformer.encoder.layers", "attention", has_class_token=False)
     as_tensor = ("image",)
-    chunked_prefill = False
     limits = "refuses chunked prefill, and checkpoints whose visual tokens are drawn at random"
 
     def check(self, model: Any) -> None:
@@ -42,6 +41,12 @@ class Ovis2(Family):
             raise UnsupportedModelError(
                 "tokenize_function='gumbel_argmax' draws the visual tokens at random, so no two calls see the same image; "
                 "set model.config.vision_config.tokenize_function to 'softmax' or 'st_argmax'"
+            )
+
+    def check_generate(self, asked: Callable[[str], Any]) -> None:
+        if asked("prefill_chunk_size"):
+            raise UnsupportedCallError(
+                f"chunked prefill fails in stock transformers with images of {self.name}; leave prefill_chunk_size out"
             )
 
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:

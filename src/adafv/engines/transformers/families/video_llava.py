@@ -28,7 +28,6 @@ class VideoLlava(Llava):
     model_classes = ("VideoLlavaForConditionalGeneration",)
     images: ClassVar[tuple[str, ...]] = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
     videos = ("pixel_values_videos", "vision_feature_layer")
-    other_names: ClassVar[Mapping[str, str]] = {"pixel_values_images": "pixel_values"}
     as_tensor = ("image", "video")
 
     def check(self, model: Any) -> None:
@@ -41,8 +40,11 @@ class VideoLlava(Llava):
     def feature_layers(self, model: Any) -> int | list[int]:
         return model.config.vision_feature_layer  # type: ignore[no-any-return]
 
+    def named(self, name: str) -> str:
+        return "pixel_values" if name == "pixel_values_images" else name
+
     def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
-        pixels: Tensor = visuals["pixel_values_images" if "pixel_values_images" in visuals else "pixel_values"]
+        pixels: Tensor = visuals["pixel_values"]
         return pixels[:1]
 
     def take(
