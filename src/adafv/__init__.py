@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adafv.core.budget import Budget
     from adafv.engines.transformers import AdaFV, CompressedInputs, Pruner, Record, compress
     from adafv.errors import AdaFVError
     from adafv.methods import Kept, Method, VisualTokens
@@ -27,6 +28,7 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 _HOMES = {
     "AdaFV": "adafv.engines.transformers",
     "AdaFVError": "adafv.errors",
+    "Budget": "adafv.core.budget",
     "CompressedInputs": "adafv.engines.transformers",
     "Kept": "adafv.methods",
     "Method": "adafv.methods",
@@ -39,6 +41,7 @@ _HOMES = {
 __all__ = [
     "AdaFV",
     "AdaFVError",
+    "Budget",
     "CompressedInputs",
     "Kept",
     "Method",

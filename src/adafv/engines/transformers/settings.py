@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adafv.core.budget import check_keep
+from adafv.core import Budget
 from adafv.errors import OptionError
-from adafv.methods import Method, method_named
+from adafv.methods import Method
+from adafv.methods.options import method_of
 from adafv.prompts.text import ChatTemplate, resolve_scope
 
 POSITIONS = ("compact", "original")
@@ -19,7 +20,7 @@ class Settings:
     """How to prune, whatever the model."""
 
     method: Method
-    keep: int | float
+    budget: Budget
     positions: str
     scope: str
     template: ChatTemplate | None
@@ -30,9 +31,9 @@ class Settings:
     def of(
         cls,
         method: str | Method,
-        keep: int | float,
+        keep: Budget | int | float | str,
         positions: str = "compact",
-        text: str | None = None,
+        scope: str | None = None,
         processor: Any = None,
         video: str = "clip",
         logits: str = "prompt",
@@ -40,7 +41,9 @@ class Settings:
     ) -> "Settings":
         """Check the options, see `Pruner`."""
         if isinstance(method, str):
-            method = method_named(method, **parameters)
+            method = method_of(method, parameters)
+        elif parameters:
+            raise OptionError(f"{', '.join(parameters)}: a Method has its options already; give them where it is made")
         if positions not in POSITIONS:
             raise OptionError(f"positions={positions!r}; known are: {', '.join(POSITIONS)}")
         if video not in VIDEO_BUDGETS:
@@ -50,9 +53,14 @@ class Settings:
         if method.published_layout:
             if positions != "compact":
                 raise OptionError("the published variant repeats tokens, so they have no original positions")
-            text = "after" if text is None else text
-        scope, template = resolve_scope(text, processor)
-        return cls(method, check_keep(keep), positions, scope, template, video, logits)
+            scope = "after" if scope is None else scope
+        resolved, template = resolve_scope(scope, processor)
+        return cls(method, Budget.of(keep), positions, resolved, template, video, logits)
+
+    @property
+    def keep(self) -> int | float:
+        """The budget as a plain number."""
+        return self.budget.keep
 
 
 def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
