@@ -153,14 +153,21 @@ def method_from_options(name: str, written: Sequence[str]) -> Method:
     return method_of(name, parameters_from_options(name, written))
 
 
-def method_from_text(text: str) -> Method:
-    """A method with its options in one word: "saliency", or "adafv:objective=split".
+def method_from_text(text: str) -> tuple[Method, str]:
+    """A method with its options in one word, "saliency" or "adafv:objective=split"; and the word, see `in_one_word`.
 
     Raises:
         OptionError: as `method_from_options`.
     """
     name, *written = text.split(":")
-    return method_from_options(name.strip(), written)
+    name = name.strip()
+    parameters = parameters_from_options(name, written)
+    return method_of(name, parameters), in_one_word(name, parameters)
+
+
+def in_one_word(name: str, parameters: Mapping[str, Any]) -> str:
+    """How a method is told from others: "saliency", or "adafv:objective=split"."""
+    return ":".join([name, *(f"{given}={_written(value)}" for given, value in parameters.items())])
 
 
 def listed(method: type[Method]) -> list[tuple[str, str]]:
