@@ -16,8 +16,9 @@ from PIL import Image
 from typer.testing import Result
 
 import adafv.asking.session
-from adafv.asking.failures import UsageError
-from adafv.cli.ask import parse_keep
+from adafv.core import Budget
+from adafv.errors import BudgetError
+from adafv.methods import known_methods
 
 QUESTION = "What is in the picture?"
 Ask = Callable[..., Result]
@@ -106,6 +107,24 @@ class TestAnswer:
         assert "unpruned" in result.stdout
         assert result.stdout.count("saliency") == 1
 
+    def test_compare_with_other_methods(self, ask: Ask) -> None:
+        rivals = "uniform,adafv:objective=split,random:seed=1,adafv"
+        said = json.loads(ask("--keep", "25%", "--json", "--compare-with", rivals, "--repeats", "1").stdout)
+        names = ["unpruned", "adafv", "uniform", "adafv:objective=split", "random:seed=1"]
+        assert [mode["method"] for mode in said["compare"]] == names
+        assert [mode["tokens"] for mode in said["compare"]] == [TOKENS, 4, 4, 4, 4]
+        alone = ask("--keep", "25%", "--method", "random", "--option", "seed=1")
+        assert alone.stdout == said["compare"][-1]["answer"] + "\n"
+
+    def test_options_of_the_method(self, ask: Ask) -> None:
+        kept = {}
+        for seed in (0, 1):
+            said = json.loads(ask("--method", "random", "--option", f"seed={seed}", "--keep", "4", "--json").stdout)
+            assert said["parameters"] == {"seed": seed}
+            kept[seed] = said["kept"]
+        assert kept[0] != kept[1]
+        assert kept[0] == json.loads(ask("--method", "random", "--keep", "4", "--json").stdout)["kept"]
+
     @pytest.mark.parametrize("method", ["downsample", "random", "saliency", "text", "uniform"])
     def test_every_method(self, ask: Ask, method: str) -> None:
         said = json.loads(ask("--method", method, "--keep", "4", "--json").stdout)
@@ -116,6 +135,7 @@ class TestAnswer:
         "options",
         [
             ["--objective", "split"],
+            ["--option", "objective=split"],
             ["--variant", "published"],
             ["--text", "turn"],
             ["--text", "question"],
@@ -147,6 +167,11 @@ class TestAnswer:
         model = save_llava(tmp_path, chat_template=False)
         result = run("ask", photo, QUESTION, "--model", model, "--max-new-tokens", 2)
         assert result.exit_code == 0, result.stderr
+        assert "warning: which words are the question cannot be seen" in result.stderr
+        assert "UserWarning" not in result.stderr
+        turn = run("ask", photo, QUESTION, "--model", model, "--max-new-tokens", 2, "--text", "turn")
+        assert turn.stdout == result.stdout
+        assert "warning" not in turn.stderr
         refused(run("ask", photo, QUESTION, "--model", model, "--text", "question"), 2, "needs a processor with a chat")
 
     def test_llava_next(self, photo: Path, tmp_path: Path) -> None:
@@ -326,10 +351,17 @@ class TestMistakes:
             (["--keep", "0"], "at least one visual token must stay"),
             (["--keep", "-3"], "at least one visual token must stay"),
             (["--keep", "lots"], "is not a budget"),
-            (["--keep", "nan"], "a share lies above 0"),
-            (["--keep", "64.0"], "leave the point out"),
+            (["--keep", "nan"], "is not a budget"),
+            (["--keep", "64.0"], "written without a point"),
             (["--method", "adfv"], "did you mean adafv?"),
-            (["--method", "saliency", "--objective", "split"], "does not apply to --method saliency"),
+            (["--method", "saliency", "--objective", "split"], "'saliency' has no option 'objective'; it has none"),
+            (["--option", "objective"], "not of the form name=value; such as objective=joint"),
+            (["--option", "objectve=split"], "no option 'objectve'; it has objective (text, such as joint), variant"),
+            (["--option", "objective=split", "--objective", "joint"], "objective is given twice"),
+            (["--option", "objective=best"], "known are: joint, split"),
+            (["--method", "random", "--option", "seed=one"], "seed=one; give a whole number, such as 0"),
+            (["--compare-with", "uniform,adfv"], "did you mean adafv?"),
+            (["--compare-with", "random:seed=x"], "give a whole number"),
             (["--objective", "best"], "known are: joint, split"),
             (["--variant", "best"], "known are: corrected, published"),
             (["--text", "all"], "known are: question, turn, after"),
@@ -344,6 +376,15 @@ class TestMistakes:
     )
     def test_options(self, ask: Ask, options: list[str], message: str) -> None:
         refused(ask(*options), 2, message)
+
+    @pytest.mark.parametrize("keep", ["0", "1.5", "lots", " 10%"])
+    def test_a_budget_is_refused_in_the_librarys_words(self, photo: Path, keep: str) -> None:
+        """And before a model is looked for."""
+        with pytest.raises(BudgetError) as error:
+            Budget.of(keep)
+        refused(
+            run("ask", photo, QUESTION, "--model", "no/such", "--keep", keep), 2, " ".join(str(error.value).split())
+        )
 
     @pytest.mark.parametrize("question", ["", "  \n "])
     def test_empty_question(self, ask: Ask, question: str) -> None:
@@ -412,36 +453,17 @@ class TestMistakes:
         assert isinstance(ask(image="nowhere.png").exception, adafv.AdaFVError)
 
 
-class TestKeep:
-    @pytest.mark.parametrize(
-        ("text", "keep"),
-        [
-            ("64", 64),
-            ("1", 1),
-            ("0.1", 0.1),
-            ("10%", 0.1),
-            ("100%", 1.0),
-            ("1.0", 1.0),
-            ("all", 1.0),
-            (" 12.5 % ", 0.125),
-        ],
-    )
-    def test_understood(self, text: str, keep: float) -> None:
-        parsed = parse_keep(text)
-        assert parsed == keep
-        assert type(parsed) is type(keep)
-
-    @pytest.mark.parametrize("text", ["", "0", "-1", "0.0", "1.5", "0%", "101%", "%", "inf", "nan", "ten", "1e400"])
-    def test_refused(self, text: str) -> None:
-        with pytest.raises(UsageError, match="--keep"):
-            parse_keep(text)
-
-
 class TestCatalogue:
     def test_methods(self) -> None:
         result = run("methods")
         assert result.exit_code == 0
-        assert [line.split()[0] for line in result.stdout.splitlines()][:2] == ["adafv", "downsample"]
+        named = [line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")]
+        assert named == sorted(known_methods())
+        lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+        own = lines[lines.index(next(line for line in lines if line.startswith("adafv "))) + 1 :][:2]
+        assert own[0].startswith('objective=joint: "joint" (optimum')
+        assert own[1].startswith('variant=corrected: "corrected", or')
+        assert "seed=0: of the draw." in lines
 
     def test_families(self) -> None:
         result = run("families")

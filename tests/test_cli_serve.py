@@ -113,6 +113,17 @@ class TestCommand:
             "tower_cache_mb": 0.0,
         }
 
+    @pytest.mark.parametrize(
+        ("options", "parameters"),
+        [
+            (["--option", "objective=split"], {"objective": "split"}),
+            (["--objective", "split", "--option", "variant=corrected"], {"objective": "split", "variant": "corrected"}),
+            (["--method", "random", "--option", "seed=7"], {"seed": 7}),
+        ],
+    )
+    def test_options_of_the_method(self, options: list[str], parameters: dict[str, Any]) -> None:
+        assert overrides(printed("bundled", "--keep", "8", *options))["adafv"]["parameters"] == parameters
+
     def test_address_and_further_options_reach_vllm_in_order(self) -> None:
         further = ["--tensor-parallel-size", "2", "--served-model-name", "photos"]
         command = printed("bundled", "--keep", "8", "--host", "127.0.0.1", "--port", "8123", "--", *further)
@@ -159,11 +170,16 @@ class TestRefusals:
             (["--keep", "many"], "is not a budget"),
             (["--keep", "64", "--method", "best"], "there is no method 'best'"),
             (["--keep", "64", "--method", "downsample"], "not supported in vLLM"),
-            (["--keep", "64", "--method", "random", "--objective", "split"], "have no 'objective'"),
+            (
+                ["--keep", "64", "--method", "random", "--objective", "split"],
+                "no option 'objective'; it has seed",
+            ),
+            (["--keep", "64", "--method", "random", "--option", "seed=x"], "give a whole number"),
+            (["--keep", "64", "--option", "seed"], "not of the form name=value"),
             (["--keep", "64", "--objective", "best"], "known are: joint, split"),
             (["--keep", "64", "--text", "all"], "known are: question, turn, after"),
             (["--keep", "64", "--max-keep", "128"], "add --request-budgets"),
-            (["--keep", "64", "--request-budgets", "--max-keep", "32"], "is above max_keep=32"),
+            (["--keep", "64", "--request-budgets", "--max-keep", "32"], "keep=64 is above max_keep=32"),
             (["--keep", "64", "--request-budgets", "--max-keep", "0.5"], "do not compare"),
             (["--keep", "64", "--", "--hf-overrides", "[1]"], "is not a JSON object"),
             (["--keep", "64", "--", "--hf-overrides"], "is not a JSON object"),

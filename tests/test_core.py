@@ -19,7 +19,6 @@ from adafv.core import (
     selection,
     split_search,
     text_to_image_attention,
-    tokens_to_keep,
     top_tokens,
 )
 from adafv.errors import BudgetError
@@ -371,30 +370,6 @@ def test_top_tokens() -> None:
     assert top_tokens(values, 1).tolist() == [1]  # of equals, the lower index
     assert top_tokens(values, 3).tolist() == [1, 2, 3]
     assert top_tokens(values, 2, torch.tensor([True, False, False, True])).tolist() == [0, 3]
-
-
-# ------------------------------------------------------------------------------------------------ budgets
-
-
-@given(st.integers(1, 3000), st.data())
-def test_budget_stays_inside_the_image(tokens: int, data: st.DataObject) -> None:
-    assert tokens_to_keep(data.draw(st.integers(1, tokens)), tokens) in range(1, tokens + 1)
-    assert tokens_to_keep(data.draw(st.floats(0, 1, exclude_min=True)), tokens) in range(1, tokens + 1)
-    assert tokens_to_keep(1.0, tokens) == tokens
-
-
-def test_budget_rounds_to_the_nearest() -> None:
-    assert [tokens_to_keep(share, 576) for share in (0.1, 0.05, 0.25, 1e-9)] == [58, 29, 144, 1]
-    import numpy
-
-    assert tokens_to_keep(numpy.int64(5), 9) == 5
-    assert tokens_to_keep(numpy.float32(0.5), 9) == 5
-
-
-@pytest.mark.parametrize("keep", [0, -3, 0.0, 1.01, math.nan, math.inf, -0.5, True, "5", None, 1j])
-def test_bad_budgets(keep: object) -> None:
-    with pytest.raises(BudgetError):
-        tokens_to_keep(keep, 100)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("keep", [0, 11])

@@ -1,6 +1,7 @@
 """Which text counts, with the chat templates that checkpoints really have."""
 
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -102,17 +103,36 @@ def test_learned_template() -> None:
 
 
 def test_processors_without_a_usable_template() -> None:
+    """Who asks for the question is told that it cannot be; who asks for nothing gets the turn, and is told why."""
     made = processor("llava")
-    made.chat_template = None
-    with pytest.raises(OptionError, match="chat template"):
-        AdaFV(keep=0.1, processor=made)
-    made.chat_template = "{{ messages[0]['content'][0]['type'] }}"
-    with pytest.raises(OptionError, match="does not show images"):
-        AdaFV(keep=0.1, processor=made)
-    made.chat_template = "<image>"
-    with pytest.raises(OptionError, match="words end"):
-        AdaFV(keep=0.1, processor=made)
-    AdaFV(keep=0.1, processor=made, text="turn")
+    for template, reason in (
+        (None, "with a chat template"),
+        ("{{ messages[0]['content'][0]['type'] }}", "does not show images"),
+        ("<image>", "words end"),
+    ):
+        made.chat_template = template
+        with pytest.raises(OptionError, match=reason):
+            AdaFV(keep=0.1, processor=made, text="question")
+        with pytest.warns(UserWarning, match=f"{reason}.*text='turn'"):
+            assert AdaFV(keep=0.1, processor=made).settings.scope == "turn"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert AdaFV(keep=0.1, processor=made, text="turn").settings.scope == "turn"
+            assert AdaFV(keep=0.1, processor=made, variant="published").settings.scope == "after"
+
+
+def test_the_default_scope() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve_scope(None, None) == ("turn", None)
+        scope, template = resolve_scope(None, processor("llava"))
+        assert (scope, template is None) == ("question", False)
+        for explicit in ("turn", "after"):
+            assert resolve_scope(explicit, processor("llava")) == (explicit, None)
+    with pytest.raises(OptionError, match="needs the processor"):
+        resolve_scope("question", None)
+    with pytest.raises(OptionError, match="known are: question, turn, after"):
+        resolve_scope("all", None)
 
 
 def test_question_needs_tokens() -> None:

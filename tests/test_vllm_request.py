@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from adafv import bundled
+from adafv.core.budget import MOST_TOKENS, Budget
 from adafv.engines.serving.request import Reader, Wish, budget_from, digest
-from adafv.engines.serving.settings import MOST_TOKENS, Budget, ServerSettings
+from adafv.engines.serving.settings import ServerSettings
 from adafv.errors import PromptError
 from adafv.prompts.text import ChatTemplate
 

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adafv.core.budget import Budget
     from adafv.engines.transformers import (
         AdaFV,
         CompressedInputs,
@@ -37,6 +38,7 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 _HOMES = {
     "AdaFV": "adafv.engines.transformers",
     "AdaFVError": "adafv.errors",
+    "Budget": "adafv.core.budget",
     "CompressedInputs": "adafv.engines.transformers",
     "EncodedImages": "adafv.engines.transformers",
     "ImageRecord": "adafv.engines.transformers",
@@ -53,6 +55,7 @@ _HOMES = {
 __all__ = [
     "AdaFV",
     "AdaFVError",
+    "Budget",
     "CompressedInputs",
     "EncodedImages",
     "ImageRecord",

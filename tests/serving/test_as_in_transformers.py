@@ -8,7 +8,7 @@ from both import NAMES, Both, checkpoint
 from engines import alike, answers, chat, picture
 from transformers import AutoConfig
 
-from adafv.core.budget import tokens_to_keep
+from adafv.core import Budget
 from adafv.engines.transformers.families.base import family_of
 from adafv.errors import UnsupportedModelError
 
@@ -85,7 +85,7 @@ def test_the_prompt_holds_as_many_placeholders_as_tokens_stay(both: Both) -> Non
     assert min(whole) > 40
     assert placeholders(both, [large, "How many cars are there?"], 7) == [7]
     assert placeholders(both, two, 7) == [7, 7]
-    assert placeholders(both, two, 0.3) == [tokens_to_keep(0.3, count) for count in whole]
+    assert placeholders(both, two, 0.3) == [Budget(0.3).tokens(count) for count in whole]
 
 
 def test_a_number_of_tokens_is_an_upper_bound(both: Both) -> None:

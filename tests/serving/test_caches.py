@@ -15,9 +15,9 @@ import pytest
 from checkpoints import bundled
 from engines import alike, answers, chat, choices, engine, generate, picture, prompt, tower_runs
 
+from adafv.core import Budget
 from adafv.core.encoded import TowerCache
 from adafv.engines.serving.request import Wish
-from adafv.engines.serving.settings import Budget
 from adafv.errors import BudgetError, UnsupportedCallError
 
 PICTURES = ("bird", "cars", "key", "tree")

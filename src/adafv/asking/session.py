@@ -23,12 +23,14 @@ from torch import Tensor
 
 from adafv.asking.failures import LoadError, UsageError, check_text
 from adafv.asking.models import folder_or_id, hub_options, within
+from adafv.core import Budget
 from adafv.engines.transformers import Pruner, Record
 from adafv.engines.transformers.families.base import family_of, known_families, unsupported
 from adafv.engines.transformers.reading import read_prompt
 from adafv.engines.transformers.releases import returned_cache
-from adafv.errors import AdaFVError, OptionError
+from adafv.errors import AdaFVError
 from adafv.images import check_shape
+from adafv.methods import Method
 from adafv.picture import tower_view
 from adafv.printable import shortened
 from adafv.prompts.text import image_text
@@ -179,21 +181,11 @@ class Session:
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
 
-    def pruner(self, method: str, keep: int | float, text: str | None = None, **options: Any) -> Pruner:
-        """A pruner for this model; `options` as `Pruner` takes them.
-
-        Where no `text` is asked for, the question counts, or the turn where no template tells the question; the published
-        variant has its own default.
-        """
-        if text is not None or getattr(self.processor, "chat_template", None) is not None:
-            try:
-                return Pruner(method, keep, text=text, processor=self.processor, **options)
-            except OptionError:  # perhaps a template that the question cannot be told from
-                if text is not None:
-                    raise
-        elif options.get("variant") == "published":
-            return Pruner(method, keep, **options)
-        return Pruner(method, keep, text="turn", **options)
+    def pruner(
+        self, method: str | Method, keep: Budget | int | float | str, scope: str | None = None, **options: Any
+    ) -> Pruner:
+        """A pruner for this model; `scope` is what `Pruner` calls `text`, and `options` are as it takes them."""
+        return Pruner(method, keep, text=scope, processor=self.processor, **options)
 
     def ask(self, inputs: Any, pruner: Pruner | None, max_new_tokens: int) -> Answer:
         """Answer by greedy decoding; without a pruner, by the stock model."""

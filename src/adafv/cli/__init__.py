@@ -55,11 +55,16 @@ def _options(
 
 @app.command("methods")
 def methods() -> None:
-    """List the pruning methods."""
+    """List the pruning methods, each with its options (see --option) and their defaults."""
     with failures_as_messages():
         from adafv.methods import found_methods, known_methods
+        from adafv.methods.options import listed
 
-        _list({name: method.summary for name, method in known_methods().items()})
+        width = max(map(len, known_methods()))
+        for name, method in known_methods().items():
+            put(f"{name:<{width}}  {method.summary}")
+            for option, meaning in listed(method):
+                put(f"{'':<{width}}    {option}: {meaning}")
         for broken in found_methods().broken:
             put(f"not loaded: {one_line(str(broken))}")
 
@@ -71,12 +76,6 @@ def families() -> None:
         from adafv.engines.transformers.families.catalogue import catalogue
 
         put(catalogue())
-
-
-def _list(rows: dict[str, str]) -> None:
-    width = max(map(len, rows), default=0)
-    for name, text in rows.items():
-        put(f"{name:<{width}}  {text}")
 
 
 def main() -> None:

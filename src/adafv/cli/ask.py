@@ -1,18 +1,16 @@
 """`adafv ask`: one question about one image, and what pruning did."""
 
-import difflib
 import io
 import json
 import math
 import os
-import re
 import stat
 import sys
 import tempfile
 import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,21 +18,34 @@ import typer
 
 from adafv.asking.failures import UsageError, check_text
 from adafv.asking.models import about, checked_model, folder_or_id, hub_options, unknown_words, unknown_words_warning
-from adafv.cli.failures import FAILED, OutputError, failures_as_messages, put, say
-from adafv.cli.options import METHOD, MethodOption, ModelOption, ObjectiveOption, TextOption
+from adafv.cli.failures import FAILED, OutputError, failures_as_messages, put, say, warnings_as_messages
+from adafv.cli.options import (
+    DTYPES,
+    METHOD,
+    RUN,
+    DeviceOption,
+    DtypeOption,
+    MethodOption,
+    MethodOptions,
+    ModelOption,
+    ObjectiveOption,
+    TextOption,
+    one_of,
+    with_shorthands,
+)
+from adafv.core.budget import Budget
 from adafv.printable import printable, shortened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from adafv.asking.session import Session, Timing
+    from adafv.asking.session import Answer, Session, Timing
     from adafv.engines.transformers import Pruner, Record
+    from adafv.methods import Method
 
 PICTURE_KINDS = (".png", ".jpg", ".jpeg", ".webp")
 _PROBE = 64 * 1024
 """Bytes that are written to find out whether a picture can be."""
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-_RUN = "How to run it"
 _OUTPUT = "What to show"
 
 
@@ -49,25 +60,30 @@ def ask(
         ),
     ] = "0.1",
     method: MethodOption = "adafv",
+    option: MethodOptions = None,
     objective: ObjectiveOption = None,
     variant: Annotated[
-        str | None, typer.Option(help="Of method adafv: corrected (default) or published.", rich_help_panel=METHOD)
+        str | None,
+        typer.Option(help="Short for --option variant=...: corrected or published.", rich_help_panel=METHOD),
     ] = None,
     text: TextOption = None,
     positions: Annotated[
         str, typer.Option(help="Of the kept tokens: compact or original.", rich_help_panel=METHOD)
     ] = "compact",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=_RUN)] = 64,
-    dtype: Annotated[
-        str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.", rich_help_panel=_RUN)
-    ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(help="Such as cpu, cuda, cuda:1. Default: cuda where there is one.", rich_help_panel=_RUN),
-    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=RUN)] = 64,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Run it unpruned and by saliency alone, too.", rich_help_panel=_OUTPUT)
     ] = False,
+    compare_with: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD,...",
+            help="As --compare, but by these methods: uniform,adafv:objective=split",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     repeats: Annotated[
         int, typer.Option(min=1, help="With --compare: timed rounds; the median is shown.", rich_help_panel=_OUTPUT)
     ] = 3,
@@ -85,77 +101,81 @@ def ask(
 
         adafv ask photo.jpg "What is the man holding?" --model llava-hf/llava-1.5-7b-hf --keep 64
     """
+    wish = _Wish(**locals())
     with failures_as_messages():
-        wish = _Wish(
-            image=image,
-            question=_checked_question(question),
-            model=checked_model(model),
-            keep=parse_keep(keep),
-            method=method,
-            parameters={
-                name: value for name, value in {"objective": objective, "variant": variant}.items() if value is not None
-            },
-            text=text,
-            positions=positions,
-            max_new_tokens=max_new_tokens,
-            dtype=one_of("--dtype", dtype, DTYPES),
-            device=device,
-            compare=compare,
-            repeats=repeats,
-            picture=None if picture is None else _checked_picture(picture, image),
-            as_json=as_json,
-        )
         _answer(wish)
 
 
 @dataclass(frozen=True)
 class _Wish:
-    """What was asked for on the command line, as far as it can be checked without torch."""
+    """The command line, as it was given."""
 
     image: str
     question: str
     model: str
-    keep: int | float
+    keep: str
     method: str
-    parameters: dict[str, str]
+    option: list[str] | None
+    objective: str | None
+    variant: str | None
     text: str | None
     positions: str
     max_new_tokens: int
     dtype: str
     device: str | None
     compare: bool
+    compare_with: str | None
     repeats: int
     picture: Path | None
     as_json: bool
 
 
-def parse_keep(text: str) -> int | float:
-    """A budget as written on the command line: "64" tokens, a share "0.1" or "10%", or "all".
+@dataclass(frozen=True)
+class _Pruning:
+    """How to prune, checked as far as it can be without a model."""
 
-    Raises:
-        UsageError: it is none of these.
-    """
-    written = text.strip().lower()
-    if written == "all":
-        return 1.0
-    try:
-        if re.fullmatch(r"[+-]?\d+", written):
-            value: int | float = int(written)
-        elif written.endswith("%"):
-            value = float(written[:-1]) / 100
-        else:
-            value = float(written)
-    except ValueError:
-        raise UsageError(
-            f"--keep {shortened(text)!r} is not a budget; give tokens (64), a share (0.1 or 10%), or all"
-        ) from None
-    if isinstance(value, int) and value < 1:
-        raise UsageError(f"--keep {text}: at least one visual token must stay; give 1 or more")
-    if isinstance(value, float) and not 0.0 < value <= 1.0:
-        raise UsageError(
-            f"--keep {text}: a share lies above 0 and not above 1 (100%); for a number of tokens leave the point out"
-        )
-    return value
+    budget: Budget
+    scope: str | None
+    positions: str
+    name: str
+    """Of the method, with its options where it was given some."""
+    method: "Method"
+    parameters: dict[str, Any]
+    """Those that were given."""
+    rivals: dict[str, "Method"]
+    """By name, to compare with; empty where nothing is to be compared."""
+
+    @classmethod
+    def of(cls, wish: _Wish, budget: Budget) -> "_Pruning":
+        from adafv.engines.transformers import Pruner
+        from adafv.engines.transformers.settings import POSITIONS
+        from adafv.methods.options import in_one_word, method_from_text, method_of, parameters_from_options
+        from adafv.prompts.text import SCOPES
+
+        written = with_shorthands(wish.option, objective=wish.objective, variant=wish.variant)
+        parameters = parameters_from_options(wish.method, written)
+        method = method_of(wish.method, parameters)
+        one_of("--positions", wish.positions, POSITIONS)
+        if wish.text is not None:
+            one_of("--text", wish.text, SCOPES)
+        name = in_one_word(wish.method, parameters)
+        rivals = {}
+        for rival in (wish.compare_with or "saliency").split(",") if wish.compare or wish.compare_with else ():
+            other, its_name = method_from_text(rival)
+            if its_name != name:
+                rivals[its_name] = other
+        for each in (method, *rivals.values()):
+            Pruner(each, budget, positions=wish.positions)  # finds what does not go together
+        return cls(budget, wish.text, wish.positions, name, method, parameters, rivals)
+
+    def pruners(self, session: "Session") -> "tuple[Pruner, dict[str, Pruner]]":
+        """(the one that was asked for, its rivals) for the model."""
+        with warnings_as_messages():
+            made, *others = (
+                session.pruner(method, self.budget, self.scope, positions=self.positions)
+                for method in (self.method, *self.rivals.values())
+            )
+        return made, dict(zip(self.rivals, others, strict=True))
 
 
 def _checked_question(question: str) -> str:
@@ -217,62 +237,31 @@ def _why(error: OSError) -> str:
     return shortened(error.strerror or str(error) or type(error).__name__)
 
 
-def one_of(option: str, value: str, known: tuple[str, ...]) -> str:
-    if value not in known:
-        close = difflib.get_close_matches(value, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UsageError(f"{option} {shortened(value)!r} does not exist; known are: {', '.join(known)}{hint}")
-    return value
-
-
-def _checked_pruner(wish: _Wish, session: "Session | None" = None) -> "Pruner":
-    """The pruner that was asked for. Without a session, to find mistakes before the model is loaded."""
-    from adafv.engines.transformers import Pruner
-    from adafv.engines.transformers.settings import POSITIONS
-    from adafv.methods import found_methods, known_methods, method_named
-    from adafv.prompts.text import SCOPES
-
-    methods = known_methods()
-    if wish.method not in methods and found_methods().broken:
-        method_named(wish.method)  # says what is broken
-    method = methods[one_of("--method", wish.method, tuple(methods))]
-    taken = {field.name for field in fields(method)}  # type: ignore[arg-type]
-    for name in wish.parameters:
-        if name not in taken:
-            raise UsageError(f"--{name} does not apply to --method {wish.method}; leave it out")
-    one_of("--positions", wish.positions, POSITIONS)
-    text = wish.text
-    if text is not None:
-        one_of("--text", text, SCOPES)
-    options: dict[str, Any] = {"positions": wish.positions, **wish.parameters}
-    if session is not None:
-        return session.pruner(wish.method, wish.keep, text, **options)
-    return Pruner(wish.method, wish.keep, text="turn" if text == "question" else text, **options)
-
-
 def _answer(wish: _Wish) -> None:
     from adafv.images import is_address
 
+    question, model, budget = _checked_question(wish.question), checked_model(wish.model), Budget.of(wish.keep)
+    one_of("--dtype", wish.dtype, DTYPES)
+    picture = None if wish.picture is None else _checked_picture(wish.picture, wish.image)
     # What can be found wrong without torch is, as torch takes seconds to import. A download waits for the rest of it.
     image = None if is_address(wish.image) else _read(wish.image)
-    with _progress(f"looking for {wish.model}"):
-        hub_options(folder_or_id(wish.model))
+    with _progress(f"looking for {model}"):
+        hub_options(folder_or_id(model))
     with _progress("starting torch and transformers"):
-        _checked_pruner(wish)
+        pruning = _Pruning.of(wish, budget)
         from adafv.asking.session import Session, check_device
-        from adafv.engines.transformers import Pruner
 
         device = check_device(wish.device)
     if image is None:
         image = _read(wish.image)
     start = time.perf_counter()
-    with _progress(f"loading {wish.model}"):
-        session = Session.load(wish.model, wish.dtype, device)
-        pruner = _checked_pruner(wish, session)
+    with _progress(f"loading {model}"):
+        session = Session.load(model, wish.dtype, device)
+        pruner, rivals = pruning.pruners(session)
     loaded = time.perf_counter() - start
-    inputs = session.inputs(image, wish.question)
+    inputs = session.inputs(image, question)
     tokenizer = session.processor.tokenizer
-    unknown = unknown_words(tokenizer, wish.question)
+    unknown = unknown_words(tokenizer, question)
     if unknown:
         say(f"warning: {unknown_words_warning(tokenizer, unknown)}")
     with _progress("answering"):
@@ -285,45 +274,47 @@ def _answer(wish: _Wish) -> None:
     # The answer comes first, whatever becomes of the rest; one JSON object holds the comparison, so it has to wait for it.
     if not wish.as_json:
         put(printable(pruned.answer, kept="\n\t"))
-        say(about(wish.model, tokenizer))
+        say(about(model, tokenizer))
     timings: list[Timing] = []
-    if wish.compare:
-        modes: dict[str, Pruner | None] = {"unpruned": None, wish.method: pruner}
-        if wish.method != "saliency":
-            modes["saliency"] = Pruner("saliency", wish.keep, positions=wish.positions)
+    compares = wish.compare or wish.compare_with is not None
+    if compares:
+        modes: dict[str, Pruner | None] = {"unpruned": None, pruning.name: pruner, **rivals}
         with _progress("comparing"):
-            timings = session.compare(inputs, modes, wish.max_new_tokens, wish.repeats, {wish.method: pruned})
+            timings = session.compare(inputs, modes, wish.max_new_tokens, wish.repeats, {pruning.name: pruned})
 
     if wish.as_json:
-        seconds = {"load": loaded, **record.seconds}
-        result: dict[str, Any] = {
-            "answer": pruned.answer,
-            "tokens_before": sum(record.tokens_before),
-            "tokens_after": sum(record.tokens_after),
-            "kept": [kept.tolist() for kept in record.kept],
-            "objective": record.objective[0],
-            "certificate": record.certificate[0],
-            "method": wish.method,
-            "parameters": wish.parameters,
-            "keep": wish.keep,
-            "model": wish.model,
-            "question": wish.question,
-            "unknown_words": unknown,
-            "positions": wish.positions,
-            "dtype": session.dtype,
-            "device": str(session.device),
-            "seconds": seconds,
-            "kv_mib": pruned.kv_mib,
-        }
-        if wish.compare:
+        asked = {"model": model, "question": question, "unknown_words": unknown}
+        result = _result(pruned, asked, pruning, session) | {"seconds": {"load": loaded, **record.seconds}}
+        if compares:
             result["compare"] = [timing.as_dict() for timing in timings]
         put(json.dumps(_without_nan(result), allow_nan=False))
-    elif wish.compare:
+    elif compares:
         _print_table(timings)
     else:
         say(_summary(record, pruned.kv_mib))
-    if wish.picture is not None:
-        _draw(wish, session, inputs, record, pruned.answer)
+    if picture is not None:
+        _draw(picture, session, inputs, record, question, pruned.answer)
+
+
+def _result(pruned: "Answer", asked: dict[str, Any], pruning: _Pruning, session: "Session") -> dict[str, Any]:
+    record = pruned.record
+    assert record is not None
+    return {
+        "answer": pruned.answer,
+        "tokens_before": sum(record.tokens_before),
+        "tokens_after": sum(record.tokens_after),
+        "kept": [kept.tolist() for kept in record.kept],
+        "objective": record.objective[0],
+        "certificate": record.certificate[0],
+        "method": pruning.method.name,
+        "parameters": pruning.parameters,
+        "keep": pruning.budget.keep,
+        **asked,
+        "positions": pruning.positions,
+        "dtype": session.dtype,
+        "device": str(session.device),
+        "kv_mib": pruned.kv_mib,
+    }
 
 
 def _read(source: str) -> "Image":
@@ -341,21 +332,18 @@ def _summary(record: "Record", kv_mib: float) -> str:
     return f"{text}; {seconds}" if seconds else text
 
 
-def _draw(wish: _Wish, session: "Session", inputs: Any, record: "Record", answer: str) -> None:
+def _draw(path: Path, session: "Session", inputs: Any, record: "Record", question: str, answer: str) -> None:
     """Draw what was kept. The answer is out already, so whatever fails here says that the picture alone is missing."""
     from adafv.picture import draw
 
-    assert wish.picture is not None
     try:
-        drawn: Image = draw(record, 0, session.tower_view(inputs), question=wish.question, answer=answer)
-        _write(drawn, wish.picture)
+        drawn: Image = draw(record, 0, session.tower_view(inputs), question=question, answer=answer)
+        _write(drawn, path)
     except (OSError, ValueError, MemoryError) as error:
         reason = _why(error) if isinstance(error, OSError) else shortened(str(error) or type(error).__name__)
-        say(
-            f"error: the answer is complete, but --picture {wish.picture} was not written ({reason}); choose another place"
-        )
+        say(f"error: the answer is complete, but --picture {path} was not written ({reason}); choose another place")
         raise typer.Exit(FAILED) from error
-    say(f"drew {wish.picture}")
+    say(f"drew {path}")
 
 
 def _write(picture: "Image", path: Path) -> None:

@@ -1,6 +1,7 @@
 """How the command line ends when something goes wrong: one line on standard error and an exit code, no traceback."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -51,6 +52,16 @@ def failures_as_messages() -> Iterator[None]:
         if os.environ.get("ADAFV_TRACEBACK"):
             raise
         _end(*_message(error))
+
+
+@contextmanager
+def warnings_as_messages() -> Iterator[None]:
+    """Turn Python's warnings into lines on standard error, each one once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for text in dict.fromkeys(str(each.message) for each in caught):
+        say(f"warning: {text}")
 
 
 def _message(error: Exception) -> tuple[str, int]:

@@ -16,9 +16,8 @@ import typer
 
 from adafv.asking.failures import UsageError
 from adafv.asking.models import about, checked_model
-from adafv.cli.ask import DTYPES, one_of
 from adafv.cli.failures import failures_as_messages
-from adafv.cli.options import ModelOption
+from adafv.cli.options import DTYPES, DeviceOption, DtypeOption, ModelOption, one_of
 from adafv.errors import AdaFVError
 from adafv.extras import install_command, outdated
 
@@ -51,10 +50,15 @@ def page(
     examples: Annotated[
         Path | None, typer.Option(help="Folder of pictures to choose from. Default: those that come with adafv.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu, cuda, cuda:1. Default: cuda where there is one.")
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="An option of method A when the page opens, such as objective=split; may be given again.",
+        ),
     ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
 ) -> None:
     r"""Open a page on which to ask questions about images, unpruned and pruned side by side.
 
@@ -70,11 +74,18 @@ def page(
             raise PageError(f"{old} is installed, but the page needs another release; run: {install_command('page')}")
         one_of("--dtype", dtype, DTYPES)
         bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        _serve(model, bare, port, password, examples, dtype, device)
+        _serve(model, bare, port, password, examples, option or [], dtype, device)
 
 
 def _serve(
-    model: str, host: str, port: int, ask_password: bool, examples: Path | None, dtype: str, device: str | None
+    model: str,
+    host: str,
+    port: int,
+    ask_password: bool,
+    examples: Path | None,
+    options: list[str],
+    dtype: str,
+    device: str | None,
 ) -> None:
     from adafv.page.samples import bundled_samples, samples_in
 
@@ -85,9 +96,11 @@ def _serve(
     if not local:
         typer.echo(f"warning: {_open_to_others(host, password)}", err=True)
     from adafv.asking.session import Session, check_device
-    from adafv.page.answers import Answers
+    from adafv.methods.options import method_from_options
+    from adafv.page.answers import METHOD_A, Answers
     from adafv.page.uploads import Uploads
 
+    method_from_options(METHOD_A, options)
     model = checked_model(model)
     typer.echo(f"loading {model}", err=True)
     session = Session.load(model, dtype, check_device(device))
@@ -99,7 +112,8 @@ def _serve(
         from adafv.page.app import build, serve
 
         uploads = Uploads(Path(folder))
-        blocks = build(Answers(session, uploads), about(_shown_name(model), session.processor.tokenizer), samples)
+        said = about(_shown_name(model), session.processor.tokenizer)
+        blocks = build(Answers(session, uploads), said, samples, " ".join(options))
         try:
             serve(blocks, uploads, host, port, password, lambda: typer.echo(_url(host, port)))
         except OSError as error:

@@ -6,9 +6,9 @@ import typer
 
 from adafv.asking.failures import UsageError
 from adafv.asking.models import folder_or_id
-from adafv.cli.ask import parse_keep
 from adafv.cli.failures import failures_as_messages
-from adafv.cli.options import METHOD, MethodOption, ObjectiveOption, TextOption
+from adafv.cli.options import METHOD, MethodOption, MethodOptions, ObjectiveOption, TextOption, with_shorthands
+from adafv.core.budget import Budget
 
 if TYPE_CHECKING:
     from adafv.engines.vllm.launch import Launch
@@ -30,6 +30,7 @@ def serve(
         ),
     ],
     method: MethodOption = "adafv",
+    option: MethodOptions = None,
     objective: ObjectiveOption = None,
     text: TextOption = None,
     request_budgets: Annotated[
@@ -69,12 +70,15 @@ def serve(
         adafv serve llava-hf/llava-1.5-7b-hf --keep 64 --port 8000 -- --tensor-parallel-size 2
     """
     with failures_as_messages():
-        settings: dict[str, Any] = {"keep": parse_keep(keep), "method": method, "tower_cache_mb": tower_cache_mb}
-        if objective is not None:
-            settings["parameters"] = {"objective": objective}
+        budget = Budget.of(keep)
+        settings: dict[str, Any] = {"keep": budget.keep, "method": method, "tower_cache_mb": tower_cache_mb}
+        if written := with_shorthands(option, objective=objective):
+            from adafv.methods.options import parameters_from_options
+
+            settings["parameters"] = parameters_from_options(method, written)
         if text is not None:
             settings["text"] = text
-        settings["max_keep"] = _max_keep(max_keep, settings["keep"], request_budgets)
+        settings["max_keep"] = _max_keep(max_keep, budget, request_budgets).keep
         listening = [*_given("--host", host), *_given("--port", port)]
         if request_budgets:
             listening.append("--trust-request-mm-kwargs")
@@ -96,9 +100,9 @@ def _checked_model(model: str) -> str:
     return model
 
 
-def _max_keep(max_keep: str | None, keep: int | float, request_budgets: bool) -> int | float:
+def _max_keep(max_keep: str | None, keep: Budget, request_budgets: bool) -> Budget:
     if request_budgets:
-        return 1.0 if max_keep is None else parse_keep(max_keep)
+        return Budget.of("all" if max_keep is None else max_keep, "max_keep")
     if max_keep is not None:
         raise UsageError("--max-keep bounds the budgets of requests; add --request-budgets, or leave it out")
     return keep  # what no request can ask for, vLLM needs no memory for

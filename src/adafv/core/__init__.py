@@ -1,6 +1,6 @@
 """The method itself: pure tensor functions that depend on torch alone.
 
-    budget.py     how many tokens `keep` means for an image
+    budget.py     how many tokens stay
     layout.py     where the visual tokens of an image come from
     scores.py     the two scores of the paper: text-to-image attention and visual saliency
     received.py   visual saliency of towers without [CLS]
@@ -9,21 +9,45 @@
 Every engine (transformers, vLLM) calls these functions; none has an implementation of its own.
 """
 
-from adafv.core.budget import tokens_to_keep
-from adafv.core.layout import ImageLayout, anyres_layout, anyres_places
-from adafv.core.received import patch_saliency
-from adafv.core.scores import class_attention, text_to_image_attention
-from adafv.core.selection import (
-    Selection,
-    geometric_mean,
-    joint_search,
-    published_search,
-    published_tokens,
-    split_search,
-    top_tokens,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adafv.core.budget import Budget, tokens_to_keep
+    from adafv.core.layout import ImageLayout, anyres_layout, anyres_places
+    from adafv.core.received import patch_saliency
+    from adafv.core.scores import class_attention, text_to_image_attention
+    from adafv.core.selection import (
+        Selection,
+        geometric_mean,
+        joint_search,
+        published_search,
+        published_tokens,
+        split_search,
+        top_tokens,
+    )
+
+# By need: torch takes seconds to import, and a command line that reads a budget shall not wait for it.
+_HOMES = {
+    "Budget": "budget",
+    "ImageLayout": "layout",
+    "Selection": "selection",
+    "anyres_layout": "layout",
+    "anyres_places": "layout",
+    "class_attention": "scores",
+    "geometric_mean": "selection",
+    "joint_search": "selection",
+    "patch_saliency": "received",
+    "published_search": "selection",
+    "published_tokens": "selection",
+    "split_search": "selection",
+    "text_to_image_attention": "scores",
+    "tokens_to_keep": "budget",
+    "top_tokens": "selection",
+}
 
 __all__ = [
+    "Budget",
     "ImageLayout",
     "Selection",
     "anyres_layout",
@@ -39,3 +63,9 @@ __all__ = [
     "tokens_to_keep",
     "top_tokens",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"adafv.core.{_HOMES[name]}"), name)

@@ -15,6 +15,9 @@ class Random(Method):
 
     The draw depends on `seed` and on N alone, never on torch's global generator: the same image keeps the same tokens
     wherever it stands in a batch, and sampling in the language model is undisturbed.
+
+    Args:
+        seed: of the draw.
     """
 
     seed: int = 0

@@ -13,13 +13,17 @@ from PIL import Image
 from adafv.asking.failures import UsageError, check_text, out_of_memory
 from adafv.asking.models import unknown_words, unknown_words_warning
 from adafv.asking.session import Session, Timing
+from adafv.core import Budget
 from adafv.errors import AdaFVError
 from adafv.images import read_image
-from adafv.methods import known_methods
+from adafv.methods import Method
+from adafv.methods.options import method_from_text
 from adafv.page.uploads import Uploads
 from adafv.picture import Panel, panels
 
 UNPRUNED = "unpruned"
+METHOD_A, METHOD_B = "adafv", "saliency"
+"""What is compared when the page opens."""
 MAX_QUESTION = 500
 """Letters; a long text would take the memory and the time of everyone in the queue."""
 MAX_ANSWER = 128
@@ -30,6 +34,8 @@ ROUNDS = 3
 """Timed runs per way, of which the median is shown; as in `adafv ask --compare`."""
 PANEL_WIDTH = 448
 """Pixels of a drawing; twice the size in which a page of 1280 pixels shows it."""
+MAX_METHOD = 120
+"""Letters of a method with its options."""
 PATIENCE = 600.0
 """Seconds that one question may take before those behind it are told so instead of waiting on."""
 
@@ -83,7 +89,7 @@ class Answers:
         with self._pictures.turn():
             _decoded(data)
 
-    def compare(self, path: Any, question: Any, percent: Any, methods: Sequence[Any], longest: Any) -> Comparison:
+    def compare(self, path: Any, question: Any, keep: Any, methods: Sequence[Any], longest: Any) -> Comparison:
         """Answer by the unpruned model, then by each method; a method named twice runs once.
 
         The arguments may be anything, for whoever calls the page's server directly may send anything.
@@ -91,31 +97,29 @@ class Answers:
         Args:
             path: of the picture, a string.
             question: a string.
-            percent: of the picture's visual tokens that are kept, 1 to 100.
-            methods: their names.
+            keep: of the picture's visual tokens; see `adafv.core.Budget`.
+            methods: their names, with options: "adafv:objective=split".
             longest: tokens of the answer.
 
         Raises:
             UsageError, ImageError: something is missing or out of bounds.
+            BudgetError, OptionError: there is no such budget, method or option.
             AdaFVError: the model cannot be asked this way, or the budget does not suit the method.
             BusyError: another question has been in the way for too long.
         """
         if path is None:
             raise UsageError("choose or upload a picture first")
         question = _checked_question(question)
-        _check_number("share of the visual tokens in per cent", percent, 100)
-        _check_number("longest answer in tokens", longest, MAX_ANSWER)
-        known = known_methods()
-        for name in methods:
-            if not isinstance(name, str) or name not in known:
-                raise UsageError(f"there is no method {_shown(name)}; known are: {', '.join(known)}")
+        budget = Budget.of(keep)
+        _check_longest(longest)
+        chosen = {name: method for method, name in map(_checked_method, methods)}
         # Before it is our turn, so that no file can hold up whoever comes next; but not decoded, for a hundred bytes may
         # be a hundred megabytes then.
         data = self._uploads.read(path)
         with self._questions.turn():
             session = self._session
             inputs = session.inputs(_decoded(data), question)
-            modes = {UNPRUNED: None, **{name: session.pruner(name, percent / 100) for name in methods}}
+            modes = {UNPRUNED: None, **{name: session.pruner(method, budget) for name, method in chosen.items()}}
             answers = {name: session.ask(inputs, pruner, int(longest)) for name, pruner in modes.items()}
             timings = session.compare(inputs, modes, int(longest), ROUNDS, answers)
             crops = session.tower_view(inputs)
@@ -173,10 +177,18 @@ def _checked_question(question: Any) -> str:
     return question
 
 
-def _check_number(what: str, value: Any, most: int) -> None:
-    """The page's sliders stay within bounds by themselves; others may send anything."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= most:
-        raise UsageError(f"the {what} cannot be {_shown(value)}; give 1 to {most}")
+def _check_longest(value: Any) -> None:
+    """The page's slider stays within bounds by itself; others may send anything."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= MAX_ANSWER:
+        raise UsageError(f"the longest answer in tokens cannot be {_shown(value)}; give 1 to {MAX_ANSWER}")
+
+
+def _checked_method(text: Any) -> tuple[Method, str]:
+    if not isinstance(text, str):
+        raise UsageError(f"{_shown(text)} is no method; choose one")
+    if len(text) > MAX_METHOD:
+        raise UsageError(f"a method with its options has {len(text)} letters; {MAX_METHOD} at most are needed")
+    return method_from_text(text)
 
 
 def _shown(value: Any) -> str:

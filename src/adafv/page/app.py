@@ -2,6 +2,7 @@
 
 import hmac
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from html import escape
@@ -12,8 +13,9 @@ import gradio
 from starlette.middleware import Middleware
 
 from adafv.errors import AdaFVError
-from adafv.methods import known_methods
-from adafv.page.answers import MAX_ANSWER, Answers, message
+from adafv.methods import Method, known_methods
+from adafv.methods.options import listed
+from adafv.page.answers import MAX_ANSWER, METHOD_A, METHOD_B, Answers, message
 from adafv.page.guard import Guard
 from adafv.page.render import NOTHING_YET, problem_as_html, results_as_html, warning_as_html
 from adafv.page.samples import Sample
@@ -37,19 +39,20 @@ _SHOW = """name => {
 }"""
 _SHOW_PROGRESS = f"""(...given) => {{
     if (given[0] && given[1]?.trim()) ({_SHOW})("results");
-    return given.slice(0, 6);
+    return given.slice(0, 8);
 }}"""
 _SHOW_OUTCOME = f"""() => requestAnimationFrame(() => requestAnimationFrame(() =>
     ({_SHOW})(document.querySelector("#notice [role=alert]") ? "notice" : "results")
 ))"""
 
 
-def build(answers: Answers, about: str, samples: Sequence[Sample]) -> Any:
+def build(answers: Answers, about: str, samples: Sequence[Sample], options: str = "") -> Any:
     """The page as Gradio blocks.
 
     Args:
         about: who answers, as the end of a sentence.
         samples: to choose from.
+        options: of method A when the page opens.
     """
 
     def check(payload: Any) -> tuple[Any, str]:
@@ -75,9 +78,19 @@ def build(answers: Answers, about: str, samples: Sequence[Sample]) -> Any:
             return gradio.skip(), gradio.skip(), _problem(AdaFVError("there is no such picture; choose another one"))
         return gallery.value[number]["image"]["path"], samples[number].question or gradio.skip(), ""
 
-    def ask(payload: Any, question: str, percent: float, first: str, second: str, longest: int) -> tuple[str, str]:
+    def ask(
+        payload: Any,
+        question: str,
+        keep: str,
+        first: str,
+        second: str,
+        longest: int,
+        first_options: str = "",
+        second_options: str = "",
+    ) -> tuple[str, str]:
         try:
-            compared = answers.compare(_path(payload), question, percent, (first, second), longest)
+            pair = _method(first, first_options), _method(second, second_options)
+            compared = answers.compare(_path(payload), question, keep, pair, longest)
             return results_as_html(compared.results), warning_as_html(compared.warning)
         except Exception as error:
             return NOTHING_YET, _problem(error)
@@ -117,13 +130,19 @@ def build(answers: Answers, about: str, samples: Sequence[Sample]) -> Any:
                 question = gradio.Textbox(
                     label="Question", placeholder="What is in the picture?", max_lines=4, elem_id="question"
                 )
-                percent = gradio.Slider(1, 100, value=10, step=1, label="Visual tokens to keep, %", elem_id="percent")
+                keep = gradio.Textbox(
+                    value="10%",
+                    label="Visual tokens to keep",
+                    info="A share (10%), a number (64), or all.",
+                    max_lines=1,
+                    elem_id="keep",
+                )
                 with gradio.Row():
                     first = gradio.Dropdown(
-                        list(methods), value="adafv", label="Method A", min_width=120, elem_id="first"
+                        list(methods), value=METHOD_A, label="Method A", min_width=120, elem_id="first"
                     )
                     second = gradio.Dropdown(
-                        list(methods), value="saliency", label="Method B", min_width=120, elem_id="second"
+                        list(methods), value=METHOD_B, label="Method B", min_width=120, elem_id="second"
                     )
                 button = gradio.Button("Ask", variant="primary", elem_id="ask")
                 notice.render()
@@ -131,7 +150,17 @@ def build(answers: Answers, about: str, samples: Sequence[Sample]) -> Any:
                     longest = gradio.Slider(
                         1, MAX_ANSWER, value=32, step=1, label="Longest answer, in tokens", elem_id="longest"
                     )
-                    gradio.Markdown("\n".join(f"- **{name}**: {method.summary}" for name, method in methods.items()))
+                    first_options, second_options = (
+                        gradio.Textbox(
+                            value=value,
+                            label=f"Options of method {letter}",
+                            placeholder="objective=split",
+                            max_lines=1,
+                            elem_id=f"options-{letter.lower()}",
+                        )
+                        for letter, value in (("A", options), ("B", ""))
+                    )
+                    gradio.Markdown("\n".join(map(_described, methods.values())))
             with gradio.Column(scale=5, min_width=320):
                 results = gradio.HTML(NOTHING_YET, elem_id="results", js_on_load=None, min_height=160)
 
@@ -148,9 +177,9 @@ def build(answers: Answers, about: str, samples: Sequence[Sample]) -> Any:
             show_progress="hidden",
         )
         asked = gradio.on(
-            [button.click, question.submit],
+            [button.click, question.submit, keep.submit],
             ask,
-            [picture, question, percent, first, second, longest],
+            [picture, question, keep, first, second, longest, first_options, second_options],
             [results, notice],
             preprocess=False,
             api_name="ask",
@@ -160,6 +189,18 @@ def build(answers: Answers, about: str, samples: Sequence[Sample]) -> Any:
         )
         asked.then(None, None, None, js=_SHOW_OUTCOME, api_visibility="private")
     return page.queue(max_size=MOST_WAITING)
+
+
+def _method(name: Any, options: Any) -> Any:
+    """The two fields of a method as one word; whoever sent them may have sent anything."""
+    if not isinstance(name, str):
+        return name
+    return ":".join([name, *filter(None, re.split(r"[\s,]+", str(options or "")))])
+
+
+def _described(method: type[Method]) -> str:
+    options = "".join(f"\n    - `{option}`: {escape(meaning)}" for option, meaning in listed(method))
+    return f"- **{method.name}**: {escape(method.summary)}{options}"
 
 
 def _path(payload: Any) -> Any:

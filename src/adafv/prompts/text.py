@@ -5,14 +5,17 @@
     "question"  the user's own words in that turn, without the chat template; needs the processor
     "after"     everything after the image, template and later turns included (the published code)
 
-The default is "question" where a processor is given and "turn" where it is not. Both give turn 2 of a chat the same
-tokens as turn 1, so a cache, or an encoded image, can be kept; "after" does not. Measured on the 938 presence questions
-of the project's testbed the three differ by less than the noise (see docs/text.md), so stability decides.
+The default is "question" where a processor is given, and "turn" where none is, or where its chat template does not show
+which words are the user's (with a warning that says why); `resolve_scope` decides it for every engine. Both give turn 2
+of a chat the same tokens as turn 1, so a cache, or an encoded image, can be kept; "after" does not. Measured on the 938
+presence questions of the project's testbed the three differ by less than the noise (see docs/text.md), so stability
+decides.
 
 Templates without an end-of-turn token (LLaVA-1.5's) have one long "turn" for the whole chat; there, "question" is the
 stable choice.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -76,20 +79,34 @@ def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatT
     return found
 
 
-def resolve_scope(text: str | None, processor: Any) -> tuple[str, ChatTemplate | None]:
+def resolve_scope(scope: str | None, processor: Any) -> tuple[str, ChatTemplate | None]:
     """(scope, template) for the options `text` and `processor`.
 
+    Args:
+        scope: None for the default: "question" where the processor's chat template tells the user's words, else "turn".
+
     Raises:
-        OptionError: no such scope, or "question" without a processor.
+        OptionError: no such scope, or "question" was asked for and the processor, or its chat template, does not do.
     """
-    if text is None:
-        text = "turn" if processor is None else "question"
-    if text not in SCOPES:
-        raise OptionError(f"text={text!r}; known are: {', '.join(SCOPES)}")
-    if text != "question":
-        return text, None
+    if scope is None:
+        if processor is None:
+            return "turn", None
+        try:
+            return "question", ChatTemplate.of(processor)
+        except OptionError as error:
+            reason = str(error).partition(";")[0]
+            warnings.warn(
+                f"which words are the question cannot be seen ({reason}), so all text of the image's turn counts, the "
+                "template's own too; text='turn' says so without this warning",
+                stacklevel=4,
+            )
+            return "turn", None
+    if scope not in SCOPES:
+        raise OptionError(f"text={scope!r}; known are: {', '.join(SCOPES)}")
+    if scope != "question":
+        return scope, None
     if processor is None:
         raise OptionError(
             "text='question' needs the processor to know the chat template: AdaFV(..., processor=processor)"
         )
-    return text, ChatTemplate.of(processor)
+    return scope, ChatTemplate.of(processor)

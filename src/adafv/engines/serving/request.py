@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adafv.core import ImageLayout
-from adafv.engines.serving.settings import Budget
+from adafv.core import Budget, ImageLayout
 from adafv.errors import NoWordsError, PromptError
 from adafv.prompts.prompt import PlacedImage, Prompt, any_of
 from adafv.prompts.text import ChatTemplate, text_columns
@@ -37,8 +36,7 @@ class Wish:
             image: what they would know the whole image by.
             identity: see `ServerSettings`.
         """
-        # A budget's type matters: 1 is a token, 1.0 is everything.
-        parts = [VERSION, image, identity, repr(self.budget.keep), self.text]
+        parts = [VERSION, image, identity, self.budget.key, self.text]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def encoded(self) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 import warnings
 
-from adafv.core import tokens_to_keep
 from adafv.core.select import check_method, plan_of
 from adafv.core.tokens import STRINGS, WORDS
 from adafv.engines.transformers.call import Call, ImageJob
@@ -17,7 +16,7 @@ from adafv.prompts.text import text_columns
 def plan_images(call: Call) -> None:
     """Give every image its budget, and those that lose tokens their words, their method and its plan."""
     for job in call.jobs:
-        job.keep = tokens_to_keep(call.settings.keep, job.image.layout.tokens)
+        job.keep = call.settings.budget.tokens(job.image.layout.tokens)
     losing = [job for job in call.jobs if job.lost]
     if call.jobs:
         cached, packed = call.prefix.length > 0, bool(losing) and call.packed

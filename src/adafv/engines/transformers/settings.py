@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from adafv.core.budget import check_keep
+from adafv.core import Budget
 from adafv.errors import OptionError
-from adafv.methods import Method, method_named
+from adafv.methods import Method
+from adafv.methods.options import method_of
 from adafv.prompts.text import ChatTemplate, resolve_scope
 
 POSITIONS = ("compact", "original")
@@ -20,7 +21,7 @@ class Settings:
     """How to prune, whatever the model."""
 
     method: Method
-    keep: int | float
+    budget: Budget
     positions: str
     scope: str
     template: ChatTemplate | None
@@ -38,9 +39,9 @@ class Settings:
     def of(
         cls,
         method: str | Method,
-        keep: int | float,
+        keep: Budget | int | float | str,
         positions: str = "compact",
-        text: str | None = None,
+        scope: str | None = None,
         processor: Any = None,
         video: str = "clip",
         logits: str = "prompt",
@@ -48,7 +49,9 @@ class Settings:
     ) -> "Settings":
         """Check the options, see `Pruner`."""
         if isinstance(method, str):
-            method = method_named(method, **parameters)
+            method = method_of(method, parameters)
+        elif parameters:
+            raise OptionError(f"{', '.join(parameters)}: a Method has its options already; give them where it is made")
         if positions not in POSITIONS:
             raise OptionError(f"positions={positions!r}; known are: {', '.join(POSITIONS)}")
         if video not in VIDEO_BUDGETS:
@@ -57,9 +60,14 @@ class Settings:
             raise OptionError(f"logits={logits!r}; known are: {', '.join(LOGITS)}")
         if method.may_repeat and positions != "compact":
             raise OptionError("the published variant repeats tokens, so they have no original positions")
-        scope, template = resolve_scope(method.scope if text is None else text, processor)
+        resolved, template = resolve_scope(method.scope if scope is None else scope, processor)
         tokenizer = getattr(processor, "tokenizer", processor)
-        return cls(method, check_keep(keep), positions, scope, template, video, logits, tokenizer)
+        return cls(method, Budget.of(keep), positions, resolved, template, video, logits, tokenizer)
+
+    @property
+    def keep(self) -> int | float:
+        """The budget as a plain number."""
+        return self.budget.keep
 
 
 def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:

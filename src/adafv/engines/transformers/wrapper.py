@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
+from adafv.core import Budget
 from adafv.engines.transformers.cache import holds_pruned, remember
 from adafv.engines.transformers.call import CompressedInputs
 from adafv.engines.transformers.compress import compress_call
@@ -64,11 +65,12 @@ class Pruner:
 
     Args:
         method: a name (see `adafv methods`) or a `Method`.
-        keep: tokens per image over all its crops (int), or share of the image's tokens (float; 1.0 keeps all).
+        keep: tokens per image over all its crops (64), or share of the image's tokens (0.1 or "10%"; 1.0 or "all" keeps
+            all); see `adafv.core.Budget`.
         positions: "compact": tokens move up to close the gaps, as in the paper; "original": each keeps the position it
             has in the full prompt. With M-RoPE (Qwen), where there are no gaps, both are the same.
         text: which text counts, "question", "turn" or "after"; see `adafv.prompts.text`. None: "question"
-            with a processor, else "turn".
+            with a processor whose chat template shows the user's words, else "turn".
         processor: the model's processor, to know its chat template.
         video: what `keep` counts in a video: "clip", the tokens over all its frames, which compete with each other; or
             "frame", the tokens of each frame.
@@ -86,7 +88,7 @@ class Pruner:
     def __init__(
         self,
         method: str | Method,
-        keep: int | float,
+        keep: Budget | int | float | str,
         *,
         positions: str = "compact",
         text: str | None = None,
@@ -123,7 +125,7 @@ class AdaFV(Pruner):
 
     def __init__(
         self,
-        keep: int | float,
+        keep: Budget | int | float | str,
         *,
         objective: str = "joint",
         variant: str = "corrected",

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 
+from adafv.core.budget import Budget
 from adafv.core.encoded import EncodedImage, TowerCache
 from adafv.core.select import Wanted, plan_of, select_tokens, take
 from adafv.core.tokens import Signal
 from adafv.engines.serving.metrics import Meter
 from adafv.engines.serving.request import budget_from
-from adafv.engines.serving.settings import OPTION, Budget, ServerSettings
+from adafv.engines.serving.settings import OPTION, ServerSettings
 from adafv.engines.vllm.processor import FIELDS
 from adafv.engines.vllm.tap import Tap
 from adafv.errors import UnsupportedModelError

@@ -18,12 +18,13 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
+from adafv.core import Budget
 from adafv.engines.serving.request import Reader, Wish, check_placeholders, digest
-from adafv.engines.serving.settings import OPTION, Budget, ServerSettings
+from adafv.engines.serving.settings import OPTION, ServerSettings
 from adafv.errors import OptionError, UnsupportedCallError, UnsupportedModelError
 from adafv.images import check_shape
 from adafv.prompts.prompt import special_tokens
-from adafv.prompts.text import ChatTemplate, resolve_scope
+from adafv.prompts.text import resolve_scope
 
 TEXT, BUDGET, IMAGE = "adafv_text", "adafv_budget", "adafv_image"
 FIELDS = (TEXT, BUDGET, IMAGE)
@@ -77,15 +78,7 @@ class PrunedProcessor:
         placeholder = image_placeholder(config)
         generation = SimpleNamespace(**model.try_get_generation_config())
         ends, special = special_tokens(config, generation, {placeholder})
-        processor, scope = self.info.get_hf_processor(), self.info.settings.scope
-        template: ChatTemplate | None = None
-        if scope is None:
-            try:
-                scope, template = resolve_scope("question", processor)
-            except OptionError:  # a checkpoint without a chat template, or one that does not show where words begin
-                scope = "turn"
-        else:
-            scope, template = resolve_scope(scope, processor)
+        scope, template = resolve_scope(self.info.settings.scope, self.info.get_hf_processor())
         return Reader(placeholder, ends, special, scope, template)
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:

@@ -19,11 +19,10 @@ from vllm.model_executor.models.qwen2_5_vl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from adafv.core import ImageLayout, patch_saliency
+from adafv.core import Budget, ImageLayout, patch_saliency
 from adafv.core.encoded import EncodedImage
 from adafv.core.layers import TowerLayers
 from adafv.engines.serving.request import Wish
-from adafv.engines.serving.settings import Budget
 from adafv.engines.transformers.families.qwen2_5_vl import window_order
 from adafv.engines.transformers.patches import neighbours
 from adafv.engines.vllm.model import PrunedModel
