@@ -16,7 +16,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 
 from adafv.core.budget import Budget
 from adafv.core.encoded import EncodedImage, TowerCache
-from adafv.core.select import Wanted, plan_of, select_tokens, take
+from adafv.core.select import Wanted, select_tokens, take
 from adafv.core.tokens import Signal
 from adafv.engines.serving.metrics import Meter
 from adafv.engines.serving.request import budget_from
@@ -132,14 +132,14 @@ class PrunedModel:
 
     def _pruned(self, image: EncodedImage, text: Tensor, budget: Budget) -> Tensor:
         layout, device = image.layout, image.features.device
-        keep = budget.tokens(layout.tokens)
-        if keep == layout.tokens:
-            return self.hand_over(image, torch.arange(keep, device=device), image.features)
+        plan = self.adafv.plan(layout, budget, len(text) > 0)
+        if plan is None:
+            return self.hand_over(image, torch.arange(layout.tokens, device=device), image.features)
         method, words = self._method(text), None
         if method.needs_words:
             words = self.language_model.embed_input_ids(text.to(device))
         compared = replace(image, features=self.compared(image.features))
-        wanted = Wanted(compared, method, plan_of(method, layout, keep), keep, words, text)
+        wanted = Wanted(compared, method, plan, budget.tokens(layout.tokens), words, text)
         [selected] = select_tokens([wanted], agreed)
         features = selected.features[0]
         if compared.features is not image.features:

@@ -6,9 +6,10 @@ image: so what turn 1 of a chat put into the caches is found again in turn 2, ev
 request wants of its images travels with its items, never on the processor: vLLM may run it in several threads.
 """
 
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from adafv.core import Budget
+from adafv.core import Budget, ImageLayout
 from adafv.engines.serving.request import Reader, Wish, check_placeholders, digest
 from adafv.engines.serving.settings import OPTION, ServerSettings
 from adafv.errors import OptionError, UnsupportedCallError, UnsupportedModelError
@@ -54,6 +55,14 @@ class PrunedInfo:
                 f"{OPTION} has no effect in --mm-processor-kwargs; give the server's options in --hf-overrides"
             )
         return ServerSettings.of(getattr(self.get_hf_config(), OPTION, None))  # type: ignore[attr-defined]
+
+    @abstractmethod
+    def layout(self, image: Mapping[str, Any]) -> ImageLayout:
+        """Where the visual tokens of an image come from, as the worker will lay it out.
+
+        Args:
+            image: what the processor made of it, by name.
+        """
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         # Videos are not pruned here yet, and an unpruned one would be more than the server promises.
@@ -182,11 +191,26 @@ class PrunedProcessor:
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[PromptReplacement]:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
-        wanted = getattr(mm_items, _WANTED, [])
-        return [_shortened(update, wanted) for update in updates if update.modality == "image"]
+        counts = [
+            partial(self._tokens, wanted.wish, out_mm_kwargs, index)
+            for index, wanted in enumerate(getattr(mm_items, _WANTED, []))
+        ]
+        return [_shortened(update, counts) for update in updates if update.modality == "image"]
+
+    def _tokens(self, wish: Wish, processed: Any, index: int, whole: int) -> int:
+        """K: how many of the `whole` tokens of an image the worker will keep."""
+        settings = self.info.settings
+        item = processed["image"][index]
+        layout = self.info.layout({name: item[name].data for name in item})
+        if layout.tokens != whole:
+            raise UnsupportedModelError(
+                f"vLLM makes {whole} visual tokens of an image for which adafv counts {layout.tokens}; this checkpoint's "
+                "processor cannot be pruned yet"
+            )
+        return settings.tokens_of(layout, wish.budget, bool(wish.text))
 
 
-def _shortened(update: Any, wanted: list[_Wanted]) -> PromptReplacement:
+def _shortened(update: Any, counts: Sequence[Callable[[int], int]]) -> PromptReplacement:
     """The same replacement of an image's placeholder, with as many tokens as stay."""
 
     def replacement(index: int) -> list[int]:
@@ -195,7 +219,7 @@ def _shortened(update: Any, wanted: list[_Wanted]) -> PromptReplacement:
             raise UnsupportedModelError(
                 "vLLM puts more than placeholders in an image's place, which cannot be pruned yet"
             )
-        return whole[: wanted[index].wish.budget.tokens(len(whole))]
+        return whole[: counts[index](len(whole))]
 
     return PromptReplacement(modality="image", target=update.target, replacement=replacement)
 

@@ -1,6 +1,6 @@
 """LLaVA-1.5: one crop per image, every patch a token."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,12 +49,6 @@ class PrunedLlava(PrunedModel):
             raise UnsupportedModelError("several vision feature layers are not supported in vLLM")
 
     @property
-    def patch_grid(self) -> tuple[int, int]:
-        """(rows, columns) of one crop."""
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
-        return side, side
-
-    @property
     def shape(self) -> towers.TowerShape:
         return TOWERS[self.config.vision_config.model_type]
 
@@ -91,8 +85,21 @@ def _as_vllm_names_it(weight: tuple[str, Tensor]) -> tuple[str, Tensor]:
     return weight
 
 
+def patch_grid(config: Any) -> tuple[int, int]:
+    """(rows, columns) of one crop."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return side, side
+
+
+def layout_of(config: Any) -> ImageLayout:
+    """Of every image."""
+    rows, columns = patch_grid(config)
+    return ImageLayout(torch.arange(rows * columns), crops=1, rows=rows, columns=columns)
+
+
 class _Info(PrunedInfo, LlavaProcessingInfo):
-    pass
+    def layout(self, image: Mapping[str, Any]) -> ImageLayout:
+        return layout_of(self.get_hf_config())
 
 
 class _Processor(PrunedProcessor, LlavaMultiModalProcessor):
@@ -102,8 +109,7 @@ class _Processor(PrunedProcessor, LlavaMultiModalProcessor):
 @MULTIMODAL_REGISTRY.register_processor(_Processor, info=_Info, dummy_inputs=LlavaDummyInputsBuilder)
 class AdaFVLlavaForConditionalGeneration(PrunedLlava, LlavaForConditionalGeneration):
     def encode(self, images: dict[str, Any]) -> list[EncodedImage]:
-        rows, columns = self.patch_grid
-        layout = ImageLayout(torch.arange(rows * columns), crops=1, rows=rows, columns=columns)
+        layout = layout_of(self.config)
         return self.encoded(
             images, [layout] * len(images["pixel_values"]), lambda patches: list(patches.split(layout.tokens))
         )

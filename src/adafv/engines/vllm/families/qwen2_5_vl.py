@@ -4,7 +4,7 @@ As in transformers, the saliency is read off the tower's last block that looks a
 image by itself; a token shows four patches, and gets their mean. See `adafv.engines.transformers.families.qwen2_5_vl`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import isqrt
 from typing import Any
@@ -59,11 +59,7 @@ class PrunedQwen(PrunedModel, RotaryPositions):
         with self.adafv_tap as tap:
             features = self._process_image_input(image_input)  # type: ignore[attr-defined]
         sizes = images["image_grid_thw"]
-        merge = self.visual.spatial_merge_size
-        layouts = [
-            ImageLayout(torch.arange(rows * columns), crops=1, rows=rows, columns=columns)
-            for rows, columns in (sizes[:, 1:] // merge).tolist()
-        ]
+        layouts = [layout_of(self.config, size) for size in sizes]
         counts = sizes.prod(-1).tolist()
 
         def score(run: Attended) -> Tensor:
@@ -91,8 +87,17 @@ class PrunedQwen(PrunedModel, RotaryPositions):
         return torch.cat((features, place_channels(image.layout, kept).to(features)), dim=1)
 
 
+def layout_of(config: Any, size: Tensor) -> ImageLayout:
+    """Of an image of so many patches ([3]: frames, rows, columns)."""
+    _, rows, columns = (size // torch.tensor([1, *[config.vision_config.spatial_merge_size] * 2])).tolist()
+    return ImageLayout(torch.arange(rows * columns), crops=1, rows=rows, columns=columns)
+
+
 class QwenInfo(PrunedInfo):
     """In front of a Qwen-like `ProcessingInfo`."""
+
+    def layout(self, image: Mapping[str, Any]) -> ImageLayout:
+        return layout_of(self.get_hf_config(), image["image_grid_thw"])  # type: ignore[attr-defined]
 
     @cached_property
     def longest_side(self) -> int:
