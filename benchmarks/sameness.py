@@ -79,17 +79,16 @@ SHARED = {
     "uniform": Configuration("uniform"),
 }
 """What both engines take. The first is asked every question, in both."""
-CONFIGURATIONS = {
-    "transformers": SHARED
-    | {
-        "adafv, published": Configuration("adafv", {"variant": "published"}),
-        "adafv, original positions": Configuration("adafv", options={"positions": "original"}),
-        "adafv, forward": Configuration("adafv", way="forward"),
-        "saliency, original positions": Configuration("saliency", options={"positions": "original"}),
-        "downsample": Configuration("downsample"),
-    },
-    "vllm": SHARED,
+CONFIGURATIONS = SHARED | {
+    "adafv, published": Configuration("adafv", {"variant": "published"}),
+    "adafv, original positions": Configuration("adafv", options={"positions": "original"}),
+    "adafv, forward": Configuration("adafv", way="forward"),
+    "saliency, original positions": Configuration("saliency", options={"positions": "original"}),
+    "downsample": Configuration("downsample"),
 }
+"""What transformers takes."""
+SERVERS = {"llava": tuple(SHARED), "llava-next": ("adafv", "adafv, text=after", "text", "saliency")}
+"""Configurations that a server of vLLM is started with, which takes longer than to ask it."""
 OTHERS_PER_BATCH = {"llava": 3, "llava-next": 2}
 """In transformers, where every call runs the tower: configurations besides the first that a batch is asked with."""
 
@@ -194,7 +193,7 @@ def in_transformers(questions: int, objective: str | None) -> dict[str, Case]:
     from adafv.bundled import bundled_model
 
     torch.set_num_threads(1)
-    configurations = {label: each.with_objective(objective) for label, each in CONFIGURATIONS["transformers"].items()}
+    configurations = {label: each.with_objective(objective) for label, each in CONFIGURATIONS.items()}
     cases: dict[str, Case] = {}
     for name, batches in batches_of(questions).items():
         processor: Any = AutoProcessor.from_pretrained(bundled_model(name))
@@ -251,8 +250,8 @@ def in_vllm(questions: int, objective: str | None) -> dict[str, Case]:
     with TemporaryDirectory() as folder:
         for name, batches in batches_of(questions).items():
             checkpoint = whole_checkpoint(name, Path(folder))
-            for place, (label, given) in enumerate(CONFIGURATIONS["vllm"].items()):
-                one = given.with_objective(objective)
+            for place, label in enumerate(SERVERS[name]):
+                one = SHARED[label].with_objective(objective)
                 options = {"keep": 0.1, "method": one.method, "parameters": dict(one.parameters), **one.options}
                 llm: Any = LLM(
                     str(checkpoint),
