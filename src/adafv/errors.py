@@ -1,6 +1,7 @@
-"""Every error adafv raises on purpose. All derive from `AdaFVError`; each message names the mend.
+"""The errors that the library raises on purpose. All derive from `AdaFVError`; each message names the mend.
 
-Each also derives from the built-in exception a caller would expect (`ValueError`, `TypeError`, ...), so code that
+Those of one program alone (a server that does not start, a page that is busy) stand with it and derive from it too. Each
+also derives from the built-in exception a caller would expect (`ValueError`, `TypeError`, ...), so code that
 never heard of adafv still catches it sensibly.
 """
 

@@ -19,6 +19,7 @@ vLLM's own classes: nothing of vLLM is patched, and who does not name an AdaFV a
     cpu.py          the memory that a server on a CPU takes
     launch.py       the command line of vLLM's server
     families/       one file per model family: what differs between vLLM's model classes
+    cpu_torchvision/  a stand-in for torchvision, for a server on a CPU
 
 This package's own module imports neither vLLM nor torch.
 """
