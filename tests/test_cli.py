@@ -113,8 +113,8 @@ class TestAnswer:
         names = ["unpruned", "adafv", "uniform", "adafv:objective=split", "random:seed=1"]
         assert [mode["method"] for mode in said["compare"]] == names
         assert [mode["tokens"] for mode in said["compare"]] == [TOKENS, 4, 4, 4, 4]
-        alone = ask("--keep", "25%", "--method", "random", "--option", "seed=1")
-        assert alone.stdout == said["compare"][-1]["answer"] + "\n"
+        alone = json.loads(ask("--keep", "25%", "--method", "random", "--option", "seed=1", "--json").stdout)
+        assert alone["answer"] == said["compare"][-1]["answer"]
 
     def test_options_of_the_method(self, ask: Ask) -> None:
         kept = {}
@@ -348,8 +348,8 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--keep", "0"], "at least one visual token must stay"),
-            (["--keep", "-3"], "at least one visual token must stay"),
+            (["--keep", "0"], "at least one visual token per image must stay"),
+            (["--keep", "-3"], "at least one visual token per image must stay"),
             (["--keep", "lots"], "is not a budget"),
             (["--keep", "nan"], "is not a budget"),
             (["--keep", "64.0"], "written without a point"),

@@ -24,10 +24,12 @@ from typer.testing import CliRunner
 from adafv.asking.failures import UsageError
 from adafv.asking.session import Answer, Session, Timing
 from adafv.cli import app
-from adafv.errors import AdaFVError, ImageError
+from adafv.core import Budget
+from adafv.errors import AdaFVError, BudgetError, ImageError
 from adafv.methods import known_methods
+from adafv.methods.options import method_from_text
 from adafv.page import render
-from adafv.page.answers import MAX_ANSWER, MAX_QUESTION, UNPRUNED, Answers, Result, message
+from adafv.page.answers import MAX_ANSWER, MAX_METHOD, MAX_QUESTION, UNPRUNED, Answers, Result, message
 from adafv.page.render import problem_as_html, results_as_html
 from adafv.page.samples import MOST, Sample, SamplesError, bundled_samples, samples_in
 from adafv.page.uploads import MAX_BYTES, Uploads
@@ -73,18 +75,27 @@ def truncated(picture: Path) -> bytes:
     return picture.read_bytes()[: picture.stat().st_size // 2]
 
 
-def alone(session: Session, path: Path, question: str, percent: float, method: str | None, longest: int) -> Answer:
+def alone(session: Session, path: Path, question: str, keep: str, method: str | None, longest: int) -> Answer:
     """What one user gets with nobody else about, without any code of the page."""
-    pruner = None if method is None else session.pruner(method, percent / 100)
+    pruner = None if method is None else session.pruner(method_from_text(method)[0], keep)
     return session.ask(session.inputs(Image.open(path).convert("RGB"), question), pruner, longest)
+
+
+def refusal(keep: Any) -> BudgetError:
+    """What the library says to such a budget."""
+    try:
+        Budget.of(keep)
+    except BudgetError as error:
+        return error
+    raise AssertionError(f"{keep!r} is a budget")
 
 
 class TestAnswers:
     def test_unpruned_and_both_methods(self, answers: Answers, session: Session, picture: Path) -> None:
-        results = answers.compare(str(picture), QUESTION, 25, ("adafv", "saliency"), 6).results
+        results = answers.compare(str(picture), QUESTION, "25%", ("adafv", "saliency"), 6).results
         assert [result.timing.name for result in results] == [UNPRUNED, "adafv", "saliency"]
         for result, method in zip(results, (None, "adafv", "saliency"), strict=True):
-            expected = alone(session, picture, QUESTION, 25, method, 6)
+            expected = alone(session, picture, QUESTION, "25%", method, 6)
             assert result.timing.answer == expected.answer
             assert result.timing.kv_mib == pytest.approx(expected.kv_mib)
             assert result.timing.tokens == (TOKENS if method is None else TOKENS // 4)
@@ -92,7 +103,7 @@ class TestAnswers:
             assert result.timing.median > 0
 
     def test_what_is_drawn(self, answers: Answers, picture: Path) -> None:
-        unpruned, both, random = answers.compare(str(picture), QUESTION, 25, ("adafv", "random"), 2).results
+        unpruned, both, random = answers.compare(str(picture), QUESTION, "25%", ("adafv", "random"), 2).results
         assert unpruned.panels == []
         assert [panel.title for panel in both.panels] == ["kept 4 of 16", "saliency", "text attention", "both"]
         assert [panel.title for panel in random.panels] == ["kept 4 of 16"]
@@ -100,17 +111,17 @@ class TestAnswers:
 
     def test_images_in_crops_are_drawn_twice(self, picture: Path, uploads: Uploads) -> None:
         next_answers = Answers(Session(speaking_model("llava-next"), processor("llava-next")), uploads)
-        _, result = next_answers.compare(str(picture), QUESTION, 10, ("adafv",), 2).results
+        _, result = next_answers.compare(str(picture), QUESTION, "10%", ("adafv",), 2).results
         assert [len(panel.drawings) for panel in result.panels] == [2] * 4
 
     @pytest.mark.parametrize("method", sorted(known_methods()))
     def test_every_method(self, answers: Answers, picture: Path, method: str) -> None:
-        _, result = answers.compare(str(picture), QUESTION, 25, (method, method), 2).results
+        _, result = answers.compare(str(picture), QUESTION, "25%", (method, method), 2).results
         assert result.timing.tokens == 4
         assert result.panels
 
     def test_keeping_all_is_the_unpruned_answer(self, answers: Answers, picture: Path) -> None:
-        unpruned, kept = answers.compare(str(picture), QUESTION, 100, ("adafv",), 6).results
+        unpruned, kept = answers.compare(str(picture), QUESTION, "100%", ("adafv",), 6).results
         assert kept.timing.answer == unpruned.timing.answer
         assert kept.timing.tokens == TOKENS
 
@@ -118,20 +129,20 @@ class TestAnswers:
         made = processor("llava")
         made.chat_template = made.tokenizer.chat_template = None
         plain = Answers(Session(speaking_model("llava"), made), uploads)
-        compared = plain.compare(str(picture), QUESTION, 25, ("adafv",), 2)
+        compared = plain.compare(str(picture), QUESTION, "25%", ("adafv",), 2)
         assert compared.results[1].timing.tokens == 4
 
     def test_words_that_the_model_does_not_know(self, picture: Path, uploads: Uploads) -> None:
         bundled = Answers(Session.load("bundled", "auto", torch.device("cpu")), uploads)
         known, unknown = (
-            bundled.compare(str(picture), f"Is there a {word}?", 25, ("adafv",), 2) for word in ("bird", "zebra")
+            bundled.compare(str(picture), f"Is there a {word}?", "25%", ("adafv",), 2) for word in ("bird", "zebra")
         )
         assert known.warning == ""
         assert "'zebra'" in unknown.warning
 
     def test_no_word_that_counts(self, picture: Path, uploads: Uploads) -> None:
         bundled = Answers(Session.load("bundled", "auto", torch.device("cpu")), uploads)
-        compared = bundled.compare(str(picture), "hello", 10, ("adafv", "saliency"), 2)
+        compared = bundled.compare(str(picture), "hello", "10%", ("adafv", "saliency"), 2)
         assert "saliency alone chose" in compared.warning
         assert compared.results[1].timing.answer == compared.results[2].timing.answer
 
@@ -145,10 +156,15 @@ class TestAnswers:
             ({"question": "What is <image>?"}, "<image>"),
             ({"question": "What is \udcff?"}, "the byte 0xFF stands in place 9"),
             ({"question": "What is \ud83d?"}, "half a letter (U+D83D)"),
-            ({"percent": 0}, "1 to 100"),
-            ({"percent": 101}, "1 to 100"),
-            ({"percent": float("nan")}, "1 to 100"),
-            ({"percent": "many"}, "1 to 100"),
+            ({"keep": 0}, str(refusal(0))),
+            ({"keep": "101%"}, str(refusal("101%"))),
+            ({"keep": float("nan")}, "keep=nan: a share lies above 0"),
+            ({"keep": "many"}, str(refusal("many"))),
+            ({"keep": None}, "keep=None is not a budget"),
+            ({"methods": ("adafv:objective=best",)}, "known are: joint, split"),
+            ({"methods": ("saliency:seed=1",)}, "no option 'seed'; it has none"),
+            ({"methods": ("random:seed=x",)}, "give a whole number"),
+            ({"methods": ("random:" + "x" * MAX_METHOD,)}, f"{MAX_METHOD} at most"),
             ({"longest": MAX_ANSWER + 1}, f"1 to {MAX_ANSWER}"),
             ({"longest": None}, f"1 to {MAX_ANSWER}"),
             ({"methods": ("adafv", "guess")}, "guess"),
@@ -156,9 +172,21 @@ class TestAnswers:
         ],
     )
     def test_refused(self, answers: Answers, picture: Path, changes: dict[str, Any], said: str) -> None:
-        wish = {"path": str(picture), "question": QUESTION, "percent": 10, "methods": ("adafv",), "longest": 2}
+        wish = {"path": str(picture), "question": QUESTION, "keep": "10%", "methods": ("adafv",), "longest": 2}
         with pytest.raises((UsageError, AdaFVError), match=re.escape(said)):
             answers.compare(**{**wish, **changes})
+
+    @pytest.mark.parametrize(("keep", "tokens"), [("25%", 4), ("0.25", 4), ("3", 3), ("all", TOKENS), ("64", TOKENS)])
+    def test_every_way_to_write_a_budget(self, answers: Answers, picture: Path, keep: str, tokens: int) -> None:
+        _, result = answers.compare(str(picture), QUESTION, keep, ("saliency",), 2).results
+        assert result.timing.tokens == tokens
+
+    def test_one_method_with_two_options(self, answers: Answers, session: Session, picture: Path) -> None:
+        pair = ("random:seed=0", "random:seed=1")
+        _, *results = answers.compare(str(picture), QUESTION, "25%", pair, 6).results
+        assert [result.timing.name for result in results] == list(pair)
+        for result, name in zip(results, pair, strict=True):
+            assert result.timing.answer == alone(session, picture, QUESTION, "25%", name, 6).answer
 
     def test_twenty_threads(self, answers: Answers, session: Session, tmp_path: Path) -> None:
         wishes = twenty_wishes(tmp_path)
@@ -197,7 +225,7 @@ class TestPictures:
         with pytest.raises(ImageError, match=f"the picture .*{said}"):
             answers.check_picture(str(path))
         with pytest.raises(ImageError, match=f"the picture .*{said}"):
-            answers.compare(str(path), QUESTION, 10, ("adafv",), 2)
+            answers.compare(str(path), QUESTION, "10%", ("adafv",), 2)
 
     @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "bmp"])
     def test_kinds(self, answers: Answers, tmp_path: Path, kind: str) -> None:
@@ -332,6 +360,9 @@ class TestCommand:
     def test_no_pictures(self, tmp_path: Path) -> None:
         self.refused(1, "holds no pictures", "--model", "m", "--examples", tmp_path)
 
+    def test_wrong_options(self) -> None:
+        self.refused(2, "no option 'objectve'", "--model", "m", "--port", free_port(), "--option", "objectve=split")
+
     def test_wrong_dtype(self) -> None:
         self.refused(2, "did you mean float16", "--model", "m", "--dtype", "float61")
 
@@ -342,18 +373,18 @@ class Wish:
 
     picture: Path
     question: str
-    percent: int
+    keep: str
     methods: tuple[str, str]
     longest: int = 8
 
     def alone(self, session: Session) -> dict[str, str]:
         return {
-            method or UNPRUNED: alone(session, self.picture, self.question, self.percent, method, self.longest).answer
+            method or UNPRUNED: alone(session, self.picture, self.question, self.keep, method, self.longest).answer
             for method in (None, *self.methods)
         }
 
     def of(self, answers: Answers) -> dict[str, str]:
-        compared = answers.compare(str(self.picture), self.question, self.percent, self.methods, self.longest)
+        compared = answers.compare(str(self.picture), self.question, self.keep, self.methods, self.longest)
         return {result.timing.name: result.timing.answer for result in compared.results}
 
 
@@ -364,7 +395,7 @@ def twenty_wishes(folder: Path) -> list[Wish]:
         path = folder / f"user{number}.png"
         photo(number).save(path)
         methods = (names[number % len(names)], names[(number + 1 + number // len(names)) % len(names)])
-        wishes.append(Wish(path, f"Question number {number}?", 10 + 4 * number, methods))
+        wishes.append(Wish(path, f"Question number {number}?", f"{10 + 4 * number}%", methods))
     return wishes
 
 
@@ -403,10 +434,12 @@ class Visitor:
     def type(self, question: str) -> None:
         self.tab.get_by_label("Question").fill(question)
 
-    def keep(self, percent: int) -> None:
-        number = self.tab.locator("#percent input[type=number]")
-        number.fill(str(percent))
-        number.press("Tab")
+    def keep(self, budget: str) -> None:
+        self.tab.get_by_label("Visual tokens to keep").fill(budget)
+
+    def options(self, label: str, options: str) -> None:
+        self.tab.get_by_role("button", name="More").click()
+        self.tab.get_by_label(f"Options of {label}").fill(options)
 
     def choose(self, label: str, method: str) -> None:
         box = self.tab.get_by_role("combobox", name=label)
@@ -467,7 +500,7 @@ class TestInBrowser:
         visitor.wait_for_picture()
         visitor.type(QUESTION)
         visitor.ask()
-        expected = Wish(picture, QUESTION, 10, ("adafv", "saliency"), LONGEST).alone(served_session)
+        expected = Wish(picture, QUESTION, "10%", ("adafv", "saliency"), LONGEST).alone(served_session)
         assert visitor.answers() == as_shown(expected)
         assert visitor.tab.locator("#results figure img").count() == 6
         for drawing in visitor.tab.locator("#results figure img").all():
@@ -480,15 +513,33 @@ class TestInBrowser:
     ) -> None:
         visitor.tab.get_by_role("button", name="Thumbnail 2 of 2").click()
         visitor.wait_for_picture()
-        visitor.keep(50)
+        visitor.keep("50%")
         visitor.choose("Method A", "uniform")
         visitor.choose("Method B", "text")
         visitor.tab.get_by_label("Question").press("Enter")
-        wish = Wish(server.samples / "sample2.png", SAMPLE_QUESTION, 50, ("uniform", "text"), LONGEST)
+        wish = Wish(server.samples / "sample2.png", SAMPLE_QUESTION, "50%", ("uniform", "text"), LONGEST)
         assert visitor.answers() == as_shown(wish.alone(served_session))
         headings = visitor.tab.locator("#results section h3").all_inner_texts()
         assert [heading.split(":")[0] for heading in headings] == ["uniform", "text"]
         assert visitor.tab.get_by_text("kept 8 of 16").count() == 2
+
+    def test_budget_and_options_of_a_method(self, visitor: Visitor, served_session: Session, picture: Path) -> None:
+        """In the words of the command line, and refused in them, too."""
+        visitor.upload(picture)
+        visitor.wait_for_picture()
+        visitor.type(QUESTION)
+        visitor.keep("1.5")
+        visitor.ask()
+        said = str(refusal("1.5"))
+        assert visitor.problem() == f"K{said[1:]}."
+        visitor.keep("3")
+        visitor.choose("Method A", "random")
+        visitor.choose("Method B", "random")
+        visitor.options("method B", "seed=1")
+        visitor.ask()
+        wish = Wish(picture, QUESTION, "3", ("random", "random:seed=1"), LONGEST)
+        assert visitor.answers() == as_shown(wish.alone(served_session))
+        assert visitor.tab.get_by_text("kept 3 of 16").count() == 2
 
     @pytest.mark.parametrize("kind", ["no image", "truncated", "bomb"])
     def test_broken_upload(self, visitor: Visitor, server: Server, picture: Path, tmp_path: Path, kind: str) -> None:
@@ -662,7 +713,7 @@ class TestOverHttp:
 
         def ask(wish: Wish) -> dict[str, str]:
             results, notice = connect().predict(
-                handle_file(wish.picture), wish.question, wish.percent, *wish.methods, wish.longest, api_name="/ask"
+                handle_file(wish.picture), wish.question, wish.keep, *wish.methods, wish.longest, api_name="/ask"
             )
             assert notice == ""
             cards = re.findall(
@@ -678,20 +729,20 @@ class TestOverHttp:
         payload = {"path": elsewhere, "meta": {"_type": "gradio.FileData"}}
         said = ""
         try:
-            results, said = client.predict(payload, QUESTION, 10, "adafv", "text", 2, api_name="/ask")
+            results, said = client.predict(payload, QUESTION, "10%", "adafv", "text", 2, api_name="/ask")
             assert "<article" not in results
         except Exception as error:  # Gradio's own refusal
             said = str(error)
         assert said
 
-    @pytest.mark.parametrize("wrong", [(None, "adafv", 4), ("much", "adafv", 4), (10, "guess", 4), (10, "adafv", 9999)])
+    @pytest.mark.parametrize(
+        "wrong", [(None, "adafv", 4), ("much", "adafv", 4), ("10%", "guess", 4), ("10%", "adafv", 9999)]
+    )
     def test_values_that_the_page_does_not_offer(self, client: Any, picture: Path, wrong: tuple[Any, str, int]) -> None:
         from gradio_client import handle_file
 
-        percent, method, longest = wrong
-        results, said = client.predict(
-            handle_file(picture), QUESTION, percent, method, "text", longest, api_name="/ask"
-        )
+        keep, method, longest = wrong
+        results, said = client.predict(handle_file(picture), QUESTION, keep, method, "text", longest, api_name="/ask")
         assert "<article" not in results
         assert 'role="alert"' in said
         assert "not foresee" not in said

@@ -29,7 +29,7 @@ httpx = pytest.importorskip("httpx")
 pytestmark = [needs("gradio"), pytest.mark.slow]
 
 FILE = {"_type": "gradio.FileData"}
-SETTINGS = [QUESTION, 25, "adafv", "saliency", 2]
+SETTINGS = [QUESTION, "25%", "adafv", "saliency", 2, "", ""]
 GONE = "The picture is no longer there; choose or upload it again."
 SECONDS = 60.0
 """That a request may take before it counts as stuck; the machine may be busy."""
@@ -347,28 +347,37 @@ class TestShapes:
             (1, "\ud800", "half a letter"),
             (1, "x" * 60_000, "shorten it to 500"),
             (1, "What is <image>?", "<image>"),
-            (2, float("nan"), "cannot be nan; give 1 to 100"),
-            (2, float("inf"), "cannot be inf; give 1 to 100"),
-            (2, -float("inf"), "give 1 to 100"),
-            (2, 0, "give 1 to 100"),
-            (2, 10**400, "give 1 to 100"),
-            (2, "10", "cannot be '10'"),
-            (2, True, "cannot be True"),
-            (2, None, "cannot be None"),
+            (2, float("nan"), "Keep=nan: a share lies above 0"),
+            (2, float("inf"), "Keep=inf: a share lies above 0"),
+            (2, -float("inf"), "a share lies above 0"),
+            (2, 0, "at least one visual token"),
+            (2, 10**400, "no image has so many"),
+            (2, "ten", "Keep='ten' is not a budget"),
+            (2, "\ud800", "is not a budget"),
+            (2, True, "is a truth value"),
+            (2, None, "Keep=None is not a budget"),
             (2, [10], "cannot be a list"),
-            (2, "x" * 60_000, "give 1 to 100"),
+            (2, "9" * 60_000, "is not a budget"),
             (3, "guess", "no method 'guess'"),
             (3, None, "no method None"),
             (3, 7, "no method 7"),
             (3, ["adafv"], "cannot be a list"),
             (3, {"adafv": 1}, "cannot be an object"),
             (4, "<img src=x onerror=alert(1)>", "no method '<img"),
-            (4, "x" * 60_000, "no method 'xxx"),
+            (4, "x" * 60_000, "120 at most"),
             (5, 0, "give 1 to 128"),
             (5, 10**9, "give 1 to 128"),
             (5, float("nan"), "give 1 to 128"),
             (5, "4", "cannot be '4'"),
             (5, False, "cannot be False"),
+            (6, "objective=best", "known are: joint, split"),
+            (6, "objective=" + "x" * 100, "known are: joint, split"),
+            (6, "<img src=x onerror=alert(1)>", "not of the form name=value"),
+            (6, 7, "not of the form name=value"),
+            (6, "\ud800=\ud800", "no option"),
+            (6, "x" * 60_000, "120 at most"),
+            (7, "seed=1", "no option 'seed'; it has none"),
+            (7, ["seed=1"], "cannot be a list"),
         ],
         ids=short,
     )
@@ -379,7 +388,7 @@ class TestShapes:
         assert "<img" not in answer
         assert said in problem(answer)
 
-    @pytest.mark.parametrize("data", [[], [None], [None] * 5, [None] * 7, [None] * 5000, None, "x", {"a": 1}, 7])
+    @pytest.mark.parametrize("data", [[], [None], [None] * 7, [None] * 9, [None] * 5000, None, "x", {"a": 1}, 7])
     def test_lengths(self, http: Any, data: Any) -> None:
         problem(ask(http, data))
 
@@ -548,12 +557,12 @@ def test_a_question_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     photo(1).save(picture)
     answers = Answers(_Hanging(speaking_model("llava"), processor("llava")), Uploads(tmp_path))
     monkeypatch.setattr(answers_module, "PATIENCE", 1.0)
-    hanging = threading.Thread(target=answers.compare, args=(str(picture), "Hang.", 25, ("adafv",), 2))
+    hanging = threading.Thread(target=answers.compare, args=(str(picture), "Hang.", "25%", ("adafv",), 2))
     hanging.start()
     try:
         assert HANGING.wait(SECONDS)
         with ThreadPoolExecutor(8) as users:
-            asked = [users.submit(answers.compare, str(picture), QUESTION, 25, ("adafv",), 2) for _ in range(8)]
+            asked = [users.submit(answers.compare, str(picture), QUESTION, "25%", ("adafv",), 2) for _ in range(8)]
             for one in asked:
                 with pytest.raises(AdaFVError, match="another question has been going on") as error:
                     one.result(SECONDS)
@@ -563,7 +572,7 @@ def test_a_question_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         LET_GO.set()
         hanging.join(SECONDS)
     monkeypatch.setattr(answers_module, "PATIENCE", SECONDS)
-    assert answers.compare(str(picture), QUESTION, 25, ("adafv",), 2).results[1].timing.tokens == 4
+    assert answers.compare(str(picture), QUESTION, "25%", ("adafv",), 2).results[1].timing.tokens == 4
 
 
 WORD = "correct horse"

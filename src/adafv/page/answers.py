@@ -185,7 +185,7 @@ def _check_longest(value: Any) -> None:
 
 def _checked_method(text: Any) -> tuple[Method, str]:
     if not isinstance(text, str):
-        raise UsageError(f"{_shown(text)} is no method; choose one")
+        raise UsageError(f"there is no method {_shown(text)}; choose one")
     if len(text) > MAX_METHOD:
         raise UsageError(f"a method with its options has {len(text)} letters; {MAX_METHOD} at most are needed")
     return method_from_text(text)
