@@ -174,16 +174,17 @@ def _stays(call: Call) -> Tensor:
     stays = torch.ones(call.prompt.tokens.numel(), dtype=torch.bool)
     chosen = []
     for jobs in groups.values():
-        columns = torch.stack([job.image.columns for job in jobs])
-        columns = columns + torch.tensor([[job.image.row * width] for job in jobs])
-        stays[columns.flatten()] = False
+        columns = [job.image.columns + job.image.row * width if job.image.row else job.image.columns for job in jobs]
+        stays[torch.cat(columns)] = False
         kept = jobs[0].selected.kept.indices  # type: ignore[union-attr]
         if jobs[0].method.may_repeat:  # distinct places for what may not be distinct
-            kept = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+            chosen += [each[: kept.shape[1]].to(call.device) for each in columns]
+            continue
         order = [job.place for job in jobs]
         if order != list(range(len(kept))):
             kept = kept[order]
-        chosen.append(columns.to(kept.device).gather(1, kept).flatten().to(call.device))
+        places = torch.stack(columns).to(kept.device)
+        chosen.append(places.gather(1, kept).flatten().to(call.device))
     stays = stays.to(call.device)
     if chosen:
         stays = stays.index_fill(0, torch.cat(chosen) if len(chosen) > 1 else chosen[0], True)
