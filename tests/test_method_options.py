@@ -156,7 +156,7 @@ def test_in_one_word_and_back(seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["adfv", "", None, 3, ["adafv"], "x" * 999], ids=lambda name: repr(name)[:9])
 def test_no_such_method(name: Any) -> None:
-    with pytest.raises(OptionError, match="there is no method .* known are: adafv, ") as error:
+    with pytest.raises(OptionError, match=r"there is no method .* known are: adafv, ") as error:
         method_of(name, {})
     assert ("did you mean adafv?" in str(error.value)) is (name == "adfv")
     assert len(str(error.value)) < 200

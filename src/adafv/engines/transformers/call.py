@@ -201,7 +201,7 @@ def _place_images(call: Call, visuals: dict[str, dict[str, Any]]) -> None:
         if call.settings.video == "frame" and modality == "video":
             found = [frame for video in found for frame in frames_of(video)]
         call.jobs += [ImageJob(image, call.settings.method, image.layout) for image in found]
-    call.jobs.sort(key=lambda job: (job.image.row, int(job.image.columns[0])))
+    call.jobs.sort(key=lambda job: (job.image.row, job.image.first))
 
 
 def _new_of(call: Call, modality: str, visuals: dict[str, Any]) -> tuple[list[PlacedImage], dict[str, Any], list[int]]:
@@ -219,7 +219,7 @@ def _new_of(call: Call, modality: str, visuals: dict[str, Any]) -> tuple[list[Pl
         layouts = family.layouts(model, modality, visuals, call.given.runs(modality))
         if sum(layout.tokens for layout in layouts) == int(whole.sum()):
             images = place_images(modality, whole, layouts)
-            wanted = [i for i, image in enumerate(images) if int(image.columns[0]) >= call.prefix.length]
+            wanted = [i for i, image in enumerate(images) if image.first >= call.prefix.length]
             if not wanted:
                 return [], {}, []
             visuals = family.take(model, modality, visuals, layouts, wanted)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,22 +127,23 @@ def compact(
     batch, length = attended.shape
     if not any(dropped):
         return nothing_removed(batch, length, stays.device)
-    lost = torch.tensor(dropped)
+    lost, there = np.array(dropped), attended.numpy()
     # From the first attended column to the last: what is masked inside that span stays, and stays masked.
-    not_before, not_behind = attended.cumsum(1).bool(), attended.flip(1).cumsum(1).flip(1).bool()
-    inside = not_before & not_behind
-    trailing = (not_before & ~not_behind).sum(1)
-    needed = inside.sum(1) - lost
-    fixed = needed + (trailing if anchored is None else trailing * anchored)
-    new_length = max(int(fixed.max()), length - max(dropped)) + guard
-    trailing = trailing.minimum(new_length - guard - needed)
-    behind_by = (~not_behind).cumsum(1)  # 1 at the first column of the trailing padding
-    kept = inside | (not_before & ~not_behind & (behind_by <= trailing.unsqueeze(1)))
+    not_before = np.logical_or.accumulate(there, axis=1)
+    not_behind = np.logical_or.accumulate(there[:, ::-1], axis=1)[:, ::-1]
+    inside, behind = not_before & not_behind, not_before & ~not_behind
+    needed, trailing = inside.sum(1) - lost, behind.sum(1)
+    fixed = needed + (trailing if anchored is None else trailing * anchored.numpy())
+    new_length = int(max(fixed.max(), length - max(dropped))) + guard
+    trailing = np.minimum(trailing, new_length - guard - needed)
+    kept = inside | (behind & (np.cumsum(~not_behind, axis=1) <= trailing[:, None]))
+    counts = needed + trailing
 
-    wanted = stays & kept.to(stays.device)
-    place = (wanted.cumsum(1) - 1) + new_length - wanted.sum(1, keepdim=True)
+    wanted = stays & torch.from_numpy(kept).to(stays.device)
+    first = torch.from_numpy(new_length - 1 - counts).to(stays.device)
+    place = wanted.cumsum(1) + first.unsqueeze(1)
     place = place.masked_fill(~wanted, new_length)  # one column beyond the end takes what is not wanted
     columns = torch.full((batch, new_length + 1), -1, device=stays.device)
     columns = columns.scatter(1, place, torch.arange(length, device=stays.device).expand(batch, length))
-    padded = bool((kept.sum(1) - lost < new_length).any())
-    return Compaction(columns[:, :new_length], length, changed=True, lost=lost, padded=padded)
+    padded = bool((counts < new_length).any())
+    return Compaction(columns[:, :new_length], length, changed=True, lost=torch.from_numpy(lost), padded=padded)

@@ -156,7 +156,7 @@ def write(call: Call) -> None:
     else:
         set_linear_positions(call, stays)
     take_out(call)
-    shorten_borders(result, [(int(job.image.columns[0]), job.lost) for job in call.jobs])
+    shorten_borders(result, [(job.image.first, job.lost) for job in call.jobs])
     if call.jobs:
         result["mm_encoder_outputs"] = _by_prompt(call)
     cached = contents_of(cache_of(result))
