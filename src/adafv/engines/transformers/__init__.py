@@ -7,9 +7,13 @@
     conversation.py  what one call says: new prompt, cached prefix, images
     choice.py        from images to kept tokens
     prompt.py        what is image and what is text in a prompt; taking columns out of it
-    text.py          which text counts for an image
+    packing.py       several prompts in one row
+    positions.py     the positions of what is left
+    devices.py       the host's copy of a prompt; parts that are sharded or elsewhere
     cache.py         what a pruned key/value cache holds, so that the next turn fits it
+    outputs.py       logits, hidden states and attentions, back in the caller's columns
     record.py        `Record`, what one run did
+    releases.py      what differs between releases of transformers
 
 All work goes through one public argument of the models, `mm_encoder_outputs`, which exists from transformers 5.18 on.
 """

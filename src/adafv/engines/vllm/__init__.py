@@ -17,9 +17,12 @@ vLLM's own classes: nothing of vLLM is patched, and who does not name an AdaFV a
     processor.py    K placeholders, the caches' keys
     model.py        tower, selection, tensor parallelism
     tap.py          queries and keys of the tower's layer that the projector reads
+    rotary.py       positions of kept tokens in height and width (M-RoPE)
     tower_cache.py  one image with many questions is encoded once
     metrics.py      counters for /metrics and a line in the log
     launch.py       the command line of vLLM's server
+    cpu.py          memory for keys and values on a CPU
+    cpu_torchvision/  torchvision without its compiled part
     families/       one file per model family: what differs between vLLM's model classes
 
 This package's own module imports neither vLLM nor torch.
