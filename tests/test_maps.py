@@ -1,4 +1,4 @@
-"""What documents and docstrings say is where is there: the maps of packages, the index of docs/, every path and link."""
+"""Maps that are true: the files a package's docstring lists, the index of docs/, every path and link of the documents."""
 
 import ast
 import re
@@ -6,7 +6,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-
 from command_line import run
 
 ROOT = Path(__file__).parent.parent
