@@ -27,7 +27,7 @@ def package_maps() -> dict[str, set[str]]:
     """Package -> what its docstring lists, of the packages whose docstring lists anything."""
     found = {}
     for path in sorted(PACKAGE.rglob("__init__.py")):
-        listed = _MAP_LINE.findall(ast.get_docstring(ast.parse(path.read_text())) or "")
+        listed = _MAP_LINE.findall(ast.get_docstring(ast.parse(path.read_text()), clean=False) or "")
         if listed:
             assert len(listed) == len(set(listed)), path
             found[path.parent.relative_to(ROOT).as_posix()] = set(listed)
