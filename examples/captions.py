@@ -1,7 +1,9 @@
 """Captions for a batch of photos, from a quarter of their visual tokens.
 
-python captions.py                                                     the bundled model and its sample pictures
-python captions.py --model llava-hf/llava-1.5-7b-hf a.jpg b.jpg c.jpg  a model and photos of your own
+How to call it:
+
+    python captions.py                                                     the bundled model and its sample pictures
+    python captions.py --model llava-hf/llava-1.5-7b-hf a.jpg b.jpg c.jpg  a model and photos of your own
 """
 
 import argparse

@@ -1,7 +1,9 @@
 """A chat about one picture: later turns go on with the pruned key/value cache of the first.
 
-python chat.py                                                      the bundled model and a sample picture
-python chat.py --model llava-hf/llava-1.5-7b-hf photo.jpg "What is the man holding?" "What colour is it?"
+How to call it:
+
+    python chat.py                                                      the bundled model and a sample picture
+    python chat.py --model llava-hf/llava-1.5-7b-hf photo.jpg "What is the man holding?" "What colour is it?"
 """
 
 import argparse

@@ -1,8 +1,10 @@
 """Two methods on one picture: what each keeps, and what the model then answers.
 
-python compare.py                                                      the bundled model and a sample picture
-python compare.py --model llava-hf/llava-1.5-7b-hf photo.jpg "What is the man holding?"
-python compare.py --methods adafv uniform --keep 0.1                   `adafv methods` lists all methods
+How to call it:
+
+    python compare.py                                                      the bundled model and a sample picture
+    python compare.py --model llava-hf/llava-1.5-7b-hf photo.jpg "What is the man holding?"
+    python compare.py --methods adafv uniform --keep 0.1                   `adafv methods` lists all methods
 """
 
 import argparse
