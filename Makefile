@@ -103,7 +103,7 @@ newest: $(VENV)/installed
 
 # Without what no release of transformers changes.
 SAME_ON_ALL := core images page page_attacks world training benchmarks benchmark_serving evidence security_document received \
-	tower_cache words picture
+	tower_cache words picture maps
 oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest $(WORKERS) -m "not slow" $(SAME_ON_ALL:%=--ignore tests/test_%.py)
 

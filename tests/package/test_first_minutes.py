@@ -1,4 +1,4 @@
-"""What a new user types in the first ten minutes: the README's commands, and the usual mistakes."""
+"""What a new user types in the first ten minutes: the commands of README and docs, and the usual mistakes."""
 
 import json
 import re
@@ -13,7 +13,8 @@ from environments import ROOT, Environment
 from packaging.requirements import Requirement
 from snippets import Snippet, snippets
 
-COMMANDS = [found for found in snippets(ROOT) if found.language == "bash" and not found.document.startswith("docs/")]
+COMMANDS = [found for found in snippets(ROOT) if found.language == "bash" and found.document != "docs/serving.md"]
+"""Those of docs/serving.md: test_snippets.py."""
 NO_NETWORK = {
     **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),
     "no_proxy": "",
@@ -32,10 +33,10 @@ def no_traceback(done: "subprocess.CompletedProcess[str]") -> None:
     assert "Traceback" not in done.stderr + done.stdout
 
 
-class TestReadme:
+class TestDocuments:
     @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
     def test_command(self, environment: Environment, photo: Path, address: str, command: Snippet) -> None:
-        """Each command of the README runs as it is written.
+        """Each command runs as it is written.
 
         In a clone that has a photo.jpg. The checkpoint that it names is on disk, see hub_checkpoint.py. pip only says
         what it would do, so that the next test finds the environment as it was.

@@ -11,7 +11,7 @@ from snippets import Snippet, snippets
 
 FOUND = snippets(ROOT)
 DOCUMENTS = sorted({found.document for found in FOUND if found.language == "python"})
-SERVED = [found for found in FOUND if found.document.startswith("docs/") and found.language == "bash"]
+SERVED = [found for found in FOUND if found.document == "docs/serving.md" and found.language == "bash"]
 
 AFTERWARDS = {
     "README.md": """
@@ -34,6 +34,12 @@ inputs = processor(images=Image.open("photo.jpg"), text="<image> what is in the 
 with Pruner(Outliers(), keep=64)(model) as pruned:
     model.generate(**inputs, max_new_tokens=2)
 assert [len(kept) for kept in pruned.last.kept] == [64]
+""",
+    "docs/library.md": """
+assert not adafv.enabled
+assert [len(kept) for kept in pruner.last.kept] == [len(kept) for kept in adafv.last.kept] == [14]
+assert shorter["input_ids"].shape[1] == inputs["input_ids"].shape[1] - 144 + 14
+assert processor.decode(output[0, shorter["input_ids"].shape[1] :], skip_special_tokens=True).strip() == "green"
 """,
     "docs/serving.md": """
 import base64, json, urllib.request

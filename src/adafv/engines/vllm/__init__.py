@@ -18,8 +18,8 @@ vLLM's own classes: nothing of vLLM is patched, and who does not name an AdaFV a
     rotary.py       positions in time, height and width of what was kept
     cpu.py          the memory that a server on a CPU takes
     launch.py       the command line of vLLM's server
+    cpu_torchvision/  torchvision without its compiled part
     families/       one file per model family: what differs between vLLM's model classes
-    cpu_torchvision/  a stand-in for torchvision, for a server on a CPU
 
 This package's own module imports neither vLLM nor torch.
 """
