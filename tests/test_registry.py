@@ -234,6 +234,7 @@ class TestOneThatIsBroken:
             from adafv.engines.transformers.families import found_families, family_of
             from adafv.environment import as_text, environment
             from command_line import run
+            import models
             from rows import llava, llava_next
             found = found_families()
             try:
