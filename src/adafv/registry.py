@@ -150,5 +150,5 @@ def _not_derived(value: Any, base: type[Any]) -> str | None:
 def cause(error: BaseException) -> str:
     """What an exception says, in one line, without paths: reports of bugs quote it."""
     kind = type(error).__name__
-    text = re.sub(r" \((?:/|\\|[A-Za-z]:)[^()]*\)", "", one_line(" ".join(str(error).split())))
-    return kind if not text or "/" in text or "\\" in text else f"{kind}: {text}"
+    text = re.sub(r" \((?:/|\\|[A-Za-z]:)[^()]*\)", "", " ".join(str(error).split()))
+    return kind if not text or "/" in text or "\\" in text else f"{kind}: {one_line(text)}"
