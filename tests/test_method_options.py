@@ -63,7 +63,7 @@ def test_what_is_listed() -> None:
         ("share=0.5", "two at once."),
         ("whole=false", "two at once."),
         ("word=a b", "said by the field"),
-        ("perhaps=none", "a whole number, or none, such as none"),
+        ("perhaps=none", "a whole number, or none"),
         ("sizes=(1, 2)", "an object of Python, such as (1, 2)"),
     ]
 
@@ -101,7 +101,7 @@ class TestReading:
         ("written", "said"),
         [
             ([], "needs the option layer; give a whole number"),
-            (["layer"], "is not of the form name=value; such as layer="),
+            (["layer"], "is not of the form name=value; such as share=0.5"),
             (["=3"], "is not of the form name=value"),
             (["layer=1", "layer=1"], "given twice"),
             (["layer=1.5"], "layer=1.5; give a whole number"),

@@ -41,7 +41,11 @@ class MethodOption:
     def takes(self) -> str:
         """What its values are, for a message."""
         kind = _KINDS[self.kind] if self.kind else "an object of Python"
-        return kind + (", or none" if self.optional else "") + ("" if self.default is MISSING else f", such as {self}")
+        return (
+            kind
+            + (", or none" if self.optional else "")
+            + ("" if self.default in (MISSING, None) else f", such as {self}")
+        )
 
     def __str__(self) -> str:
         """The default as people write it."""
@@ -132,7 +136,7 @@ def parameters_from_options(name: str, written: Sequence[str]) -> dict[str, Any]
     for option in written:
         given, equals, text = (part.strip() for part in option.partition("="))
         if not equals or not given:
-            example = next((f"{each.name}={each}" for each in known.values()), "name=value")
+            example = next((f"{each.name}={each}" for each in known.values() if each.default is not MISSING), "seed=1")
             raise OptionError(
                 f"the option {shortened(repr(option), 60)} is not of the form name=value; such as {example}"
             )
@@ -183,7 +187,7 @@ def _options_by_name(name: Any) -> dict[str, MethodOption]:
     if not isinstance(name, str) or name not in methods:
         if isinstance(name, str) and found_methods().named(name):
             method_named(name)  # says why it could not be loaded
-        close = difflib.get_close_matches(str(name), methods, n=1)
+        close = difflib.get_close_matches(name, methods, n=1) if isinstance(name, str) else []
         hint = f"; did you mean {close[0]}?" if close else ""
         raise OptionError(f"there is no method {shortened(repr(name), 60)}; known are: {', '.join(methods)}{hint}")
     return {option.name: option for option in options_of(methods[name])}
