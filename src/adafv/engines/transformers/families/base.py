@@ -24,6 +24,9 @@ MODALITIES = ("image", "video")
 REPEATS_IMAGES_IN_ORDER = Version(transformers.__version__) >= Version("5.23")
 """Older releases repeat several entries of one prompt in the wrong order for beams and several return sequences."""
 
+Signals = frozenset[Signal]
+"""What is asked for of the tower: signals `of_tower`."""
+
 
 @dataclass
 class Encoded:
@@ -139,12 +142,7 @@ class Family(ABC):
 
     @abstractmethod
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         """Run tower and projector, reading the signals (those `of_tower` alone) off the tower.
 

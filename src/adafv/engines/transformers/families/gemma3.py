@@ -19,8 +19,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.engines.transformers.families.base import Encoded, Family, Signals
 from adafv.engines.transformers.patches import by_image, pooled
 from adafv.engines.transformers.towers import TappedTower, check_tower, with_tower
 from adafv.errors import UnsupportedCallError
@@ -75,12 +74,7 @@ class Gemma3(Family):
         return {"pixel_values": visuals["pixel_values"][wanted]}
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         tower = TappedTower(model.model.vision_tower, -1, signals)
         twin = with_tower(model.model, "vision_tower", tower)
