@@ -6,6 +6,7 @@ Workers import this module to run functions of it, so it imports as little as it
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,3 +144,28 @@ def _disturb(model: Any) -> None:
             return SimpleNamespace(indices=torch.arange(keep).unsqueeze(0), features=None)
 
         model.adafv_patch.setattr(type(model.adafv.method), "select", first_ones)
+
+
+def signals_of_each(llm: Any, wanted: Any, ask: Any) -> list[list[dict[Any, Any]]]:
+    """[worker][image]: what its tap reads of the wanted signals while `ask` runs, as lists of numbers."""
+    llm.apply_model(partial(_tap, wanted))
+    ask()
+    return llm.apply_model(_tapped)
+
+
+def _tap(wanted: Any, model: Any) -> None:
+    model.adafv_signals = wanted
+    model.adafv_tap = model.tap()
+    model.adafv_images = []
+    encode = model.encode
+
+    def recording(images: Any) -> Any:
+        encoded = encode(images)
+        model.adafv_images += encoded
+        return encoded
+
+    model.encode = recording
+
+
+def _tapped(model: Any) -> list[dict[Any, Any]]:
+    return [{name: values.tolist() for name, values in image.signals.items()} for image in model.adafv_images]

@@ -5,10 +5,13 @@ by one of these, and that holds for the saliency (C = 1), for keys and for hidde
 several patches has their mean.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.errors import UnsupportedCallError
 
 
 def by_image(tokens: Tensor, layouts: list[ImageLayout]) -> list[Tensor]:
@@ -20,6 +23,27 @@ def by_crops(patches: Tensor, layouts: list[ImageLayout]) -> list[Tensor]:
     """[all patches, C] of crops of one size -> per image [its crops, patches of a crop, C]."""
     crops = patches.unflatten(0, (sum(layout.crops for layout in layouts), -1))
     return list(crops.split([layout.crops for layout in layouts]))
+
+
+def of_images(values: Tensor, counts: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    """Of rows that belong to images, so many to each, those of the images at the positions `wanted`."""
+    parts = values.split(list(counts))
+    return torch.cat([parts[i] for i in wanted])
+
+
+def square_side(grid: tuple[int, int], factor: int) -> int:
+    """Tokens along one side of a tile of `grid` (rows, columns) patches, factor x factor of which become a token.
+
+    Raises:
+        UnsupportedCallError: the tile is not square, or is not a whole number of tokens.
+    """
+    rows, columns = grid
+    if rows != columns or rows % factor:
+        raise UnsupportedCallError(
+            f"tiles of {rows} x {columns} patches cannot be pruned: the model joins {factor} x {factor} patches of "
+            "square tiles only; prepare the images with the processor of this checkpoint"
+        )
+    return rows // factor
 
 
 def neighbours(patches: Tensor, count: int) -> Tensor:

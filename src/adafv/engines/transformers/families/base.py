@@ -20,6 +20,9 @@ from adafv.registry import Found, cause, find
 
 MODALITIES = ("image", "video")
 
+Signals = frozenset[Signal]
+"""What is asked for of the tower: signals `of_tower`."""
+
 
 @dataclass
 class Encoded:
@@ -141,12 +144,7 @@ class Family(ABC):
 
     @abstractmethod
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         """Run tower and projector, reading the signals (those `of_tower` alone) off the tower.
 

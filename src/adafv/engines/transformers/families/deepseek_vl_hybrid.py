@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded
+from adafv.engines.transformers.families.base import Encoded, Signals
 from adafv.engines.transformers.families.deepseek_vl import DeepseekVL
 from adafv.errors import PromptError
 
@@ -28,12 +27,7 @@ class DeepseekVLHybrid(DeepseekVL):
         return {name: pixels[wanted] for name, pixels in visuals.items()}
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         low, high = visuals["pixel_values"], visuals.get("high_res_pixel_values")
         if high is None or len(high) != len(low):

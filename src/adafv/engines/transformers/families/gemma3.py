@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import CallWithImages, Encoded, Family
+from adafv.engines.transformers.families.base import CallWithImages, Encoded, Family, Signals
 from adafv.engines.transformers.patches import by_image, pooled
 from adafv.engines.transformers.releases import MIXES_UP_PACKED_IMAGES, READS_TYPES_FROM_THE_BEGINNING
 from adafv.engines.transformers.towers import TappedTower, check_tower, with_tower
@@ -87,12 +86,7 @@ class Gemma3(Family):
         return {"pixel_values": visuals["pixel_values"][wanted]}
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         tower = TappedTower(model.model.vision_tower, -1, signals)
         twin = with_tower(model.model, "vision_tower", tower)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import CallWithImages, Encoded, Family
+from adafv.engines.transformers.families.base import CallWithImages, Encoded, Family, Signals
 from adafv.engines.transformers.towers import TowerShape, with_tap
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
 from adafv.prompts.prompt import Run
@@ -57,12 +56,7 @@ class Gemma4(Family):
         return {name: values[wanted] for name, values in visuals.items()}
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         pixels, positions = visuals["pixel_values"], visuals["image_position_ids"]
         twin, tap = with_tap(model.model, self.tower_name, self.tower_shape, signals)

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.engines.transformers.families.base import Encoded, Family, Signals
 from adafv.engines.transformers.families.internvl import thumbnail_last
-from adafv.engines.transformers.patches import by_image, numbered
-from adafv.engines.transformers.towers import TowerShape, check_tower, with_tap
+from adafv.engines.transformers.patches import by_image, numbered, square_side
+from adafv.engines.transformers.towers import TowerShape, check_tower, patch_grid, with_tap
 from adafv.errors import PromptError, UnsupportedCallError
 from adafv.prompts.prompt import Run
 
@@ -59,12 +58,7 @@ class Idefics3(Family):
         return {name: values[real][tiles.to(values.device)].unsqueeze(0) for name, values in visuals.items()}
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         twin, tap = with_tap(model.model, self.tower_name, self.tower_shape, signals)
         output = twin.get_image_features(**visuals, return_dict=True)
@@ -93,20 +87,15 @@ class Idefics3(Family):
     @staticmethod
     def _tile_side(model: Any, visuals: Mapping[str, Any]) -> int:
         """Tokens along one side of a tile."""
-        patch, factor = model.config.vision_config.patch_size, model.config.scale_factor
-        rows, columns = (size // patch for size in visuals["pixel_values"].shape[-2:])
-        if rows != columns or rows % factor:
-            raise UnsupportedCallError(
-                f"tiles of {rows} x {columns} patches cannot be pruned: the model joins {factor} x {factor} patches of "
-                "square tiles only; prepare the images with the processor of this checkpoint"
-            )
+        grid = patch_grid(model.model.vision_model, *visuals["pixel_values"].shape[-2:])
+        side = square_side(grid, model.config.scale_factor)
         mask = visuals.get("pixel_attention_mask")
         if mask is not None and not bool((mask[_is_real(visuals)] != 0).all()):
             raise UnsupportedCallError(
                 "pixel_attention_mask says that tiles are padded inside, which is not supported; let the processor scale the "
                 "images (do_resize=True)"
             )
-        return int(rows // factor)
+        return side
 
 
 def _is_real(visuals: Mapping[str, Any]) -> Tensor:

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.engines.transformers.families.base import Encoded, Family, Signals
 from adafv.engines.transformers.families.llava import feature_options
-from adafv.engines.transformers.patches import by_image, numbered
+from adafv.engines.transformers.patches import by_image, numbered, of_images, square_side
 from adafv.engines.transformers.towers import TappedTower, patch_grid, with_tower
-from adafv.errors import UnsupportedCallError, UnsupportedModelError
+from adafv.errors import UnsupportedModelError
 from adafv.prompts.prompt import Run
 
 
@@ -41,14 +40,7 @@ class InternVL(Family):
 
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
         tiles, _, height, width = visuals["pixel_values"].shape
-        factor = self.patches_joined(model)
-        rows, columns = patch_grid(model.model.vision_tower, height, width)
-        if rows != columns or rows % factor:
-            raise UnsupportedCallError(
-                f"tiles of {rows} x {columns} patches cannot be pruned: the model joins {factor} x {factor} patches of "
-                "square tiles only; prepare the images with the processor of this checkpoint"
-            )
-        rows, columns = rows // factor, columns // factor
+        rows = columns = square_side(patch_grid(model.model.vision_tower, height, width), self.patches_joined(model))
         counts = [1] * tiles
         if sum(run.length for run in runs) == tiles * rows * columns and not any(
             run.length % (rows * columns) for run in runs
@@ -60,16 +52,11 @@ class InternVL(Family):
     def take(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
     ) -> dict[str, Any]:
-        tiles = visuals["pixel_values"].split([layout.crops for layout in layouts])
-        return {**visuals, "pixel_values": torch.cat([tiles[i] for i in wanted])}
+        tiles = of_images(visuals["pixel_values"], [layout.crops for layout in layouts], wanted)
+        return {**visuals, "pixel_values": tiles}
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         options = self.options(model, visuals)
         tower = TappedTower(model.model.vision_tower, options.get("vision_feature_layer", -1), signals)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.engines.transformers.families.base import Encoded, Family, Signals
 from adafv.engines.transformers.families.paddleocr_vl import raster_view
-from adafv.engines.transformers.patches import blocks
+from adafv.engines.transformers.patches import blocks, of_images
 from adafv.engines.transformers.towers import TowerShape, with_tap
 from adafv.prompts.prompt import Run
 
@@ -40,17 +39,11 @@ class KimiK25(Family):
     def take(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
     ) -> dict[str, Any]:
-        parts = visuals["pixel_values"].split(visuals["image_grid_thw"].prod(-1).tolist())
-        pixels = torch.cat([parts[i] for i in wanted])
+        pixels = of_images(visuals["pixel_values"], visuals["image_grid_thw"].prod(-1).tolist(), wanted)
         return {"pixel_values": pixels, "image_grid_thw": visuals["image_grid_thw"][wanted]}
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         twin, tap = with_tap(model.model, self.tower_name, self.tower_shape, signals)
         output = twin.get_image_features(visuals["pixel_values"], visuals["image_grid_thw"], return_dict=True)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded, Family, is_a
+from adafv.engines.transformers.families.base import Encoded, Family, Signals, is_a
 from adafv.engines.transformers.patches import by_image
 from adafv.engines.transformers.towers import TappedTower, check_tower, patch_grid, scale_down, uncompiled, with_tower
 from adafv.prompts.prompt import Run
@@ -54,12 +53,7 @@ class Llava(Family):
         return [layout] * len(visuals["pixel_values"])
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         return self._encoded(model, visuals, visuals["pixel_values"], layouts, signals)
 
@@ -76,7 +70,7 @@ class Llava(Family):
         visuals: Mapping[str, Any],
         pixel_values: Tensor,
         layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        signals: Signals,
         **options: Any,
     ) -> Encoded:
         layers, reading = self.reads(model, visuals)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded, in_order
+from adafv.engines.transformers.families.base import Encoded, Signals, in_order
 from adafv.engines.transformers.families.llava import Llava
-from adafv.engines.transformers.patches import by_crops
+from adafv.engines.transformers.patches import by_crops, of_images
 from adafv.engines.transformers.releases import of_stock
 from adafv.engines.transformers.towers import TappedTower, patch_grid, scale_down, with_tower
 from adafv.errors import UnsupportedModelError
@@ -32,8 +31,8 @@ class LlavaNext(Llava):
     ) -> dict[str, Any]:
         pixel_values, sizes = visuals["pixel_values"], torch.as_tensor(visuals["image_sizes"])
         if pixel_values.dim() == 4:  # the crops of all images in one row
-            crops = pixel_values.split([layout.crops for layout in layouts])
-            return {**visuals, "pixel_values": torch.cat([crops[i] for i in wanted]), "image_sizes": sizes[wanted]}
+            crops = of_images(pixel_values, [layout.crops for layout in layouts], wanted)
+            return {**visuals, "pixel_values": crops, "image_sizes": sizes[wanted]}
         return {**visuals, "pixel_values": pixel_values[wanted], "image_sizes": sizes[wanted]}
 
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
@@ -60,12 +59,7 @@ class LlavaNext(Llava):
         return packed[0].squeeze(-1).long()
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         layers, reading = self.reads(model, visuals)
         newline = newline_of(model)

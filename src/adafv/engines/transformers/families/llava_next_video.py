@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded
+from adafv.engines.transformers.families.base import Encoded, Signals
 from adafv.engines.transformers.families.llava import feature_options
 from adafv.engines.transformers.families.llava_next import LlavaNext
 from adafv.engines.transformers.patches import by_image, pooled
@@ -49,12 +48,7 @@ class LlavaNextVideo(LlavaNext):
         return [ImageLayout(torch.arange(frames * side * side), frames, side, side)] * videos
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         if modality == "image":
             return super().encode(model, modality, visuals, layouts, signals)

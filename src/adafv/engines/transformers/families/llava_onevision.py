@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adafv.core import ImageLayout, anyres_layout, anyres_places
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded
+from adafv.engines.transformers.families.base import Encoded, Signals
 from adafv.engines.transformers.families.llava import Llava, feature_options
 from adafv.engines.transformers.families.llava_next import newline_of
-from adafv.engines.transformers.patches import by_crops
+from adafv.engines.transformers.patches import by_crops, of_images
 from adafv.engines.transformers.towers import TappedTower, patch_grid, with_tower
 from adafv.errors import UnsupportedCallError
 from adafv.prompts.prompt import Run
@@ -48,8 +47,7 @@ class LlavaOnevision(Llava):
         if visuals.get(sizes) is not None:
             taken[sizes] = torch.as_tensor(visuals[sizes])[wanted]
         if modality == "image" and visuals["pixel_values"].dim() == 4:  # the crops of all images in one row
-            crops = visuals["pixel_values"].split([layout.crops for layout in layouts])
-            taken["pixel_values"] = torch.cat([crops[i] for i in wanted])
+            taken["pixel_values"] = of_images(visuals["pixel_values"], [layout.crops for layout in layouts], wanted)
         else:
             taken[pixels] = visuals[pixels][wanted]
         if taken.pop("batch_num_images", None) is not None:
@@ -73,12 +71,7 @@ class LlavaOnevision(Llava):
         ]
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         layer, strategy = feature_options(model, visuals)
         newline_of(model)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout, patch_saliency
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded, Family, is_a
+from adafv.engines.transformers.families.base import Encoded, Family, Signals, is_a
 from adafv.engines.transformers.patches import pooled
 from adafv.engines.transformers.towers import Score, TappedTower, TowerShape, uncompiled, with_tower
 from adafv.errors import UnsupportedModelError
@@ -69,12 +68,7 @@ class Mistral3(Family):
         return {**visuals, "pixel_values": visuals["pixel_values"][wanted], "image_sizes": image_sizes(visuals)[wanted]}
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         grids = patch_grids(model, visuals)
         lengths = tuple(rows * columns for rows, columns in grids)

@@ -18,12 +18,11 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.engines.transformers.families.base import Encoded, Family, Signals
 from adafv.engines.transformers.families.internvl import images_by_gap
-from adafv.engines.transformers.patches import by_image, pooled
+from adafv.engines.transformers.patches import by_image, of_images, pooled, square_side
 from adafv.engines.transformers.towers import TowerShape, patch_grid, with_tap
-from adafv.errors import UnsupportedCallError, UnsupportedModelError
+from adafv.errors import UnsupportedModelError
 from adafv.prompts.prompt import Run
 
 
@@ -51,14 +50,8 @@ class Ovis2(Family):
 
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
         pixels = visuals["pixel_values"]
-        rows, columns = patch_grid(model.model.vision_tower, *pixels.shape[-2:])
-        stride = model.config.vision_config.hidden_stride
-        if rows != columns or rows % stride:
-            raise UnsupportedCallError(
-                f"tiles of {rows} x {columns} patches cannot be pruned: the model joins {stride} x {stride} patches of "
-                "square tiles only; prepare the images with the processor of this checkpoint"
-            )
-        side = rows // stride
+        grid = patch_grid(model.model.vision_tower, *pixels.shape[-2:])
+        side = square_side(grid, model.config.vision_config.hidden_stride)
         counts = [1] * len(pixels)
         if len(runs) == len(pixels) and all(run.length == side * side for run in runs):
             counts = [len(image) for image in images_by_gap(runs)]
@@ -68,16 +61,10 @@ class Ovis2(Family):
     def take(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
     ) -> dict[str, Any]:
-        tiles = visuals["pixel_values"].split([layout.crops for layout in layouts])
-        return {"pixel_values": torch.cat([tiles[i] for i in wanted])}
+        return {"pixel_values": of_images(visuals["pixel_values"], [layout.crops for layout in layouts], wanted)}
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         pixels, stride = visuals["pixel_values"], model.config.vision_config.hidden_stride
         twin, tap = with_tap(model.model, self.tower_name, self.tower_shape, signals)

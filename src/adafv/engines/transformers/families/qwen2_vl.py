@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import MODALITIES, Encoded, Family
-from adafv.engines.transformers.patches import by_image, neighbours
+from adafv.engines.transformers.families.base import MODALITIES, Encoded, Family, Signals
+from adafv.engines.transformers.patches import by_image, neighbours, of_images
 from adafv.engines.transformers.towers import TowerShape, with_tap
 from adafv.prompts.prompt import Run
 
@@ -43,19 +42,14 @@ class Qwen2VL(Family):
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
     ) -> dict[str, Any]:
         pixels, grid, *_ = self.inputs(modality)
-        parts = visuals[pixels].split([t * h * w for t, h, w in self.grids(modality, visuals)])
-        taken = {pixels: torch.cat([parts[i] for i in wanted]), grid: visuals[grid][wanted]}
+        counts = [t * h * w for t, h, w in self.grids(modality, visuals)]
+        taken = {pixels: of_images(visuals[pixels], counts, wanted), grid: visuals[grid][wanted]}
         if "second_per_grid_ts" in visuals:
             taken["second_per_grid_ts"] = torch.as_tensor(visuals["second_per_grid_ts"])[wanted]
         return taken
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         pixels, sizes = (visuals[name] for name in self.inputs(modality)[:2])
         twin, tap = with_tap(model.model, self.tower_name, self.tower_shape, signals)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.engines.transformers.families.base import Encoded, Family, Signals
+from adafv.engines.transformers.patches import of_images
 from adafv.engines.transformers.towers import TowerShape, with_tap
 from adafv.prompts.prompt import Run
 
@@ -40,8 +40,7 @@ class VideoLlama3(Family):
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
     ) -> dict[str, Any]:
         pixels, grid, merge, *_ = self.inputs(modality)
-        parts = visuals[pixels].split(visuals[grid].prod(-1).tolist())
-        taken = {pixels: torch.cat([parts[i] for i in wanted])}
+        taken = {pixels: of_images(visuals[pixels], visuals[grid].prod(-1).tolist(), wanted)}
         taken |= {name: visuals[name][wanted] for name in (grid, merge)}
         if "video_compression_mask" in visuals:
             kept = self._kept(modality, visuals)
@@ -49,12 +48,7 @@ class VideoLlama3(Family):
         return taken
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         pixels, sizes, merges = (visuals[name] for name in self.inputs(modality)[:3])
         twin, tap = with_tap(model.model, self.tower_name, self.tower_shape, signals)

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Signal
-from adafv.engines.transformers.families.base import Encoded
+from adafv.engines.transformers.families.base import Encoded, Signals
 from adafv.engines.transformers.families.llava import Llava
 from adafv.engines.transformers.patches import by_image
 from adafv.engines.transformers.towers import TappedTower, check_tower, patch_grid, scale_down, shape_of, with_tower
@@ -64,12 +63,7 @@ class VideoLlava(Llava):
         return [ImageLayout(source.flatten(), frames, rows, columns)] * len(pixels)
 
     def encode(
-        self,
-        model: Any,
-        modality: str,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
         return self._run(model, modality, visuals, visuals[self.inputs(modality)[0]], layouts, signals)
 
@@ -87,7 +81,7 @@ class VideoLlava(Llava):
         visuals: Mapping[str, Any],
         pixels: Tensor,
         layouts: list[ImageLayout],
-        signals: frozenset[Signal],
+        signals: Signals,
         **options: Any,
     ) -> Encoded:
         name = f"{modality}_tower"
