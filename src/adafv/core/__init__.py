@@ -4,7 +4,7 @@
     layout.py     where the visual tokens of an image come from
     scores.py     the two scores of the paper: text-to-image attention and visual saliency
     received.py   visual saliency of towers without [CLS]
-    selection.py  the geometric-mean selection: `split_search`, `joint_search`, `published_search`
+    selection.py  the geometric-mean selection: `joint_search` and those it is compared with
 
 Every engine (transformers, vLLM) calls these functions; none has an implementation of its own.
 """
@@ -15,6 +15,7 @@ from adafv.core.received import patch_saliency
 from adafv.core.scores import class_attention, text_to_image_attention
 from adafv.core.selection import (
     Selection,
+    frank_wolfe_search,
     geometric_mean,
     joint_search,
     published_search,
@@ -29,6 +30,7 @@ __all__ = [
     "anyres_layout",
     "anyres_places",
     "class_attention",
+    "frank_wolfe_search",
     "geometric_mean",
     "joint_search",
     "patch_saliency",

@@ -12,8 +12,8 @@ TEMPERATURE = 100.0
 """Factor on the cosine before the softmax, as in the paper: it makes t about as peaked as the saliency s."""
 
 _SLICE = 256
-"""Visual tokens taken at a time: float32 copies of thousands of tokens fall out of the processor's cache, and cost more
-than the products themselves."""
+"""Visual tokens taken at a time on a CPU: float32 copies of thousands of tokens fall out of its cache, and cost more than
+the products themselves. Elsewhere every slice is a launch more."""
 
 
 def text_to_image_attention(
@@ -37,6 +37,15 @@ def text_to_image_attention(
     Returns:
         [..., N] float32, zero where `visual_mask` is False.
     """
+    logits = (_sliced_logits if visual.is_cpu else _logits)(text, visual, visual_mask, temperature)
+    attention = logits.softmax(dim=-1)
+    if text_mask is not None:
+        attention = attention.masked_fill(~text_mask.unsqueeze(-1), 0.0)
+    return attention.amax(dim=-2)
+
+
+def _sliced_logits(text: Tensor, visual: Tensor, visual_mask: Tensor | None, temperature: float) -> Tensor:
+    """temperature * cos(text_i, visual_j), -inf where `visual_mask` is False: [..., T, N] float32."""
     text = normalize(text.float(), dim=-1)
     cosines = []
     for tokens in visual.split(_SLICE, dim=-2):
@@ -44,12 +53,22 @@ def text_to_image_attention(
         norms = tokens.square().sum(dim=-1).sqrt().clamp_min(1e-12)
         cosines.append(text @ tokens.transpose(-1, -2) / norms.unsqueeze(-2))
     logits = temperature * torch.cat(cosines, dim=-1)
-    if visual_mask is not None:
-        logits = logits.masked_fill(~visual_mask.unsqueeze(-2), float("-inf"))
-    attention = logits.softmax(dim=-1)
-    if text_mask is not None:
-        attention = attention.masked_fill(~text_mask.unsqueeze(-1), 0.0)
-    return attention.amax(dim=-2)
+    return logits if visual_mask is None else logits.masked_fill(~visual_mask.unsqueeze(-2), float("-inf"))
+
+
+def _logits(text: Tensor, visual: Tensor, visual_mask: Tensor | None, temperature: float) -> Tensor:
+    """The same in a number of operations that does not depend on N, for devices where each is a launch.
+
+    It takes a float32 copy of `visual`.
+    """
+    text, visual = text.float(), visual.float()
+    norms = [torch.linalg.vector_norm(tokens, dim=-1) for tokens in (text, visual)]
+    products = text @ visual.transpose(-1, -2)
+    scale = (norms[0].unsqueeze(-1) * norms[1].unsqueeze(-2)).clamp_min(1e-12)
+    if visual_mask is None:
+        return products / scale * temperature
+    # The logarithm of True is 0, that of False -inf.
+    return torch.addcdiv(visual_mask.log().unsqueeze(-2), products, scale, value=temperature)
 
 
 def class_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:

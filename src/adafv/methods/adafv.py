@@ -6,6 +6,7 @@ import torch
 
 from adafv.core import (
     ImageLayout,
+    frank_wolfe_search,
     joint_search,
     published_search,
     published_tokens,
@@ -15,7 +16,7 @@ from adafv.core import (
 from adafv.errors import BudgetError, OptionError
 from adafv.methods.base import Kept, Method, VisualTokens
 
-SEARCHES = {"joint": joint_search, "split": split_search}
+SEARCHES = {"joint": joint_search, "split": split_search, "frank-wolfe": frank_wolfe_search}
 VARIANTS = ("corrected", "published")
 
 
@@ -24,7 +25,8 @@ class GeometricMean(Method):
     """Keep the tokens that maximise sqrt(sum of t * sum of s); see `adafv.core.selection`.
 
     Args:
-        objective: "joint" (optimum by Frank-Wolfe, with certificate) or "split" (the paper's search).
+        objective: "joint" (the best set that can be found, with certificate), "split" (the paper's search), or
+            "frank-wolfe" (what "joint" was before, for comparison).
         variant: "corrected", or "published" for the published code to the letter, bugs included; `objective` does not
             apply to the latter.
     """
