@@ -37,15 +37,8 @@ def text_to_image_attention(
     Returns:
         [..., N] float32, zero where `visual_mask` is False.
     """
-    logits = (_sliced_logits if visual.is_cpu else _logits)(text, visual, visual_mask, temperature)
-    attention = logits.softmax(dim=-1)
-    if text_mask is not None:
-        attention = attention.masked_fill(~text_mask.unsqueeze(-1), 0.0)
-    return attention.amax(dim=-2)
-
-
-def _sliced_logits(text: Tensor, visual: Tensor, visual_mask: Tensor | None, temperature: float) -> Tensor:
-    """temperature * cos(text_i, visual_j), -inf where `visual_mask` is False: [..., T, N] float32."""
+    if not visual.is_cpu:
+        return _text_attention_in_few_operations(text, visual, text_mask, visual_mask, temperature)
     text = normalize(text.float(), dim=-1)
     cosines = []
     for tokens in visual.split(_SLICE, dim=-2):
@@ -53,22 +46,35 @@ def _sliced_logits(text: Tensor, visual: Tensor, visual_mask: Tensor | None, tem
         norms = tokens.square().sum(dim=-1).sqrt().clamp_min(1e-12)
         cosines.append(text @ tokens.transpose(-1, -2) / norms.unsqueeze(-2))
     logits = temperature * torch.cat(cosines, dim=-1)
-    return logits if visual_mask is None else logits.masked_fill(~visual_mask.unsqueeze(-2), float("-inf"))
+    if visual_mask is not None:
+        logits = logits.masked_fill(~visual_mask.unsqueeze(-2), float("-inf"))
+    attention = logits.softmax(dim=-1)
+    if text_mask is not None:
+        attention = attention.masked_fill(~text_mask.unsqueeze(-1), 0.0)
+    return attention.amax(dim=-2)
 
 
-def _logits(text: Tensor, visual: Tensor, visual_mask: Tensor | None, temperature: float) -> Tensor:
-    """The same in a number of operations that does not depend on N, for devices where each is a launch.
+def _text_attention_in_few_operations(
+    text: Tensor, visual: Tensor, text_mask: Tensor | None, visual_mask: Tensor | None, temperature: float
+) -> Tensor:
+    """The same for devices where each operation is a launch: their number does not depend on N.
 
     It takes a float32 copy of `visual`.
     """
     text, visual = text.float(), visual.float()
-    norms = [torch.linalg.vector_norm(tokens, dim=-1) for tokens in (text, visual)]
+    text_norms, visual_norms = (torch.linalg.vector_norm(tokens, dim=-1) for tokens in (text, visual))
     products = text @ visual.transpose(-1, -2)
-    scale = (norms[0].unsqueeze(-1) * norms[1].unsqueeze(-2)).clamp_min(1e-12)
+    norms = (text_norms.unsqueeze(-1) * visual_norms.unsqueeze(-2)).clamp_min(1e-12)
     if visual_mask is None:
-        return products / scale * temperature
-    # The logarithm of True is 0, that of False -inf.
-    return torch.addcdiv(visual_mask.log().unsqueeze(-2), products, scale, value=temperature)
+        attention = (products / norms * temperature).softmax(dim=-1)
+        if text_mask is not None:
+            attention = attention.masked_fill(~text_mask.unsqueeze(-1), 0.0)
+        return attention.amax(dim=-2)
+    shown = visual_mask.log().unsqueeze(-2)  # 0 where True, -inf where False
+    attention = torch.addcdiv(shown, products, norms, value=temperature).softmax(dim=-1)
+    if text_mask is not None:  # nothing in `shown` is above an attention
+        attention = attention.where(text_mask.unsqueeze(-1), shown)
+    return attention.amax(dim=-2)
 
 
 def class_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:

@@ -91,7 +91,7 @@ def joint_search(text_attention: Tensor, saliency: Tensor, keep: int, candidates
     a try lie within that factor of T0 / S0.
 
     Sets that no weight ranks first can be better. Those of `split_search` are tried, too, all K + 1 of them: see
-    `_best_first`. Sets of one to three tokens are tried one by one, see `_best_small_set`.
+    `_best_last`. Sets of one to three tokens are tried one by one, see `_best_small_set`.
 
     The number of tensor operations does not depend on N, K (from four on) or the number of images, and memory grows with
     N + K^1.5. Args and returns as `split_search`; certificates below 1e-6 are 0, which float32 cannot tell from it.
@@ -110,9 +110,9 @@ def joint_search(text_attention: Tensor, saliency: Tensor, keep: int, candidates
     order = scores.view(torch.int32).sort(dim=-1, descending=True, stable=True).indices
     place = order.scatter(-1, order, index.expand_as(order))
     if keep < tokens:
-        first, most = _best_first(scores, order, place, count, keep)
+        last, most = _best_last(scores, order, place, count, keep)
     else:
-        first, most = index[:1].expand(place[..., 0, :1].shape), scores.sum(-1)
+        last, most = index[:1].expand(place[..., 0, :1].shape), scores.sum(-1)
 
     reach = math.log(4 * keep**2 / (keep**2 - 1))
     weights = torch.logspace(-reach, reach, WEIGHTS, base=math.e, device=scores.device)
@@ -121,7 +121,7 @@ def joint_search(text_attention: Tensor, saliency: Tensor, keep: int, candidates
     ranked = torch.addcmul(scores[..., :1, :], weights.unsqueeze(-1), scores[..., 1:, :])
     # Whole numbers that no two tokens share: what is kept does not depend on how a device orders equals.
     ranked = torch.sub(index, ranked.view(torch.int32), alpha=tokens)
-    split = place[..., 1:, :].masked_fill(place[..., :1, :] < first.unsqueeze(-1), -1)
+    split = place[..., 1:, :].masked_fill(place[..., :1, :] <= last.unsqueeze(-1), -1)
     kept = torch.cat((ranked, split, place[..., 1:, :]), dim=-2).topk(keep, largest=False, sorted=False).indices
 
     masses = _at(scores, kept).sum(-1, dtype=torch.float64)
@@ -223,8 +223,8 @@ def published_search(text_attention: Tensor, saliency: Tensor, keep: int) -> Ten
     return indices.sort(dim=-1).values
 
 
-def _best_first(scores: Tensor, order: Tensor, place: Tensor, count: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """(k1 [..., 1] of the best split with k1 >= 1, the largest mass of either score [..., 2]), for K < N.
+def _best_last(scores: Tensor, order: Tensor, place: Tensor, count: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """(k1 - 1 [..., 1] of the best split with k1 >= 1, the largest mass of either score [..., 2]), for K < N.
 
     The split k1 keeps the k1 tokens at the head of the text list and those at the places before q(k1) of the saliency
     list. The step from k1 to k1 + 1 puts one token in and, unless it was kept already, the one at place q(k1 + 1) out:
@@ -235,7 +235,7 @@ def _best_first(scores: Tensor, order: Tensor, place: Tensor, count: Tensor, kee
         order: [..., 2, N], tokens by falling score; `place` is its inverse.
         count: 0, 1, 2, ..., longer than any list here.
     """
-    on_saliency_list = place[..., 1, :].gather(-1, order[..., 0, : keep + math.isqrt(keep) + 1])
+    on_saliency_list = count.expand(*place.shape[:-2], -1).scatter(-1, place[..., 0, :], place[..., 1, :])
     ends = _saliency_ends(on_saliency_list, place[..., 0, :].gather(-1, order[..., 1, :keep]), count)
     heads = _at(scores, order[..., :keep])
     # A token that was kept already lies before q: it goes out for itself.
@@ -244,11 +244,11 @@ def _best_first(scores: Tensor, order: Tensor, place: Tensor, count: Tensor, kee
     steps = (heads[..., 0, :] - out).cumsum(dim=-1, dtype=torch.float64)
     sums = heads.sum(-1)
     text_mass, saliency_mass = (steps + sums[..., 1:]).unbind(-2)
-    return (text_mass * saliency_mass).argmax(dim=-1, keepdim=True) + 1, sums.diagonal(dim1=-2, dim2=-1)
+    return (text_mass * saliency_mass).argmax(dim=-1, keepdim=True), sums.diagonal(dim1=-2, dim2=-1)
 
 
 def _saliency_ends(on_saliency_list: Tensor, on_text_list: Tensor, count: Tensor) -> Tensor:
-    """q(k1) [..., K] for k1 = 1..K: how far the saliency list is read in the split k1 (see `_best_first`).
+    """q(k1) [..., K] for k1 = 1..K: how far the saliency list is read in the split k1 (see `_best_last`).
 
     q is the largest place for which the k1 heads of the text list, and those before q that are not among them, are at
     most K tokens. Finding it for all k1 at once would take K x K cells. So it is found in two steps of K^1.5: for the
@@ -256,7 +256,8 @@ def _saliency_ends(on_saliency_list: Tensor, on_text_list: Tensor, count: Tensor
     give up, which are as many as the block is long.
 
     Args:
-        on_saliency_list: [..., K or more], places on the saliency list of the tokens of the text list.
+        on_saliency_list: [..., K + K^0.5 at least], places on the saliency list of the tokens of the text list. What
+            stands behind the first K does not matter.
         on_text_list: [..., K], places on the text list of the tokens of the saliency list.
         count: 0, 1, 2, ..., up to K + K^0.5 + 1 at least.
     """
@@ -268,9 +269,6 @@ def _saliency_ends(on_saliency_list: Tensor, on_text_list: Tensor, count: Tensor
     # [..., blocks, size + 1]: where the block starts, and the places that go next.
     wanted = keep + 1 - count[: blocks * size + 1].unfold(0, size + 1, size).expand(*free.shape[:-1], size + 1)
     places = torch.searchsorted(free, wanted)
-    lacking = blocks * size - on_saliency_list.shape[-1]
-    if lacking > 0:
-        on_saliency_list = torch.nn.functional.pad(on_saliency_list, (0, lacking))
     entering = on_saliency_list[..., : blocks * size].unflatten(-1, (blocks, size))
     # [..., blocks, entered, given up]: with n places given up there is room for n from behind.
     behind = (entering.unsqueeze(-1) >= places.unsqueeze(-2)).cumsum(dim=-2)
