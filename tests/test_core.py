@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adafv.core import (
     class_attention,
+    frank_wolfe_search,
     geometric_mean,
     joint_search,
     published_search,
@@ -23,7 +24,7 @@ from adafv.core import (
 )
 from adafv.errors import BudgetError
 
-SEARCHES = {"split": split_search, "joint": joint_search}
+SEARCHES = {"split": split_search, "joint": joint_search, "frank-wolfe": frank_wolfe_search}
 
 
 def heavy_tailed(tokens: int, seed: int, batch: tuple[int, ...] = ()) -> torch.Tensor:
@@ -57,7 +58,74 @@ def test_exactly_k_distinct_tokens_in_order(search: str, case: tuple[torch.Tenso
 @settings(max_examples=200, deadline=None)
 def test_joint_is_never_below_split(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
     text, saliency, keep = case
-    assert joint_search(text, saliency, keep).objective >= split_search(text, saliency, keep).objective
+    split = split_search(text, saliency, keep).objective
+    assert joint_search(text, saliency, keep).objective >= split * (1 - 1e-6)
+
+
+def mass(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    return scores.double().gather(-1, chosen).sum(-1)
+
+
+@pytest.mark.parametrize("kind", ["independent", "alike", "opposite", "tied", "peaked", "in-order"])
+def test_joint_is_never_below_split_in_any_image_of_a_group(kind: str) -> None:
+    """All K + 1 splits are among its candidates, also where the blocks that it finds them by do not come out even."""
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = int(torch.randint(4, 400, (), generator=generator))
+        keep = int(torch.randint(4, tokens + 1, (), generator=generator))
+        text, noise = torch.rand(2, 3, tokens, generator=generator)
+        if kind == "tied":
+            text, noise = text.mul(4).round(), noise.mul(4).round()
+        if kind == "peaked":
+            text, noise = text.mul(20).exp(), noise.mul(20).exp()
+        if kind == "in-order":
+            text = text.sort(dim=-1).values
+        saliency = {"alike": text + noise / 10, "opposite": 1 - text}.get(kind, noise)
+        candidates = torch.rand(3, tokens, generator=generator) < 0.8 if seed % 2 else None
+        joint, split = (SEARCHES[name](text, saliency, keep, candidates) for name in ("joint", "split"))
+        counted = torch.ones(3, tokens) if candidates is None else candidates.float()
+        found, least = (
+            mass(text * counted, each.indices) * mass(saliency * counted, each.indices) for each in (joint, split)
+        )
+        assert (found >= least * (1 - 1e-6)).all()
+        torch.testing.assert_close(found.sqrt().float(), joint.objective)
+
+
+def test_split_in_blocks_is_split_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, saliency = heavy_tailed(90, 0, (2, 2)).mul(64).round(), heavy_tailed(90, 1, (2, 2)).mul(64).round()
+    at_once = split_search(text, saliency, 31)
+    monkeypatch.setattr(selection, "_BLOCK", 1000)
+    assert torch.equal(split_search(text, saliency, 31).indices, at_once.indices)
+
+
+@pytest.mark.parametrize(("tokens", "keep"), [(144, 7), (576, 29), (576, 58), (576, 144), (2880, 144)])
+def test_joint_reaches_what_frank_wolfe_reaches(tokens: int, keep: int) -> None:
+    text, saliency = heavy_tailed(tokens, 0, (64,)), heavy_tailed(tokens, 1, (64,))
+    for other in (saliency, (text + saliency) / 2, 1e-3 / (text + 1e-3) + saliency):
+        joint, before = joint_search(text, other, keep), frank_wolfe_search(text, other, keep)
+        assert (joint.objective / before.objective).mean() > 0.999
+        assert joint.certificate.median() < 0.01
+
+
+def test_certificate_is_zero_where_nothing_is_left_to_choose() -> None:
+    text, saliency = heavy_tailed(40, 0), heavy_tailed(40, 1)
+    for chosen in (joint_search(text, text, 9), joint_search(text * 0, saliency * 0, 9)):
+        assert chosen.certificate == 0
+    assert joint_search(text, text, 9).indices.tolist() == top_tokens(text, 9).tolist()
+    assert joint_search(text * 0, text * 0, 9).indices.tolist() == list(range(9))
+    assert joint_search(text, saliency * 0, 9).indices.tolist() == top_tokens(text, 9).tolist()
+    assert joint_search(text * 0, saliency, 9).indices.tolist() == top_tokens(saliency, 9).tolist()
+
+
+def test_an_image_does_not_depend_on_its_group() -> None:
+    """Bit by bit, also with equal scores."""
+    text, saliency = heavy_tailed(300, 0, (9,)), heavy_tailed(300, 1, (9,))
+    text[3:6], saliency[3:6] = text[3:6].mul(50).round(), saliency[3:6].mul(50).round()
+    together = joint_search(text, saliency, 40)
+    for image in range(9):
+        alone = joint_search(text[image], saliency[image], 40)
+        for one, other in zip(alone, together, strict=True):
+            assert torch.equal(one, other[image])
 
 
 @given(st.integers(2, 10), st.data())

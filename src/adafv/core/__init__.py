@@ -6,7 +6,7 @@
     encoded.py    what the tower made of an image, and the store that keeps it
     scores.py     the two scores of the paper: text-to-image attention and visual saliency
     received.py   visual saliency of towers without [CLS]
-    selection.py  the geometric-mean selection: `split_search`, `joint_search`, `published_search`
+    selection.py  the geometric-mean selection: `joint_search` and those it is compared with
 
 Every engine (transformers, vLLM) calls these functions; none has an implementation of its own.
 """
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from adafv.core.scores import class_attention, text_to_image_attention
     from adafv.core.selection import (
         Selection,
+        frank_wolfe_search,
         geometric_mean,
         joint_search,
         published_search,
@@ -37,6 +38,7 @@ _HOMES = {
     "anyres_layout": "layout",
     "anyres_places": "layout",
     "class_attention": "scores",
+    "frank_wolfe_search": "selection",
     "geometric_mean": "selection",
     "joint_search": "selection",
     "patch_saliency": "received",
@@ -55,6 +57,7 @@ __all__ = [
     "anyres_layout",
     "anyres_places",
     "class_attention",
+    "frank_wolfe_search",
     "geometric_mean",
     "joint_search",
     "patch_saliency",

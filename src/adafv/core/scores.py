@@ -12,8 +12,8 @@ TEMPERATURE = 100.0
 """Factor on the cosine before the softmax, as in the paper: it makes t about as peaked as the saliency s."""
 
 _SLICE = 256
-"""Visual tokens taken at a time: float32 copies of thousands of tokens fall out of the processor's cache, and cost more
-than the products themselves."""
+"""Visual tokens taken at a time on a CPU: float32 copies of thousands of tokens fall out of its cache, and cost more than
+the products themselves. Elsewhere every slice is a launch more."""
 
 
 def text_to_image_attention(
@@ -37,6 +37,8 @@ def text_to_image_attention(
     Returns:
         [..., N] float32, zero where `visual_mask` is False.
     """
+    if not visual.is_cpu:
+        return _text_attention_in_few_operations(text, visual, text_mask, visual_mask, temperature)
     text = normalize(text.float(), dim=-1)
     cosines = []
     for tokens in visual.split(_SLICE, dim=-2):
@@ -49,6 +51,29 @@ def text_to_image_attention(
     attention = logits.softmax(dim=-1)
     if text_mask is not None:
         attention = attention.masked_fill(~text_mask.unsqueeze(-1), 0.0)
+    return attention.amax(dim=-2)
+
+
+def _text_attention_in_few_operations(
+    text: Tensor, visual: Tensor, text_mask: Tensor | None, visual_mask: Tensor | None, temperature: float
+) -> Tensor:
+    """The same for devices where each operation is a launch: their number does not depend on N.
+
+    It takes a float32 copy of `visual`.
+    """
+    text, visual = text.float(), visual.float()
+    text_norms, visual_norms = (torch.linalg.vector_norm(tokens, dim=-1) for tokens in (text, visual))
+    products = text @ visual.transpose(-1, -2)
+    norms = (text_norms.unsqueeze(-1) * visual_norms.unsqueeze(-2)).clamp_min(1e-12)
+    if visual_mask is None:
+        attention = (products / norms * temperature).softmax(dim=-1)
+        if text_mask is not None:
+            attention = attention.masked_fill(~text_mask.unsqueeze(-1), 0.0)
+        return attention.amax(dim=-2)
+    shown = visual_mask.log().unsqueeze(-2)  # 0 where True, -inf where False
+    attention = torch.addcdiv(shown, products, norms, value=temperature).softmax(dim=-1)
+    if text_mask is not None:  # nothing in `shown` is above an attention
+        attention = attention.where(text_mask.unsqueeze(-1), shown)
     return attention.amax(dim=-2)
 
 

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from adafv.core import ImageLayout, joint_search, split_search, text_to_image_attention
+from adafv.core import ImageLayout, frank_wolfe_search, joint_search, split_search, text_to_image_attention
 from adafv.core.tokens import SALIENCY, WORDS, Kept, Plan, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods import published
 from adafv.methods.base import Method
 
-SEARCHES = {"joint": joint_search, "split": split_search}
+SEARCHES = {"joint": joint_search, "split": split_search, "frank-wolfe": frank_wolfe_search}
 VARIANTS = ("corrected", "published")
 
 
@@ -17,7 +17,8 @@ class GeometricMean(Method):
     """Keep the tokens that maximise sqrt(sum of t * sum of s); see `adafv.core.selection`.
 
     Args:
-        objective: "joint" (optimum by Frank-Wolfe, with certificate) or "split" (the paper's search).
+        objective: "joint" (the best set that can be found, with certificate), "split" (the paper's search), or
+            "frank-wolfe" (what "joint" was before, for comparison).
         variant: "corrected", or "published" for the published code to the letter, bugs included; `objective` does not
             apply to the latter.
     """
