@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import IMAGE, PATCH, SIDE, FamilyRow, Visuals, finish, noise, text_config, vision_config
+from models import CUTS_IMAGES, IMAGE, PATCH, SIDE, FamilyRow, Visuals, finish, noise, text_config, vision_config
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from rows.gemma3 import centre_norms
@@ -44,5 +44,6 @@ ROW = FamilyRow(
     token_types={"token_type_ids": {}},
     answer_types={"token_type_ids": 1},
     looks_ahead=True,
+    refuses={"chunked-prefill": CUTS_IMAGES},
     continued_with_images=False,
 )
