@@ -34,7 +34,9 @@ def engine(folder: Path, architecture: str | None, options: dict[str, Any] | Non
     from vllm import LLM
 
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "seed": 0, "max_num_seqs": 16}
-    defaults["kv_cache_memory_bytes"] = KV_CACHE  # the least that a variable can say is a gigabyte, to be written with zeros
+    defaults["kv_cache_memory_bytes"] = (
+        KV_CACHE  # the least that a variable can say is a gigabyte, to be written with zeros
+    )
     if architecture is not None:
         assert architecture in architectures()
         defaults["hf_overrides"] = {"architectures": [f"AdaFV{architecture}"], "adafv": options or {"keep": 16}}
