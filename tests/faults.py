@@ -44,15 +44,20 @@ FAULTS = [
         "text-mask",
         "attention.masked_fill(~text_mask.unsqueeze(-1), 0.0)",
         "attention.masked_fill(~text_mask.unsqueeze(-1) & False, 0.0)",
-        "tests/test_core.py",
+        "tests/test_core.py -k text_attention",
     ),
     Fault(
         "layer",
         "_TappedLayer(layers[deepest - 1], shape.attention, shape.score) layers[deepest - 1] = self._tapped.twin",
         "_TappedLayer(layers[deepest - 2], shape.attention, shape.score); layers[deepest - 2] = self._tapped.twin",
-        "tests/test_families.py",
+        "tests/test_families.py -k 'class_row or feature_layers'",
     ),
-    Fault("rounding", "math.floor(keep * tokens + 0.5)", "math.floor(keep * tokens)", "tests/test_core.py"),
+    Fault(
+        "rounding",
+        "math.floor(keep * tokens + 0.5)",
+        "math.floor(keep * tokens)",
+        "tests/test_core.py -k budget_rounds",
+    ),
     Fault(
         "labels",
         "return values.gather(1, behind.clamp_min(0))",
@@ -75,7 +80,7 @@ FAULTS = [
         "precision",
         "logits = (query[..., :1, :].float() @ key.float().transpose(-1, -2)) * scaling",
         "logits = (query[..., :1, :] @ key.transpose(-1, -2)) * scaling",
-        "tests/test_core.py tests/test_families.py",
+        "tests/test_core.py -k 'half_precision or class_attention'",
     ),
     Fault("streaming", "value = self._restorer.restore(value)", "pass", "tests/test_modes.py -k streaming"),
     Fault(
