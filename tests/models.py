@@ -134,6 +134,24 @@ Visuals = tuple[dict[str, Any], list[list[int]]]
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """A way of calling that is refused, and what the stock model makes of it."""
+
+    message: str
+    """A part of the error of the pruned model."""
+    stock: type[Exception] | tuple[type[Exception], ...] | None = None
+    """What the stock model raises."""
+    stock_answers_otherwise: bool = False
+    """The stock model goes on, but as if it were shown other images."""
+
+
+NO_CHUNKS = Refusal("chunked prefill", TypeError)
+CUTS_IMAGES = Refusal("chunked prefill", stock_answers_otherwise=True)
+NO_STATIC_CACHE = Refusal("static cache", AttributeError)
+NO_GUIDANCE = Refusal("guidance", (RuntimeError, ValueError))
+
+
+@dataclass(frozen=True)
 class FamilyRow:
     """A row of the test table: a small random model of the stock class, and inputs as its processor would make them."""
 
@@ -165,14 +183,12 @@ class FamilyRow:
     """Whether the stock model repeats images wrongly for beams and return sequences in every release, see oracle.py."""
     looks_ahead: bool = False
     """Tokens of an image look at each other both ways, as `token_types` say."""
-    chunked_prefill: bool = True
-    """Whether the stock model takes images in chunked prefill."""
     packed_rows: bool = True
     """Whether the stock model, in this release, keeps prompts packed into one row apart."""
     first_position: int = 0
     """What the stock `forward` counts positions from."""
-    static_cache: bool = True
-    """Whether the stock model takes a static cache."""
+    refuses: dict[str, "Refusal"] = field(default_factory=dict)
+    """Way of calling (see test_oracle.py) -> how it is refused, because the stock model cannot do it either."""
     continued_with_images: bool = True
     """Whether the stock model, in this release, can be shown an image behind what is cached."""
     deep: bool = False

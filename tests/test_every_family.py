@@ -43,22 +43,23 @@ def test_two_threads(any_family: FamilyRow, any_model: Any) -> None:
     """Also of a stock model that keeps something of a call on itself, as Qwen keeps its positions."""
     jobs = [make_inputs(any_family, any_model, [1 + number % 2], seed=number) for number in range(4)]
     with AdaFV(keep=KEEP)(any_model) as adafv:
-        alone = [any_model.generate(**inputs, **GREEDY) for inputs in jobs]
+        alone = [(any_model.generate(**inputs, **GREEDY), adafv.last.kept) for inputs in jobs]
         found: list[Any] = [None] * len(jobs)
 
         def work(start: int) -> None:
             for _ in range(2):
                 for number in range(start, len(jobs), 2):
-                    found[number] = (any_model.generate(**jobs[number], **GREEDY), adafv.last.tokens_after)
+                    found[number] = (any_model.generate(**jobs[number], **GREEDY), adafv.last.kept)
 
         threads = [threading.Thread(target=work, args=(start,)) for start in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    for number, ((tokens, after), expected) in enumerate(zip(found, alone, strict=True)):
+    for number, ((tokens, kept), (expected, kept_alone)) in enumerate(zip(found, alone, strict=True)):
         assert torch.equal(tokens, expected)
-        assert len(after) == 1 + number % 2
+        assert len(kept) == 1 + number % 2
+        assert all(torch.equal(one, two) for one, two in zip(kept, kept_alone, strict=True))
 
 
 def test_a_copy_is_an_unwrapped_model(any_family: FamilyRow, any_model: Any) -> None:

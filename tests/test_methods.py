@@ -1,12 +1,11 @@
 """One matrix over all methods: what holds for every one of them, then what each claims for itself."""
 
 from dataclasses import is_dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 from models import DEEP, FamilyRow, make_inputs
-from oracle import masked_inputs, same_logits
 
 from adafv import AdaFV, Kept, Method, Pruner, VisualTokens, compress
 from adafv.core import class_attention, text_to_image_attention, top_tokens
@@ -104,24 +103,6 @@ def test_groups_do_not_mix(name: str) -> None:
     for place in range(3):
         alone = method_named(name).select(one_of(image, place), 9)
         assert torch.equal(alone.indices[0], together.indices[place])
-
-
-@pytest.mark.parametrize("batch", [([1], "left"), ([2, 0, 1], "left")], ids=str)
-@pytest.mark.parametrize("name", SELECTING)
-@pytest.mark.parametrize("family", DEEP, ids=lambda row: row.name)
-def test_methods_against_the_oracle(family: FamilyRow, name: str, batch: Any) -> None:
-    model = family.build()
-    inputs = make_inputs(family, model, *batch)
-    torch.manual_seed(5)
-    with torch.no_grad(), Pruner(name, keep=0.3)(model) as pruner:
-        pruned = model(**inputs).logits
-    after = torch.rand(1)
-    torch.manual_seed(5)
-    assert torch.equal(torch.rand(1), after)  # the global generator belongs to the caller
-    oracle = masked_inputs(inputs, pruner.last.keep_mask)
-    with torch.no_grad():
-        expected = model(**oracle).logits
-    same_logits(pruned, expected, inputs["attention_mask"], pruner.last.keep_mask, atol=1e-5, rtol=1e-5)
 
 
 def test_saliency_and_text_are_the_top_of_their_score() -> None:

@@ -1,15 +1,14 @@
 """Ways of calling that need more than a prompt in and tokens out. Each is right by the oracle, or refused."""
 
 import copy
-import threading
 from typing import Any
 
 import pytest
 import torch
 from models import END, IMAGE, PAD, FamilyRow, finish, image_lengths, make_inputs, text_config, words
-from oracle import kept_logits, masked_inputs
+from oracle import masked_inputs
 from shortened import shortened_by_hand
-from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, StaticCache, StoppingCriteria
+from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from adafv import AdaFV, compress
@@ -22,48 +21,6 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 def answer(sequences: torch.Tensor, inputs: dict[str, Any]) -> list[list[int]]:
     return sequences[:, inputs["input_ids"].shape[1] :].tolist()
-
-
-# ---------------------------------------------------------------------------------------------- training
-
-
-@pytest.mark.parametrize("batch", [([1], "left"), ([1, 2], "right"), ([1, 0], "left")], ids=str)
-def test_labels_and_backward(family: FamilyRow, batch: Any) -> None:
-    model = family.build()
-    inputs = make_inputs(family, model, *batch)
-    labels = inputs["input_ids"].masked_fill((inputs["attention_mask"] == 0) | (inputs["input_ids"] == IMAGE), -100)
-    # The token right after an image is predicted from the last visual token, which may be dropped: not comparable.
-    after_image = (inputs["input_ids"] == IMAGE).roll(1, 1)
-    labels = labels.masked_fill(after_image, -100)
-
-    with AdaFV(keep=KEEP)(model) as adafv:
-        pruned = model(**inputs, labels=labels)
-        pruned.loss.backward()
-    mine = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
-    expected = model(**masked_inputs(inputs, adafv.last.keep_mask), labels=labels)
-    expected.loss.backward()
-    theirs = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    torch.testing.assert_close(pruned.loss, expected.loss, **TOLERANCE)
-    assert any("vision_tower" in name for name in mine)
-    assert any("multi_modal_projector" in name for name in mine)
-    for name, gradient in mine.items():
-        torch.testing.assert_close(gradient, theirs[name], atol=2e-5, rtol=1e-4, msg=name)
-
-
-def test_training_mode_with_gradient_checkpointing(family: FamilyRow) -> None:
-    model, plain = family.build(), family.build()
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    inputs = make_inputs(family, model, [1, 1])
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    for each in (model, plain):
-        each.train()
-        with AdaFV(keep=KEEP)(each):
-            each(**inputs, labels=labels).loss.backward()
-    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-        if theirs.grad is not None:
-            torch.testing.assert_close(mine.grad, theirs.grad, **TOLERANCE, msg=name)
-    assert any(p.grad is not None for name, p in model.named_parameters() if "multi_modal_projector" in name)
 
 
 # ---------------------------------------------------------------------------------------------- decoding
@@ -191,15 +148,10 @@ def test_key_value_cache_is_shorter_by_what_was_dropped(family: FamilyRow, model
     assert bytes_held == adafv.last.kv_bytes_after + (new - 1) * per_token
 
 
-@pytest.mark.parametrize("keep", [1.0, "all"], ids=["share", "count"])
-@pytest.mark.parametrize("batch", [([1], "left"), ([2, 0, 1], "left")], ids=str)
-def test_keep_all_is_bit_equal_to_stock(family: FamilyRow, model: Any, keep: Any, batch: Any) -> None:
-    inputs = make_inputs(family, model, *batch)
-    lengths = image_lengths(model, {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes")})
-    if keep == "all":
-        if len(set(lengths)) > 1:
-            pytest.skip("images of different sizes have no common count")
-        keep = lengths[0]
+def test_keeping_as_many_as_there_are_is_bit_equal_to_stock(family: FamilyRow, model: Any) -> None:
+    """As a number; as a share it is in test_oracle.py."""
+    inputs = make_inputs(family, model, [1, 0])
+    (keep,) = image_lengths(model, {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes")})
     options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
     stock, stock_forward = model.generate(**inputs, **options), model(**inputs).logits
     with AdaFV(keep=keep)(model):
@@ -207,20 +159,6 @@ def test_keep_all_is_bit_equal_to_stock(family: FamilyRow, model: Any, keep: Any
     assert torch.equal(torch.stack(pruned.logits), torch.stack(stock.logits))
     assert torch.equal(pruned.sequences, stock.sequences)
     assert torch.equal(pruned_forward, stock_forward)
-
-
-def test_bfloat16(family: FamilyRow) -> None:
-    model = family.build(dtype=torch.bfloat16)
-    inputs = make_inputs(family, model, [1, 1])
-    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
-    with torch.no_grad(), AdaFV(keep=KEEP)(model) as adafv:
-        pruned = model(**inputs).logits
-    oracle = masked_inputs(inputs, adafv.last.keep_mask)
-    with torch.no_grad():
-        expected = model(**oracle).logits
-    attended = oracle["attention_mask"]
-    for mine, theirs in zip(kept_logits(pruned, attended), kept_logits(expected, attended), strict=True):
-        assert (mine - theirs).abs().max() < 0.05 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("window", [4, 12, 200])
@@ -260,17 +198,13 @@ def more_text(sequences: torch.Tensor, count: int = 5) -> torch.Tensor:
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
 @pytest.mark.parametrize("batch", [([1], "left"), ([1, 2], "left"), ([0, 1], "left")], ids=str)
-@pytest.mark.parametrize("cache", ["kept", "copied", "static"])
-def test_second_turn_on_a_kept_cache(family: FamilyRow, model: Any, batch: Any, positions: str, cache: str) -> None:
+def test_second_turn_on_a_copied_cache(family: FamilyRow, model: Any, batch: Any, positions: str) -> None:
     inputs = make_inputs(family, model, *batch)
-    given = {}
-    if cache == "static":
-        given["past_key_values"] = StaticCache(config=model.config.get_text_config(), max_cache_len=300)
     adafv = AdaFV(keep=KEEP, positions=positions)
     with adafv(model) as handle:
-        one = first_turn(model, inputs, **given)
+        one = first_turn(model, inputs)
         mask = handle.last.keep_mask
-        kept_cache = copy.deepcopy(one.past_key_values) if cache == "copied" else one.past_key_values
+        copied = copy.deepcopy(one.past_key_values)
         conversation = more_text(one.sequences)
         new = conversation.shape[1] - inputs["input_ids"].shape[1]
         attention = torch.cat((inputs["attention_mask"], torch.ones(len(conversation), new, dtype=torch.long)), 1)
@@ -278,7 +212,7 @@ def test_second_turn_on_a_kept_cache(family: FamilyRow, model: Any, batch: Any, 
         two = model.generate(
             input_ids=conversation,
             attention_mask=attention,
-            past_key_values=kept_cache,
+            past_key_values=copied,
             **GREEDY,
             return_dict_in_generate=True,
             output_logits=True,
@@ -286,40 +220,6 @@ def test_second_turn_on_a_kept_cache(family: FamilyRow, model: Any, batch: Any, 
     images = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes")}
     full_mask = torch.cat((mask, torch.ones(len(mask), new, dtype=torch.bool)), 1)
     oracle = masked_inputs({"input_ids": conversation, "attention_mask": attention, **images}, full_mask, positions)
-    expected = model.generate(**oracle, **GREEDY, return_dict_in_generate=True, output_logits=True)
-    assert two.sequences.tolist() == expected.sequences.tolist()
-    for mine, theirs in zip(two.logits, expected.logits, strict=True):
-        torch.testing.assert_close(mine, theirs, **TOLERANCE)
-
-
-@pytest.mark.parametrize("pixels", ["all", "new"])
-def test_new_image_in_turn_two(family: FamilyRow, model: Any, pixels: str) -> None:
-    both = make_inputs(family, model, [2])
-    row = both["input_ids"][0].tolist()
-    lengths = image_lengths(model, {k: v for k, v in both.items() if k in ("pixel_values", "image_sizes")})
-    cut = row.index(IMAGE) + lengths[0] + 1  # after the first image and one word
-    images = {k: v[:1] for k, v in both.items() if k in ("pixel_values", "image_sizes")}
-    inputs = {"input_ids": both["input_ids"][:, :cut], "attention_mask": both["attention_mask"][:, :cut], **images}
-    with AdaFV(keep=KEEP)(model) as adafv:
-        one = first_turn(model, inputs)
-        first_mask = adafv.last.keep_mask
-        conversation = torch.cat((one.sequences, both["input_ids"][:, cut:]), 1)
-        attention = torch.ones_like(conversation)
-        given = {k: v if pixels == "all" else v[1:] for k, v in both.items() if k in ("pixel_values", "image_sizes")}
-        two = model.generate(
-            input_ids=conversation,
-            attention_mask=attention,
-            past_key_values=one.past_key_values,
-            **given,
-            **GREEDY,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        mask = adafv.last.keep_mask
-    assert adafv.last.tokens_before == [lengths[1]]
-    assert torch.equal(mask[:, : first_mask.shape[1]], first_mask)
-    images = {k: v for k, v in both.items() if k in ("pixel_values", "image_sizes")}
-    oracle = masked_inputs({"input_ids": conversation, "attention_mask": attention, **images}, mask)
     expected = model.generate(**oracle, **GREEDY, return_dict_in_generate=True, output_logits=True)
     assert two.sequences.tolist() == expected.sequences.tolist()
     for mine, theirs in zip(two.logits, expected.logits, strict=True):
@@ -499,27 +399,7 @@ def test_positional_arguments(family: FamilyRow, model: Any) -> None:
         )
 
 
-def test_two_threads_generate_on_one_model(family: FamilyRow, model: Any) -> None:
-    jobs = [make_inputs(family, model, [1 + number % 2], seed=number) for number in range(6)]
-    with AdaFV(keep=KEEP)(model) as adafv:
-        alone = [(model.generate(**inputs, **GREEDY), adafv.last.kept) for inputs in jobs]
-        found: list[Any] = [None] * len(jobs)
-
-        def work(start: int) -> None:
-            for _ in range(3):
-                for number in range(start, len(jobs), 2):
-                    found[number] = (model.generate(**jobs[number], **GREEDY), adafv.last.kept)
-
-        threads = [threading.Thread(target=work, args=(start,)) for start in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for (tokens, kept), (other_tokens, other_kept) in zip(alone, found, strict=True):
-        assert torch.equal(tokens, other_tokens)
-        assert all(torch.equal(one, two) for one, two in zip(kept, other_kept, strict=True))
-
-
+@pytest.mark.slow
 def test_compiled_language_model(family: FamilyRow) -> None:
     model = family.build()
     inputs = make_inputs(family, model, [1])
@@ -528,5 +408,5 @@ def test_compiled_language_model(family: FamilyRow) -> None:
     model.model.language_model.compile(backend="aot_eager")
     with torch.no_grad(), AdaFV(keep=KEEP)(model):
         torch.testing.assert_close(model(**inputs).logits, plain, **TOLERANCE, equal_nan=True)
-        output = model.generate(**inputs, **GREEDY)
-    assert output.shape[1] <= inputs["input_ids"].shape[1] + 6
+        output = model.generate(**inputs, **(GREEDY | {"max_new_tokens": 2}))
+    assert output.shape[1] <= inputs["input_ids"].shape[1] + 2

@@ -8,7 +8,22 @@ from typing import Any
 
 import torch
 import transformers
-from models import BEGIN, END, IMAGE, MARKERS, PAD, PATCH, SIDE, TOWER, VOCABULARY, FamilyRow, Visuals, finish, noise
+from models import (
+    BEGIN,
+    CUTS_IMAGES,
+    END,
+    IMAGE,
+    MARKERS,
+    PAD,
+    PATCH,
+    SIDE,
+    TOWER,
+    VOCABULARY,
+    FamilyRow,
+    Visuals,
+    finish,
+    noise,
+)
 from packaging.version import Version
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
 
@@ -78,5 +93,6 @@ ROW = FamilyRow(
     token_types={"token_type_ids": {IMAGE: 1}},
     looks_ahead=True,
     packed_rows=Version(transformers.__version__) < Version("5.23"),
+    refuses={"chunked-prefill": CUTS_IMAGES},
     continued_with_images=Version(transformers.__version__) >= Version("5.23"),
 )

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import IMAGE, PATCH, VIDEO, FamilyRow, Visuals, finish, words
+from models import IMAGE, NO_GUIDANCE, PATCH, VIDEO, FamilyRow, Visuals, finish, words
 from transformers import Glm4vConfig, Glm4vForConditionalGeneration
 
 from rows.qwen2_5_vl import MERGE, TEMPORAL, VISION_END, VISION_START, images, patches, rotary_text_config
@@ -62,6 +62,7 @@ def kinds(ids: torch.Tensor) -> torch.Tensor:
 OPTIONS = {
     "token_types": {"mm_token_type_ids": kinds},
     "rotary": True,
+    "refuses": {"guidance": NO_GUIDANCE},
     "mixes_up_images": True,
     "one_placeholder": True,
 }

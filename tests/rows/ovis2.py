@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import IMAGE, MARKERS, PATCH, SIDE, TOWER, FamilyRow, Visuals, finish, noise, text_config
+from models import IMAGE, MARKERS, NO_CHUNKS, PATCH, SIDE, TOWER, FamilyRow, Visuals, finish, noise, text_config
 from transformers import Ovis2Config, Ovis2ForConditionalGeneration, Qwen2Config
 
 START, GRID, COLUMN, ROW_END, END = MARKERS[:5]
@@ -63,4 +63,6 @@ def images(model: Any, sizes: list[list[tuple[int, int]]], seed: int) -> Visuals
     return {"pixel_values": torch.cat(pixels).to(model.dtype)}, tokens
 
 
-ROW = FamilyRow("ovis2", build, images, [(90, 130), (170, 56), (50, 50), (120, 118)], chunked_prefill=False)
+ROW = FamilyRow(
+    "ovis2", build, images, [(90, 130), (170, 56), (50, 50), (120, 118)], refuses={"chunked-prefill": NO_CHUNKS}
+)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import IMAGE, PATCH, TOWER, VIDEO, FamilyRow, Visuals, finish, noise
+from models import IMAGE, NO_GUIDANCE, PATCH, TOWER, VIDEO, FamilyRow, Visuals, finish, noise
 from transformers import PaddleOCRVLConfig, PaddleOCRVLForConditionalGeneration
 
 from rows.qwen2_5_vl import MERGE, VISION_END, VISION_START, rotary_text_config
@@ -43,4 +43,5 @@ ROW = FamilyRow(
     [(84, 112), (140, 84), (56, 168), (112, 112)],
     token_types={"mm_token_type_ids": {IMAGE: 1}},
     rotary=True,
+    refuses={"guidance": NO_GUIDANCE},
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import transformers
-from models import IMAGE, PATCH, SIDE, FamilyRow, Visuals, finish, noise, text_config, vision_config
+from models import CUTS_IMAGES, IMAGE, PATCH, SIDE, FamilyRow, Visuals, finish, noise, text_config, vision_config
 from packaging.version import Version
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
@@ -48,5 +48,6 @@ ROW = FamilyRow(
     looks_ahead=True,
     packed_rows=Version(transformers.__version__) >= Version("5.24"),
     first_position=1,
+    refuses={"chunked-prefill": CUTS_IMAGES},
     continued_with_images=False,
 )

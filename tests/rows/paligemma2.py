@@ -3,7 +3,14 @@
 import functools
 from dataclasses import replace
 
+from models import NO_STATIC_CACHE
+
 from rows.paligemma import ROW as PALIGEMMA
 from rows.paligemma import build
 
-ROW = replace(PALIGEMMA, name="paligemma2", build=functools.partial(build, text="gemma2"), static_cache=False)
+ROW = replace(
+    PALIGEMMA,
+    name="paligemma2",
+    build=functools.partial(build, text="gemma2"),
+    refuses={**PALIGEMMA.refuses, "static-cache": NO_STATIC_CACHE},
+)

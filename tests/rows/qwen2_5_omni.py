@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import transformers.models.qwen2_5_omni.modeling_qwen2_5_omni as stock
-from models import MARKERS, FamilyRow, Visuals, finish
+from models import MARKERS, NO_GUIDANCE, FamilyRow, Visuals, finish
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from rows import qwen2_5_vl
@@ -65,4 +65,5 @@ if hasattr(stock, "Qwen2_5OmniThinkerModel"):  # older releases have the tower e
         videos,
         clips=(6, 4),
         rotary=True,
+        refuses={"guidance": NO_GUIDANCE},
     )

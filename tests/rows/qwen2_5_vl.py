@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import IMAGE, MARKERS, PATCH, VIDEO, FamilyRow, Visuals, finish, noise, text_config
+from models import IMAGE, MARKERS, NO_GUIDANCE, PATCH, VIDEO, FamilyRow, Visuals, finish, noise, text_config
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 VISION_START, VISION_END = MARKERS[0], MARKERS[1]
@@ -71,4 +71,5 @@ ROW = FamilyRow(
     clips=(6, 4),
     token_types={"mm_token_type_ids": {IMAGE: 1, VIDEO: 2}},
     rotary=True,
+    refuses={"guidance": NO_GUIDANCE},
 )

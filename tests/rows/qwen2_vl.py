@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import IMAGE, PATCH, VIDEO, FamilyRow, finish
+from models import IMAGE, NO_GUIDANCE, PATCH, VIDEO, FamilyRow, finish
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from rows.qwen2_5_vl import MERGE, TEMPORAL, VISION_END, VISION_START, images, rotary_text_config, videos
@@ -46,4 +46,5 @@ ROW = FamilyRow(
     clips=(6, 4),
     token_types={"mm_token_type_ids": {IMAGE: 1, VIDEO: 2}},
     rotary=True,
+    refuses={"guidance": NO_GUIDANCE},
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe as stock
-from models import FamilyRow, Visuals, finish
+from models import NO_GUIDANCE, FamilyRow, Visuals, finish
 from transformers import Qwen3OmniMoeThinkerConfig, Qwen3OmniMoeThinkerForConditionalGeneration
 
 from rows import qwen2_5_omni, qwen3_vl
@@ -45,4 +45,5 @@ if hasattr(stock, "Qwen3OmniMoeThinkerModel"):  # older releases have the tower 
         videos,
         clips=(6, 4),
         rotary=True,
+        refuses={"guidance": NO_GUIDANCE},
     )

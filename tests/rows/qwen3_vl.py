@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import IMAGE, VIDEO, FamilyRow, Visuals, finish, words
+from models import IMAGE, NO_GUIDANCE, VIDEO, FamilyRow, Visuals, finish, words
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from rows import qwen2_5_vl
@@ -44,4 +44,5 @@ ROW = FamilyRow(
     clips=(6, 4),
     token_types={"mm_token_type_ids": {IMAGE: 1, VIDEO: 2}},
     rotary=True,
+    refuses={"guidance": NO_GUIDANCE},
 )

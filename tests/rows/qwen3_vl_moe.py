@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from models import IMAGE, VIDEO, FamilyRow, finish
+from models import IMAGE, NO_GUIDANCE, VIDEO, FamilyRow, finish
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from rows.qwen2_5_vl import images
@@ -30,4 +30,5 @@ ROW = FamilyRow(
     clips=(6, 4),
     token_types={"mm_token_type_ids": {IMAGE: 1, VIDEO: 2}},
     rotary=True,
+    refuses={"guidance": NO_GUIDANCE},
 )

@@ -4,6 +4,8 @@ One engine at a time lives in this process: vLLM's in-process engine is the real
 the workers chose can be looked at. Tests of the server start the real server.
 """
 
+import functools
+import gc
 import importlib.util
 import os
 import sys
@@ -33,6 +35,13 @@ else:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
 
+    # An engine looks through all modules, for seconds, to put its own in the place of a few functions: once is enough.
+    from vllm.platforms.cpu import CpuPlatform
+
+    if hasattr(CpuPlatform, "register_triton_kernel_overrides"):
+        register = functools.cache(CpuPlatform.register_triton_kernel_overrides)
+        CpuPlatform.register_triton_kernel_overrides = staticmethod(register)
+
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,7 +51,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_engine_at_a_time() -> Iterator[None]:
+    # What was imported stays: vLLM collects garbage five times for an engine, which goes through all of it.
+    gc.freeze()
     yield
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    gc.unfreeze()
     cleanup_dist_env_and_memory()

@@ -12,6 +12,7 @@ from adafv.engines.vllm import architectures
 
 SAMPLES = Path(__file__).parents[2] / "src/adafv/bundled/samples"
 BUNDLED = Path(__file__).parents[2] / "src/adafv/bundled"
+KV_CACHE = 256 * 2**20
 
 
 def picture(name: str) -> Image.Image:
@@ -33,6 +34,9 @@ def engine(folder: Path, architecture: str | None, options: dict[str, Any] | Non
     from vllm import LLM
 
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "seed": 0, "max_num_seqs": 16}
+    defaults["kv_cache_memory_bytes"] = (
+        KV_CACHE  # the least that a variable can say is a gigabyte, to be written with zeros
+    )
     if architecture is not None:
         assert architecture in architectures()
         defaults["hf_overrides"] = {"architectures": [f"AdaFV{architecture}"], "adafv": options or {"keep": 16}}

@@ -1,0 +1,157 @@
+"""Twelve deliberate faults, one at a time in a copy of src/, and the tests that catch them.
+
+    python tests/faults.py                      # each fault against the files named with it
+    python tests/faults.py --only cache-length  # one of them
+    python tests/faults.py -- tests/test_oracle.py -n 2   # all against what is named here
+
+It is no test (no pytest file), but the proof that a smaller selection of tests still notices. A fault that nothing catches,
+or whose text is not in src/ exactly once, ends the run with a status of 1.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    old: str
+    """Text that occurs once in all of src/, whatever its spaces and line breaks."""
+    new: str
+    tests: str
+    """Arguments of pytest: where it is to be caught."""
+
+
+FAULTS = [
+    Fault(
+        "position",
+        "lost = dropped.cumsum(1) - dropped",
+        "lost = dropped.cumsum(1)",
+        "tests/test_oracle.py -k test_forward",
+    ),
+    Fault(
+        "text-mask",
+        "attention.masked_fill(~text_mask.unsqueeze(-1), 0.0)",
+        "attention.masked_fill(~text_mask.unsqueeze(-1) & False, 0.0)",
+        "tests/test_core.py -k text_attention",
+    ),
+    Fault(
+        "layer",
+        "_TappedLayer(layers[deepest - 1], shape.attention, shape.score) layers[deepest - 1] = self._tapped.twin",
+        "_TappedLayer(layers[deepest - 2], shape.attention, shape.score); layers[deepest - 2] = self._tapped.twin",
+        "tests/test_families.py -k 'class_row or feature_layers'",
+    ),
+    Fault(
+        "rounding",
+        "math.floor(keep * tokens + 0.5)",
+        "math.floor(keep * tokens)",
+        "tests/test_core.py -k budget_rounds",
+    ),
+    Fault(
+        "labels",
+        "return values.gather(1, behind.clamp_min(0))",
+        "return values.gather(1, columns.clamp_min(0))",
+        "tests/test_ways_of_calling.py -k losses",
+    ),
+    Fault(
+        "cache-length",
+        "int(cache.get_seq_length())",
+        "int(cache.get_seq_length()) + 1",
+        "tests/test_oracle.py -k second_turn",
+    ),
+    Fault(
+        "row",
+        "lambda rows: rows.repeat_interleave(repeats)",
+        "lambda rows: rows.repeat(repeats)",
+        "tests/test_ways_of_calling.py -k several_answers",
+    ),
+    Fault(
+        "precision",
+        "logits = (query[..., :1, :].float() @ key.float().transpose(-1, -2)) * scaling",
+        "logits = (query[..., :1, :] @ key.transpose(-1, -2)) * scaling",
+        "tests/test_core.py -k 'half_precision or class_attention'",
+    ),
+    Fault("streaming", "value = self._restorer.restore(value)", "pass", "tests/test_modes.py -k streaming"),
+    Fault(
+        "deepstack",
+        "encoded.deepstack[indices]",
+        "encoded.deepstack[: len(indices)]",
+        "tests/test_oracle.py -k qwen3-vl",
+    ),
+    Fault(
+        "stopping",
+        "return wrapped(restorer.restore(input_ids), scores",
+        "return wrapped(input_ids, scores",
+        "tests/test_modes.py -k hooks_see",
+    ),
+    Fault("vllm-key", "repr(self.budget.keep), self.text", "self.text", "tests/test_vllm_request.py"),
+]
+
+
+def apply(fault: Fault, source: Path) -> Path:
+    """Puts the fault into the one file that has its text, and returns that file."""
+    pattern = re.compile(r"\s+".join(map(re.escape, fault.old.split())))
+    hits = [(path, match) for path in source.rglob("*.py") for match in pattern.finditer(path.read_text())]
+    if len(hits) != 1:
+        raise SystemExit(f"{fault.name}: its text occurs {len(hits)} times in src/, not once; write it anew")
+    path, match = hits[0]
+    text = path.read_text()
+    path.write_text(text[: match.start()] + fault.new + text[match.end() :])
+    compile(path.read_text(), str(path), "exec")
+    return path.relative_to(source)
+
+
+def caught_by(fault: Fault, tests: list[str]) -> tuple[str | None, str]:
+    """(the first test that fails, None where none does; the last line of pytest)."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        place = apply(fault, source)
+        print(f"{fault.name} in {place}", flush=True)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *tests]
+        variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(ROOT)])}
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{fault.name}: pytest could not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - |$)", done.stdout, re.MULTILINE)
+    return (failed[1] if failed else None), done.stdout.strip().splitlines()[-1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=[fault.name for fault in FAULTS])
+    parser.add_argument("--check", action="store_true", help="only whether each text is there")
+    parser.add_argument("tests", nargs="*", help="arguments of pytest, in the place of those of each fault")
+    options = parser.parse_args()
+    missed = []
+    for fault in FAULTS:
+        if options.only and fault.name not in options.only:
+            continue
+        if options.check:
+            with tempfile.TemporaryDirectory() as folder:
+                shutil.copytree(ROOT / "src", Path(folder) / "src")
+                print(f"{fault.name}: {apply(fault, Path(folder) / 'src')}")
+            continue
+        start = time.monotonic()
+        arguments = shlex.split(fault.tests)
+        test, last = caught_by(fault, options.tests or arguments)
+        print(f"  {test or 'NOT CAUGHT'} ({time.monotonic() - start:.0f} s; {last})", flush=True)
+        missed += [] if test else [fault.name]
+    if missed:
+        print(f"caught by nothing: {', '.join(missed)}")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Which tests of the product family x mode x batch are run: every pair of two of them, not every triple.
+
+A mode is a test function with all its parameters but the batch: forward in either positions, one way of generating, a
+second turn with one kind of cache. Each family meets each of its modes once, with a batch that rotates from mode to mode
+and from family to family. EVERY_BATCH meets each batch once instead, with a mode that rotates: so each family meets each
+batch. test_pairwise.py holds the selection to that.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+EVERY_BATCH = {"test_forward"}
+"""The functions, cheap ones, in which every family meets every batch."""
+
+AXES = {"any_family", "batch", "images"}
+"""The parameters of a test that are no mode; `images` are batches, too."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test of the product."""
+
+    function: str
+    family: str
+    others: tuple[Hashable, ...]
+    """Its parameters that are neither family nor batch."""
+    batch: str | None
+    """None where the function has no batch."""
+
+    @classmethod
+    def of(cls, function: str, parameters: dict[str, Any]) -> "Case | None":
+        """None: a test that does not run over the families."""
+        if "any_family" not in parameters:
+            return None
+        others = tuple((name, str(parameters[name])) for name in sorted(parameters) if name not in AXES)
+        batch = parameters.get("batch", parameters.get("images"))
+        return cls(function, parameters["any_family"].name, others, None if batch is None else str(batch))
+
+    @property
+    def mode(self) -> tuple[Hashable, ...]:
+        return self.function, *self.others
+
+    def pairs(self) -> set[Any]:
+        """(family, mode), (family, batch), (mode, batch); without a batch the first alone."""
+        named = {"family": self.family, "mode": self.mode, "batch": self.batch}
+        return set(combinations([(axis, value) for axis, value in named.items() if value is not None], 2))
+
+
+def every_pair(product: Sequence[Case]) -> set[Case]:
+    """A selection in which every pair of the product occurs.
+
+    Args:
+        product: as pytest collects it; a family may lack some of the batches (those with videos).
+    """
+    functions: dict[str, dict[str, list[Case]]] = {}
+    for case in product:
+        functions.setdefault(case.function, {}).setdefault(case.family, []).append(case)
+    chosen: set[Case] = set()
+    for number, (function, families) in enumerate(functions.items()):
+        for place, cases in enumerate(families.values()):
+            modes = list(dict.fromkeys(case.mode for case in cases))
+            batches = list(dict.fromkeys(case.batch for case in cases))
+            if function in EVERY_BATCH:
+                wanted = {(modes[(i + place) % len(modes)], batch) for i, batch in enumerate(batches)}
+            else:
+                wanted = {(mode, batches[(i + number + place) % len(batches)]) for i, mode in enumerate(modes)}
+            chosen |= {case for case in cases if (case.mode, case.batch) in wanted}
+    # Where few families have a batch, as those of videos, the rotation may miss a mode: that pair is run as well.
+    missing = set().union(*(case.pairs() for case in product)).difference(*(case.pairs() for case in chosen))
+    for case in product:
+        if missing & case.pairs():
+            chosen.add(case)
+            missing -= case.pairs()
+    return chosen
