@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adafv.core import text_to_image_attention
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families.llava import Llava
 from benchmarks.accuracy import interval
 from training.architecture import SIDE
@@ -48,7 +49,7 @@ def areas(pupil: Pupil, scenes: int) -> dict[str, list[tuple[int, float]]]:
         images, [boxes] = pixels([scene], Random(number))
         visuals = {"pixel_values": normalised(images)}
         layouts = family.layouts(pupil.llava, "image", visuals, [])
-        encoded = family.encode(pupil.llava, "image", visuals, layouts, saliency=True)
+        encoded = family.encode(pupil.llava, "image", visuals, layouts, frozenset({SALIENCY}))
         assert encoded.saliency is not None
         visual, saliency = encoded.features[0], encoded.saliency[0]
         inside = [patches_in(box, SIDE) for box in boxes]

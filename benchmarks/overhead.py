@@ -58,6 +58,7 @@ from transformers.initialization import no_init_weights
 
 from adafv import AdaFV, compress
 from adafv.core import geometric_mean, joint_search, split_search
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.releases import returned_cache
 from adafv.engines.transformers.towers import TappedTower
 
@@ -418,10 +419,10 @@ def tower(options: Options) -> list[Row]:
         return stock(pixel_values, **arguments)
 
     def run_tapped() -> Any:
-        return TappedTower(stock, FEATURE_LAYER, saliency=True)(pixel_values)
+        return TappedTower(stock, FEATURE_LAYER, {SALIENCY})(pixel_values)
 
     def run_plain() -> Any:
-        return TappedTower(stock, FEATURE_LAYER, saliency=False)(pixel_values)
+        return TappedTower(stock, FEATURE_LAYER, ())(pixel_values)
 
     def run_eager() -> Any:
         return eager(pixel_values, **{**arguments, "output_attentions": True})

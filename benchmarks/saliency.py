@@ -47,6 +47,7 @@ from transformers.modeling_utils import AttentionInterface
 from adafv import Pruner
 from adafv.core import class_attention
 from adafv.core.received import patch_saliency, received_attention, sinks
+from adafv.core.tokens import SALIENCY, WORDS, Signal
 from adafv.images import load_image
 from adafv.methods import Kept, Method, VisualTokens, method_named
 from benchmarks.accuracy import Asker, interval
@@ -462,12 +463,14 @@ class Given(Method):
     summary = "saliency that was computed elsewhere"
 
     @property
-    def needs_text(self) -> bool:  # type: ignore[override]
-        return self.mixed
+    def needs(self) -> frozenset[Signal]:  # type: ignore[override]
+        return frozenset({WORDS} if self.mixed else ())
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         saliency = self.scores[0].expand(tokens.features.shape[0], -1)
-        return method_named("adafv" if self.mixed else "saliency").select(replace(tokens, saliency=saliency), keep)
+        return method_named("adafv" if self.mixed else "saliency").select(
+            replace(tokens, signals={SALIENCY: saliency}), keep
+        )
 
 
 @dataclass

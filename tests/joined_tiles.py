@@ -8,7 +8,7 @@ from models import PATCH, SIDE, FamilyRow, make_inputs
 from adafv import compress
 from adafv.core import ImageLayout
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 
 
 def check_saliency(row: FamilyRow, model: Any, layer: int, attention: str) -> None:
@@ -49,7 +49,7 @@ def check_changed_token(
     family = family_of(model)
     [layout] = family.layouts(model, "image", inputs, read_prompt(model, family, inputs).runs("image"))
     features = [
-        family.encode(model, "image", {"pixel_values": pixels}, [layout], saliency=False).features[0]
+        family.encode(model, "image", {"pixel_values": pixels}, [layout], signals=frozenset()).features[0]
         for pixels in (inputs["pixel_values"], other)
     ]
     [changed] = (features[0] - features[1]).abs().amax(-1).gt(1e-6).nonzero().tolist()

@@ -167,6 +167,10 @@ class FamilyRow:
     """Tokens of an image look at each other both ways, as `token_types` say."""
     chunked_prefill: bool = True
     """Whether the stock model takes images in chunked prefill."""
+    packed_rows: bool = True
+    """Whether the stock model, in this release, keeps prompts packed into one row apart."""
+    first_position: int = 0
+    """What the stock `forward` counts positions from."""
     static_cache: bool = True
     """Whether the stock model takes a static cache."""
     continued_with_images: bool = True
@@ -186,7 +190,7 @@ def _every_row() -> list[FamilyRow]:
 def layouts_of(model: Any, inputs: dict[str, Any]) -> list[Any]:
     """Layouts of the images of a prompt, as the engine asks for them."""
     from adafv.engines.transformers.families import family_of
-    from adafv.engines.transformers.prompt import read_prompt
+    from adafv.engines.transformers.reading import read_prompt
 
     family = family_of(model)
     return family.layouts(model, "image", inputs, read_prompt(model, family, inputs).runs("image"))

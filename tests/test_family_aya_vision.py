@@ -11,8 +11,9 @@ from rows.internvl import TOKENS, tiles
 from test_family_idefics3 import squares_of_patch_saliency
 
 from adafv import compress
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import PromptError, UnsupportedCallError
 
 ROWS = [rows.aya_vision.ROW, rows.cohere2_vision.ROW]
@@ -49,7 +50,9 @@ def test_saliency_lines_up(row: FamilyRow) -> None:
     patches = pixels.unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH))  # [tiles, 3, rows, PATCH, columns, PATCH]
     turned = patches.flip(2, 4).flatten(-2).flatten(-3, -2)
     one, other = (
-        family.encode(model, "image", {"pixel_values": values}, layouts, saliency=True).saliency[0].view(-1, TOKENS)
+        family.encode(model, "image", {"pixel_values": values}, layouts, signals=frozenset({SALIENCY}))
+        .saliency[0]
+        .view(-1, TOKENS)
         for values in (pixels, turned)
     )
     assert one.std() > 0
@@ -79,7 +82,7 @@ def test_a_patch_changes_the_token_that_the_layout_names(row: FamilyRow, tile: i
     other = inputs["pixel_values"].clone()
     other[tile, :, down * PATCH : (down + 1) * PATCH, across * PATCH : (across + 1) * PATCH] += 1
     features = [
-        family.encode(model, "image", {"pixel_values": pixels}, [layout], saliency=False).features[0]
+        family.encode(model, "image", {"pixel_values": pixels}, [layout], signals=frozenset()).features[0]
         for pixels in (inputs["pixel_values"], other)
     ]
     [changed] = (features[0] - features[1]).abs().amax(-1).gt(1e-6).nonzero().tolist()

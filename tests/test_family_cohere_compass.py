@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
 from adafv import AdaFV
-from adafv.engines.transformers.families import family_of, towers
+from adafv.core.tokens import SALIENCY
+from adafv.engines.transformers import towers
+from adafv.engines.transformers.families import family_of
 
 compass = pytest.importorskip("rows.cohere_compass")
 ROW = FamilyRow(
@@ -36,14 +38,9 @@ def model() -> Any:
     return compass.build()
 
 
-class PlainTap(towers.Tap):
-    """Scores the plain attention received, so that the test is about places and not about what makes a patch salient."""
-
-    def __init__(self, tower: Any, attention: str, score: Any) -> None:
-        def received(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Tensor:
-            return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1).mean(1)
-
-        super().__init__(tower, attention, received)
+def plainly_received(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+    """In place of the score: the plain attention received, so that the test is about places and not about what is salient."""
+    return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1).mean(1)
 
 
 @pytest.mark.parametrize("modality", ["image", "video"])
@@ -53,7 +50,7 @@ def test_saliency_lines_up_with_the_attention_maps(model: Any, modality: str, mo
     else:
         visuals, _ = compass.videos(model, [[count] for count in ROW.clips], 0)
     family = family_of(model)
-    monkeypatch.setattr(towers, "Tap", PlainTap)
+    monkeypatch.setattr(towers, "patch_score", plainly_received)
     layouts = family.layouts(model, modality, visuals, [])
     maps: list[Tensor] = []
 
@@ -65,7 +62,7 @@ def test_saliency_lines_up_with_the_attention_maps(model: Any, modality: str, mo
 
     AttentionInterface.register("recording", recording)
     with torch.no_grad():
-        encoded = family.encode(model, modality, visuals, layouts, saliency=True)
+        encoded = family.encode(model, modality, visuals, layouts, signals=frozenset({SALIENCY}))
         monkeypatch.setattr(model.model.visual.config, "_attn_implementation_internal", "recording")
         getattr(model.model, f"get_{modality}_features")(*visuals.values(), return_dict=True)
     # the processor writes the four patches of a token one after the other, token by token in reading order

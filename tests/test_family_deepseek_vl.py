@@ -54,7 +54,7 @@ def test_a_patch_changes_the_token_that_the_layout_names(row: FamilyRow, down: i
     family = family_of(model)
     [layout] = family.layouts(model, "image", inputs, [])
     features = [
-        family.encode(model, "image", {"pixel_values": pixels}, [layout], saliency=False).features[0]
+        family.encode(model, "image", {"pixel_values": pixels}, [layout], signals=frozenset()).features[0]
         for pixels in (inputs["pixel_values"], other)
     ]
     [changed] = (features[0] - features[1]).abs().amax(-1).gt(1e-6).nonzero().tolist()

@@ -13,6 +13,7 @@ from transformers import Gemma3Processor, PreTrainedTokenizerFast, StaticCache
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from adafv import AdaFV, Pruner, compress
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.towers import TappedTower
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
@@ -151,11 +152,12 @@ def test_saliency_and_layout_are_those_of_the_tokens() -> None:
     images, _ = ROW.images(model, [[(side, side)] * 2], 0)
     layouts = family.layouts(model, "image", images, [])
     with torch.no_grad():
-        encoded = family.encode(model, "image", images, layouts, saliency=True)
-        tower = TappedTower(model.model.vision_tower, -1, saliency=True)
+        encoded = family.encode(model, "image", images, layouts, signals=frozenset({SALIENCY}))
+        tower = TappedTower(model.model.vision_tower, -1, signals=frozenset({SALIENCY}))
         tower(images["pixel_values"])
+        scores = tower.read(lambda patches: list(patches.chunk(2)))[SALIENCY]
     rows = side // PATCH
-    for saliency, patches, layout in zip(encoded.saliency, tower.saliency, layouts, strict=True):
+    for saliency, patches, layout in zip(encoded.saliency, scores, layouts, strict=True):
         by_hand = torch.zeros(layout.tokens)
         for patch, value in enumerate(patches.tolist()):
             by_hand[patch // rows // 2 * layout.columns + patch % rows // 2] += value / 4
@@ -163,7 +165,7 @@ def test_saliency_and_layout_are_those_of_the_tokens() -> None:
     special = images["pixel_values"].clone()
     special[0, :, 3 * PATCH : 4 * PATCH, 6 * PATCH : 7 * PATCH] += 3
     with torch.no_grad():
-        changed = family.encode(model, "image", {"pixel_values": special}, layouts, saliency=False).features[0]
+        changed = family.encode(model, "image", {"pixel_values": special}, layouts, signals=frozenset()).features[0]
     token = int((changed - encoded.features[0]).norm(dim=-1).argmax())
     _, row, column = layouts[0].place(torch.tensor([token]))
     assert (int(row), int(column)) == (3 // 2, 6 // 2)

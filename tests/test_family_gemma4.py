@@ -10,6 +10,7 @@ from rows import gemma4
 from test_family_packed_rows import recorded, sent
 
 from adafv import AdaFV, compress
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families import family_of
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
 
@@ -25,7 +26,7 @@ def test_saliency_is_that_of_the_image_without_padding(model: Any) -> None:
     family = family_of(model)
     layouts = family.layouts(model, "image", visuals, [])
     with torch.no_grad():
-        encoded = family.encode(model, "image", visuals, layouts, saliency=True)
+        encoded = family.encode(model, "image", visuals, layouts, signals=frozenset({SALIENCY}))
     tower = model.model.vision_tower
     for number, (height, width) in enumerate(gemma4.ROW.sizes):
         rows, columns = height // PATCH, width // PATCH
@@ -53,7 +54,8 @@ def test_a_patch_changes_the_token_that_the_layout_names(down: int, across: int)
     other["pixel_values"][0, down * 8 + across] += 1
     with torch.no_grad():
         one, two = (
-            family.encode(model, "image", entries, [layout], saliency=False).features[0] for entries in (visuals, other)
+            family.encode(model, "image", entries, [layout], signals=frozenset()).features[0]
+            for entries in (visuals, other)
         )
     [changed] = (one - two).abs().amax(-1).gt(1e-6).nonzero().tolist()
     assert [int(part) for part in layout.place(torch.tensor(changed))] == [0, down // 2, across // 2]

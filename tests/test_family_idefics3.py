@@ -12,8 +12,9 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMModel
 
 from adafv import AdaFV, compress
 from adafv.core import patch_saliency
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
 
 ROWS = [row for row in (rows.idefics3.ROW, rows.smolvlm.ROW) if row is not None]
@@ -52,10 +53,12 @@ def test_saliency_lines_up(row: FamilyRow) -> None:
     family = family_of(model)
     layouts = layouts_of(model, inputs)
     visuals = {name: inputs[name] for name in family.images}
-    encoded = family.encode(model, "image", visuals, layouts, saliency=True)
+    encoded = family.encode(model, "image", visuals, layouts, signals=frozenset({SALIENCY}))
     real = inputs["pixel_values"][inputs["pixel_attention_mask"].any(-1).any(-1)]
     alone = [
-        family.encode(model, "image", {"pixel_values": tile[None, None]}, layouts_of_one(), saliency=True)
+        family.encode(
+            model, "image", {"pixel_values": tile[None, None]}, layouts_of_one(), signals=frozenset({SALIENCY})
+        )
         for tile in real
     ]
     assert encoded.saliency is not None
@@ -66,7 +69,9 @@ def test_saliency_lines_up(row: FamilyRow) -> None:
     tile = real[0].unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH))  # [3, rows, PATCH, columns, PATCH]
     turned = tile.flip(1, 3).flatten(-2).flatten(-3, -2)
     one, other = (
-        family.encode(model, "image", {"pixel_values": pixels[None, None]}, layouts_of_one(), saliency=True).saliency[0]
+        family.encode(
+            model, "image", {"pixel_values": pixels[None, None]}, layouts_of_one(), signals=frozenset({SALIENCY})
+        ).saliency[0]
         for pixels in (real[0], turned)
     )
     assert one.std() > 0
@@ -121,7 +126,7 @@ def test_a_patch_changes_the_token_that_the_layout_names(row: FamilyRow, tile: i
     other = inputs["pixel_values"].clone()
     other[0, tile, :, down * PATCH : (down + 1) * PATCH, across * PATCH : (across + 1) * PATCH] += 1
     features = [
-        family.encode(model, "image", {"pixel_values": pixels}, [layout], saliency=False).features[0]
+        family.encode(model, "image", {"pixel_values": pixels}, [layout], signals=frozenset()).features[0]
         for pixels in (inputs["pixel_values"], other)
     ]
     [changed] = (features[0] - features[1]).abs().amax(-1).gt(1e-6).nonzero().tolist()

@@ -11,7 +11,7 @@ from rows.internvl import ROW, TOKENS, build, tiles
 
 from adafv import AdaFV, compress
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
 
 

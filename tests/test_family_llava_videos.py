@@ -13,6 +13,7 @@ from transformers import LlavaNextVideoProcessor, VideoLlavaImageProcessor, Vide
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from adafv import AdaFV, Pruner, compress
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families import family_of
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
 
@@ -38,7 +39,7 @@ def of_video(model: Any, pixels: torch.Tensor, **options: Any) -> tuple[Any, Any
     family, visuals = family_of(model), {"pixel_values_videos": pixels[None], **options}
     layouts = family.layouts(model, "video", visuals, [])
     with torch.no_grad():
-        return layouts[0], family.encode(model, "video", visuals, layouts, saliency=True)
+        return layouts[0], family.encode(model, "video", visuals, layouts, signals=frozenset({SALIENCY}))
 
 
 # -------------------------------------------------------------------------------------------- saliency and layout
@@ -280,7 +281,8 @@ def test_both_names_of_the_pixels_are_understood() -> None:
         assert torch.equal(model.generate(**new, max_new_tokens=3), sequences)
     family = family_of(model)
     for inputs in (old, new):
-        assert torch.equal(family.view(model, inputs, []), old["pixel_values_images"])
+        named = {family.named(name): value for name, value in inputs.items()}
+        assert torch.equal(family.view(model, named, []), old["pixel_values_images"])
 
 
 def test_images_at_lower_resolution() -> None:
@@ -355,7 +357,7 @@ def test_placeholders_of_the_stock_processors(row: FamilyRow, size: tuple[int, i
         processor = stock_processor(LlavaNextVideoProcessor, images)
     pixels = images(photo(0, width, height), return_tensors="pt")
     placeholders = processor.replace_image_token(pixels, 0)
-    visuals = {family.other_names.get(name, name): value for name, value in pixels.items()}
+    visuals = {family.named(name): value for name, value in pixels.items()}
     [layout] = family.layouts(model, "image", visuals, [])
     assert layout.tokens == len(placeholders)
     for frames in (1, 3, 8):

@@ -11,8 +11,9 @@ from rows.mistral3 import IMAGE_END, ROW_END
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from adafv import AdaFV
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import UnsupportedModelError
 
 WITH_ROW_ENDS = [mistral3.ROW, llava_pixtral.ROW]
@@ -32,7 +33,7 @@ def encode(model: Any, images: dict[str, Any]) -> tuple[Any, Any]:
     family = family_of(model)
     layouts = family.layouts(model, "image", images, [])
     with torch.no_grad():
-        return family.encode(model, "image", images, layouts, saliency=True), layouts
+        return family.encode(model, "image", images, layouts, signals=frozenset({SALIENCY})), layouts
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

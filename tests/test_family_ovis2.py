@@ -9,8 +9,10 @@ from rows.ovis2 import ROW, build, grid
 from torch import Tensor
 
 from adafv import AdaFV
-from adafv.engines.transformers.families import family_of, towers
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.core.tokens import SALIENCY
+from adafv.engines.transformers import towers
+from adafv.engines.transformers.families import family_of
+from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
 
 
@@ -31,7 +33,9 @@ def test_saliency_is_joined_as_the_tokens_are(stride: int, monkeypatch: pytest.M
     layouts = layouts_for(model, inputs)
     tower = model.model.vision_tower
     with torch.no_grad():
-        encoded = family_of(model).encode(model, "image", {"pixel_values": inputs["pixel_values"]}, layouts, True)
+        encoded = family_of(model).encode(
+            model, "image", {"pixel_values": inputs["pixel_values"]}, layouts, frozenset({SALIENCY})
+        )
         stock = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
         tower.set_attn_implementation("eager")
         maps = tower(inputs["pixel_values"], output_attentions=True).attentions[-1]
@@ -57,7 +61,7 @@ def test_a_patch_changes_the_token_that_the_layout_names(tile: int, row: int, co
     family = family_of(model)
     [layout] = layouts_for(model, inputs)
     features = [
-        family.encode(model, "image", {"pixel_values": pixels}, [layout], saliency=False).features[0]
+        family.encode(model, "image", {"pixel_values": pixels}, [layout], signals=frozenset()).features[0]
         for pixels in (inputs["pixel_values"], other)
     ]
     [changed] = (features[0] - features[1]).abs().amax(-1).gt(1e-6).nonzero().tolist()

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from adafv import AdaFV, compress
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families import family_of
 from adafv.errors import PromptError, UnsupportedModelError
 
@@ -72,7 +73,7 @@ def test_saliency_lines_up_with_the_attention_maps(name: str, modality: str) -> 
     pixels, sizes = family.inputs(modality)
     layouts = family.layouts(model, modality, visuals, [])
     with torch.no_grad():
-        encoded = family.encode(model, modality, visuals, layouts, saliency=True)
+        encoded = family.encode(model, modality, visuals, layouts, signals=frozenset({SALIENCY}))
     tower = model.model.vision_tower
     layers = tower.layers if name == "muse-glimmer" else tower.blocks
     heard = layers[2]  # of Muse Glimmer the last that looks at the whole frame, of dots 3 note the last
@@ -124,7 +125,8 @@ def test_a_patch_changes_the_token_that_the_layout_names(name: str, number: int)
     other["pixel_values"][number] += 1
     with torch.no_grad():
         one, two = (
-            family.encode(model, "image", entries, layouts, saliency=False).features for entries in (visuals, other)
+            family.encode(model, "image", entries, layouts, signals=frozenset()).features
+            for entries in (visuals, other)
         )
     assert torch.equal(one[0], two[0])
     [changed] = (one[1] - two[1]).abs().amax(-1).gt(1e-6).nonzero().tolist()
@@ -180,7 +182,8 @@ def test_both_resolutions_count(entry: str) -> None:
     other[entry][1] += 1
     with torch.no_grad():
         one, two = (
-            family.encode(model, "image", entries, layouts, saliency=False).features for entries in (visuals, other)
+            family.encode(model, "image", entries, layouts, signals=frozenset()).features
+            for entries in (visuals, other)
         )
     torch.testing.assert_close(one[0], two[0], atol=1e-6, rtol=1e-6)
     assert (one[1] - two[1]).abs().max() > 1e-2

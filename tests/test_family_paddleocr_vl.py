@@ -11,7 +11,9 @@ from packaging.version import Version
 from torch import Tensor
 
 from adafv import AdaFV
-from adafv.engines.transformers.families import family_of, towers
+from adafv.core.tokens import SALIENCY
+from adafv.engines.transformers import towers
+from adafv.engines.transformers.families import family_of
 from adafv.errors import UnsupportedCallError
 
 ROWS = [row for row in FAMILIES if row.name in ("paddleocr-vl", "kimi-k2.5")]
@@ -41,7 +43,7 @@ def test_saliency_lines_up_with_the_stock_attention(row: FamilyRow, monkeypatch:
     family = family_of(model)
     layouts = family.layouts(model, "image", visuals, [])
     with torch.no_grad():
-        found = family.encode(model, "image", visuals, layouts, saliency=True).saliency
+        found = family.encode(model, "image", visuals, layouts, signals=frozenset({SALIENCY})).saliency
         _, attention = tower_and_attention(row, model)
         maps: list[Tensor] = []
         stock = sys.modules[type(attention).__module__]

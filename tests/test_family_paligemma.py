@@ -13,6 +13,7 @@ from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from adafv import AdaFV, Pruner, compress
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families import family_of
 from adafv.errors import UnsupportedCallError
 
@@ -102,7 +103,7 @@ def test_layout_points_to_the_patch() -> None:
     special[0, :, PATCH : 2 * PATCH, 3 * PATCH : 4 * PATCH] += 3
     with torch.no_grad():
         plain, changed = (
-            family.encode(model, "image", {"pixel_values": pixels}, layouts, saliency=True)
+            family.encode(model, "image", {"pixel_values": pixels}, layouts, signals=frozenset({SALIENCY}))
             for pixels in (images["pixel_values"], special)
         )
     token = int((changed.features[0] - plain.features[0]).norm(dim=-1).argmax())

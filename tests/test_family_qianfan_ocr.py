@@ -5,8 +5,9 @@ import torch
 from joined_tiles import check_changed_token, check_saliency
 from models import make_inputs
 
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import UnsupportedModelError
 
 qianfan = pytest.importorskip("rows.qianfan_ocr")
@@ -34,7 +35,9 @@ def test_every_layer_is_read_as_the_stock_model_reads_it(mean_pooling: bool) -> 
         layouts = family.layouts(model, "image", inputs, read_prompt(model, family, inputs).runs("image"))
         with torch.no_grad():
             stock = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
-            mine = family.encode(model, "image", {"pixel_values": inputs["pixel_values"]}, layouts, saliency=True)
+            mine = family.encode(
+                model, "image", {"pixel_values": inputs["pixel_values"]}, layouts, signals=frozenset({SALIENCY})
+            )
         assert torch.equal(torch.cat(mine.features), stock.flatten(0, 1)), layer
 
 

@@ -13,7 +13,9 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from adafv import compress
-from adafv.engines.transformers.families import family_of, towers
+from adafv.core.tokens import SALIENCY
+from adafv.engines.transformers import towers
+from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.families.qwen2_5_vl import window_order
 from adafv.prompts.text import text_columns
 
@@ -40,14 +42,9 @@ def mean_received(maps: Tensor) -> Tensor:
     return maps.mean(1).mean(1)
 
 
-class PlainTap(towers.Tap):
-    """Scores the plain attention received, so that the test is about places and not about what makes a patch salient."""
-
-    def __init__(self, tower: Any, attention: str, score: Any) -> None:
-        def received(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Tensor:
-            return mean_received((query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1))
-
-        super().__init__(tower, attention, received)
+def plainly_received(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+    """In place of the score: the plain attention received, so that the test is about places and not about what is salient."""
+    return mean_received((query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1))
 
 
 @pytest.mark.parametrize(("row", "modality"), SHOWN, ids=[f"{row.name}-{modality}" for row, modality in SHOWN])
@@ -60,10 +57,10 @@ def test_saliency_lines_up_with_the_attention_maps(
     else:
         visuals, _ = row.videos(model, [[count] for count in row.clips], 0)
     family = family_of(model)
-    monkeypatch.setattr(towers, "Tap", PlainTap)
+    monkeypatch.setattr(towers, "patch_score", plainly_received)
     layouts = family.layouts(model, modality, visuals, [])
     with torch.no_grad():
-        encoded = family.encode(model, modality, visuals, layouts, saliency=True)
+        encoded = family.encode(model, modality, visuals, layouts, signals=frozenset({SALIENCY}))
         maps, order = maps_and_order(model, family, visuals, modality, monkeypatch)
     in_tower_order = torch.cat([mean_received(attention).flatten() for attention in maps])
     by_patch = torch.empty_like(in_tower_order)
@@ -80,7 +77,8 @@ def maps_and_order(
     model: Any, family: Any, visuals: dict[str, Any], modality: str, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[Tensor], Tensor]:
     """The stock tower's attention maps in the tapped block, and which patch of the inputs it has at each place."""
-    tower, tapped = model.model.visual, family.tapped_block(model.model.visual)
+    tower = model.model.visual
+    tapped = max(getattr(tower, "fullatt_block_indexes", [len(tower.blocks) - 1]))
     maps: list[Tensor] = []
     attention = tower.blocks[tapped].attn
 
@@ -140,7 +138,9 @@ def test_the_stock_attention_is_told_its_own_name(row: FamilyRow) -> None:
     visuals, _ = row.images(model, [[row.sizes[0]]], 0)
     family = family_of(model)
     with torch.no_grad():
-        family.encode(model, "image", visuals, family.layouts(model, "image", visuals, []), saliency=True)
+        family.encode(
+            model, "image", visuals, family.layouts(model, "image", visuals, []), signals=frozenset({SALIENCY})
+        )
     assert set(seen) == {"named"}
     assert len(seen) == len(model.model.visual.blocks) + windows_beyond_one(model, visuals)
 

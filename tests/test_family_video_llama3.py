@@ -8,7 +8,9 @@ from models import FAMILIES, FamilyRow, make_inputs
 from torch import Tensor
 
 from adafv import AdaFV, compress
+from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families import family_of
+from adafv.engines.transformers.families.video_llama3 import VideoLlama3
 from adafv.engines.transformers.towers import Tap
 from adafv.errors import PromptError
 
@@ -26,12 +28,10 @@ def model(row: FamilyRow) -> Any:
 
 def scores_by_patch(model: Any, pixels: Tensor, sizes: Tensor, merges: Tensor) -> Tensor:
     """Saliency of every patch, in the order of the inputs, which is the tower's: position embeddings alone are sorted."""
-    from adafv.engines.transformers.towers import patch_score
-
-    last = len(model.model.vision_model.encoder.layers) - 1
-    tap = Tap(model.model.vision_model, f"encoder.layers.{last}.self_attn", patch_score)
+    tap = Tap(model.model.vision_model, VideoLlama3.tower_shape, {SALIENCY})
     tap.tower(pixels, sizes, merges)
-    return torch.cat([score.flatten() for score in tap.scores])
+    [scores] = tap.read(lambda patches: [patches])[SALIENCY]
+    return scores
 
 
 @pytest.mark.parametrize("merge", [1, 2])
@@ -44,7 +44,7 @@ def test_saliency_of_images(row: FamilyRow, model: Any, merge: int) -> None:
     layouts = family.layouts(model, "image", visuals, [])
     assert [layout.tokens for layout in layouts] == [len(part) for part in tokens]
     with torch.no_grad():
-        encoded = family.encode(model, "image", visuals, layouts, saliency=True)
+        encoded = family.encode(model, "image", visuals, layouts, signals=frozenset({SALIENCY}))
         patches = scores_by_patch(model, *visuals.values())
     # the processor writes the patches of a token one after the other
     expected = patches.unflatten(0, (-1, merge**2)).mean(-1).split([layout.tokens for layout in layouts])
@@ -60,7 +60,7 @@ def test_tokens_left_out_by_the_processor(row: FamilyRow, model: Any) -> None:
     assert not kept.all()
     assert sum(layout.tokens for layout in layouts) == int(kept.sum())
     with torch.no_grad():
-        encoded = family.encode(model, "video", visuals, layouts, saliency=True)
+        encoded = family.encode(model, "video", visuals, layouts, signals=frozenset({SALIENCY}))
         stock = model.model.get_video_features(*list(visuals.values())[:3], return_dict=True).pooler_output
         patches = scores_by_patch(model, *list(visuals.values())[:3])
     assert torch.equal(torch.cat(encoded.features), torch.cat(list(stock))[kept])

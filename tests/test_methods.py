@@ -10,6 +10,7 @@ from oracle import masked_inputs, same_logits
 
 from adafv import AdaFV, Kept, Method, Pruner, VisualTokens, compress
 from adafv.core import class_attention, text_to_image_attention, top_tokens
+from adafv.core.tokens import SALIENCY, Words
 from adafv.errors import BudgetError, OptionError
 from adafv.methods import known_methods, method_named
 
@@ -26,14 +27,30 @@ def tokens(groups: int = 2, rows: int = 6, columns: int = 8, newlines: bool = Fa
     saliency = torch.randn(groups, count, generator=generator).exp() * (source >= 0)
     return VisualTokens(
         features=torch.randn(groups, count, 12, generator=generator),
-        saliency=saliency / saliency.sum(-1, keepdim=True),
-        text=torch.randn(groups, 5, 12, generator=generator),
-        text_mask=torch.arange(5).expand(groups, 5) < 4,
-        shows_patch=(source >= 0).expand(groups, count),
+        candidates=(source >= 0).expand(groups, count),
         source=source.expand(groups, count),
         crops=1,
         rows=rows,
         columns=columns,
+        signals={SALIENCY: saliency / saliency.sum(-1, keepdim=True)},
+        words=Words(
+            torch.randn(groups, 5, 12, generator=generator),
+            torch.arange(5).expand(groups, 5) < 4,
+            torch.arange(5).expand(groups, 5),
+        ),
+    )
+
+
+def one_of(image: VisualTokens, place: int) -> VisualTokens:
+    """One of the images alone."""
+    part = slice(place, place + 1)
+    return replace(
+        image,
+        features=image.features[part],
+        candidates=image.candidates[part],
+        source=image.source[part],
+        signals={signal: values[part] for signal, values in image.signals.items()},
+        words=Words(image.text.embeddings[part], image.text.mask[part], image.text.ids[part]),
     )
 
 
@@ -52,11 +69,11 @@ def test_the_catalogue() -> None:
 def test_what_chooses_where_no_word_counts(name: str) -> None:
     method = method_named(name)
     other = method.without_text()
-    assert not other.needs_text
-    if not method.needs_text:
+    assert not other.needs_words
+    if not method.needs_words:
         assert other is method
         return
-    image = replace(tokens(), text=None, text_mask=None)
+    image = replace(tokens(), words=None)
     expected = method_named("saliency").select(image, 7)
     assert other.select(image, 7).indices.equal(expected.indices)
 
@@ -69,7 +86,7 @@ def test_exactly_k_distinct_patches_in_order(name: str, keep: int, newlines: boo
     kept = method_named(name).select(image, keep)
     assert kept.indices.shape == (2, keep)
     assert (kept.indices.diff(dim=-1) > 0).all()
-    assert image.shows_patch.gather(1, kept.indices).all()  # there are more patches than K
+    assert image.candidates.gather(1, kept.indices).all()  # there are more patches than K
 
 
 @pytest.mark.parametrize("name", SELECTING)
@@ -77,7 +94,7 @@ def test_newlines_come_last(name: str) -> None:
     image = tokens(newlines=True)
     kept = method_named(name).select(image, 50)  # 48 patches, 6 newlines
     assert all(len(set(row.tolist())) == 50 for row in kept.indices)
-    assert image.shows_patch.gather(1, kept.indices).sum(1).tolist() == [48, 48]
+    assert image.candidates.gather(1, kept.indices).sum(1).tolist() == [48, 48]
 
 
 @pytest.mark.parametrize("name", SELECTING)
@@ -85,11 +102,7 @@ def test_groups_do_not_mix(name: str) -> None:
     image = tokens(groups=3)
     together = method_named(name).select(image, 9)
     for place in range(3):
-        one = {
-            field: getattr(image, field)[place : place + 1]
-            for field in ("features", "saliency", "text", "text_mask", "shows_patch", "source")
-        }
-        alone = method_named(name).select(replace(image, **one), 9)
+        alone = method_named(name).select(one_of(image, place), 9)
         assert torch.equal(alone.indices[0], together.indices[place])
 
 
@@ -114,13 +127,13 @@ def test_methods_against_the_oracle(family: FamilyRow, name: str, batch: Any) ->
 def test_saliency_and_text_are_the_top_of_their_score() -> None:
     image = tokens()
     assert torch.equal(method_named("saliency").select(image, 9).indices, top_tokens(image.saliency, 9))
-    attention = text_to_image_attention(image.text, image.features, image.text_mask)
+    attention = text_to_image_attention(image.text.embeddings, image.features, image.text.mask)
     assert torch.equal(method_named("text").select(image, 9).indices, top_tokens(attention, 9))
 
 
 def test_adafv_is_above_either_score_alone() -> None:
     image = tokens()
-    attention = text_to_image_attention(image.text, image.features, image.text_mask)
+    attention = text_to_image_attention(image.text.embeddings, image.features, image.text.mask)
 
     def objective(indices: torch.Tensor) -> torch.Tensor:
         return (attention.gather(1, indices).sum(1) * image.saliency.gather(1, indices).sum(1)).sqrt()
@@ -196,9 +209,9 @@ def test_a_method_of_ones_own_is_one_class() -> None:
         summary: ClassVar[str] = "the first K tokens, each the mean of all"
 
         def select(self, tokens: VisualTokens, keep: int) -> Kept:
-            indices = torch.arange(keep).expand(len(tokens.features), keep)
-            mean = tokens.features.mean(1, keepdim=True).expand(-1, keep, -1)
-            return Kept(indices, features=mean)
+            images, available = tokens.source.shape
+            indices = torch.arange(keep).expand(images, keep)
+            return Kept(indices, weights=torch.full((images, keep, available), 1 / available))
 
     row = DEEP[0]
     model = row.build()

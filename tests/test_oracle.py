@@ -13,7 +13,7 @@ from transformers import StaticCache
 
 from adafv import AdaFV, Pruner, compress
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.generation import CHUNKED_PREFILL_KEEPS_IMAGES
+from adafv.engines.transformers.releases import CHUNKED_PREFILL_KEEPS_IMAGES
 from adafv.errors import UnsupportedCallError
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
@@ -480,7 +480,7 @@ def test_record_agrees_with_the_stock_features(any_family: FamilyRow, any_model:
     sent = short["mm_encoder_outputs"]["image"].pooler_output
     sent = torch.cat([part.reshape(-1, model.config.get_text_config().hidden_size) for part in sent])
     family = family_of(model)
-    visuals = {name: value for name, value in inputs.items() if family.other_names.get(name, name) in family.images}
+    visuals = {name: value for name, value in inputs.items() if family.named(name) in family.images}
     with torch.no_grad():
         stock = model.model.get_image_features(**visuals, return_dict=True).pooler_output
     stock = torch.cat([part.flatten(0, -2) for part in stock]).split(short.record.tokens_before)

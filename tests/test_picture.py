@@ -9,7 +9,8 @@ from PIL import Image
 
 from adafv import picture
 from adafv.core import ImageLayout
-from adafv.engines.transformers import Record
+from adafv.core.tokens import Kept
+from adafv.engines.transformers import ImageRecord, Record
 from adafv.errors import OptionError
 from adafv.picture import _level, draw, tower_view
 
@@ -19,33 +20,42 @@ TOP = 24 + (22 + 7 + 2) + (15 + 5 + 2) + 8
 LEFT = 24
 
 
-def record(layout: ImageLayout, kept: list[int], **changes: Any) -> Record:
+def record(
+    layout: ImageLayout, kept: list[int], saliency: bool = True, text_attention: bool = True, **changes: Any
+) -> Record:
     """A run over one image that kept the tokens `kept`; scores rise with the token's number."""
-    index = torch.tensor(kept)
-    crop, row, column = layout.place(index)
-    scores = torch.linspace(0.01, 0.2, layout.tokens).masked_fill(~layout.shows_patch, float("nan"))
-    values: dict[str, Any] = {
-        "kept": [index],
-        "keep_mask": torch.ones(1, layout.tokens, dtype=torch.bool),
-        "rows": [0],
-        "modalities": ["image"],
-        "frames": [None],
-        "layouts": [layout],
-        "crop": [crop],
-        "row": [row],
-        "column": [column],
-        "saliency": [scores],
-        "text_attention": [scores.flip(0)],
-        "objective": [0.5],
-        "certificate": [0.001],
-        "tokens_before": [layout.tokens],
-        "tokens_after": [len(kept)],
-        "prompt_length_before": layout.tokens,
-        "prompt_length_after": len(kept),
-        "kv_bytes_before": 0,
-        "kv_bytes_after": 0,
+    index = torch.tensor([kept])
+    scores = torch.linspace(0.01, 0.2, layout.tokens).unsqueeze(0)
+    chosen = Kept(
+        index,
+        text_attention=scores.flip(1) if text_attention else None,
+        objective=torch.tensor([0.5]),
+        certificate=torch.tensor([0.001]),
+    )
+    image = {
+        "number": 0,
+        "modality": "image",
+        "prompt": 0,
+        "frame": None,
+        "method": "adafv",
+        "layout": layout,
+        "tokens_before": layout.tokens,
+        "tokens_after": len(kept),
+        "columns": torch.arange(layout.tokens),
+        "fed": layout,
+        "selected": chosen,
+        "scores": scores if saliency else None,
+        "place": 0,
     }
-    return Record(**{**values, **changes})
+    return Record(
+        images=[ImageRecord(**{**image, **changes})],  # type: ignore[arg-type]
+        prompt_length_before=layout.tokens,
+        prompt_length_after=len(kept),
+        kv_bytes_before=0,
+        kv_bytes_after=0,
+        columns=index,
+        given=layout.tokens,
+    )
 
 
 def one_crop(rows: int = 4, columns: int = 4) -> ImageLayout:
@@ -94,9 +104,7 @@ class TestKept:
         assert pixel(drawn, LEFT + 2 * patch, middle) == (200, 200, 200)
 
     def test_everything_kept(self) -> None:
-        everything = record(
-            one_crop(), list(range(16)), saliency=[None], text_attention=[None], objective=[None], certificate=[None]
-        )
+        everything = record(one_crop(), list(range(16)), selected=None, scores=None)
         drawn = draw(everything, 0, plain())
         side = panel_size(1, 4)
         inside = np.asarray(drawn)[TOP : TOP + side, LEFT : LEFT + side]
@@ -119,8 +127,8 @@ class TestPanels:
 
     def test_missing_scores_leave_their_panels_out(self) -> None:
         widths = [
-            draw(record(one_crop(), [1], saliency=[saliency], text_attention=[text]), 0, plain()).width
-            for saliency, text in ((None, None), (torch.rand(16), None), (None, torch.rand(16)))
+            draw(record(one_crop(), [1], saliency=saliency, text_attention=text), 0, plain()).width
+            for saliency, text in ((False, False), (True, False), (False, True))
         ]
         assert widths[0] < widths[1] == widths[2] < draw(record(one_crop(), [1]), 0, plain()).width
 
@@ -191,7 +199,7 @@ class TestManyCrops:
         layout = ImageLayout(torch.arange(12), 3, 2, 2, (2, 1))
         crops = plain(3)
         crops[2] = 100.0
-        drawn = draw(record(layout, list(range(12)), saliency=[None], text_attention=[None]), 0, crops)
+        drawn = draw(record(layout, list(range(12)), saliency=False, text_attention=False), 0, crops)
         side = panel_size(1, 2)
         below = TOP + side + 6 + 20 + 12
         assert pixel(drawn, LEFT + 0.5 * side, below + 0.5 * side) == (200, 200, 200)

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from adafv import AdaFV
 from adafv.cli import app
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.prompts.prompt import place_images
 from adafv.prompts.text import resolve_scope, text_columns
 
@@ -46,7 +46,7 @@ def check(row: FamilyRow, model: Any, processor: Any, inputs: Any, modality: str
     """Layouts fit the prompt, the question is found, and the pruned model agrees with the oracle."""
     family = family_of(model)
     read = read_prompt(model, family, inputs)
-    visuals = {family.other_names.get(name, name): value for name, value in inputs.items()}
+    visuals = {family.named(name): value for name, value in inputs.items()}
     layouts = family.layouts(model, modality, visuals, read.runs(modality))
     assert len(layouts) == count
     placed = place_images(modality, read.placeholders[modality], layouts)

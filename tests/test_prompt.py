@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adafv.core import ImageLayout
-from adafv.engines.transformers.prompt import compact, nothing_removed
+from adafv.engines.transformers.compaction import compact, nothing_removed
 from adafv.errors import PromptError
 from adafv.prompts.prompt import place_images
 

@@ -20,7 +20,6 @@ from models import END, FAMILIES, PAD, FamilyRow, make_inputs, token_types, word
 from oracle import VISUAL_INPUTS, masked_inputs, same_logits
 
 from adafv import Pruner
-from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.releases import CACHE_NAMES, returned_cache
 
 ROWS = ["llava", "llava-next", "internvl", "qwen2.5-vl", "gemma3", "mistral3"]
@@ -102,7 +101,7 @@ def test_forward(name: str, seed: int) -> None:
     if given_mask.all() and coin(chance):
         del call["attention_mask"]
     if not row.rotary and coin(chance):
-        call["position_ids"] = (given_mask.cumsum(-1) - 1).clamp_min(0) + family_of(model).first_position
+        call["position_ids"] = (given_mask.cumsum(-1) - 1).clamp_min(0) + row.first_position
     last = chance.randint(1, length + 2) if coin(chance) else None
     if last is not None:
         call["logits_to_keep"] = last
@@ -128,7 +127,7 @@ def test_forward(name: str, seed: int) -> None:
             mask = torch.nn.functional.pad(given_mask[rows], (0, more.shape[1]), value=1)
             then = {"input_ids": more, "attention_mask": mask, chance.choice(CACHE_NAMES): held}
             if "position_ids" in call:
-                then["position_ids"] = (mask.cumsum(-1) - 1)[:, -more.shape[1] :] + family_of(model).first_position
+                then["position_ids"] = (mask.cumsum(-1) - 1)[:, -more.shape[1] :] + row.first_position
             after = model(**then).logits
     with torch.no_grad():
         expected = model(**masked_inputs(inputs, keep, chosen["positions"], row, model)).logits

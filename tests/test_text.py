@@ -11,7 +11,7 @@ from transformers import TextIteratorStreamer, pipeline
 
 from adafv import AdaFV
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import OptionError, PromptError, UnsupportedCallError
 from adafv.prompts.prompt import place_images
 from adafv.prompts.text import ChatTemplate, resolve_scope, text_columns

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.core.encoded import EncodedImage, TowerCache
+from adafv.core.tokens import KEYS, SALIENCY
 
 CAPACITY = 100
 LAYOUT = ImageLayout(torch.arange(1), crops=1, rows=1, columns=1)
@@ -15,7 +16,8 @@ LAYOUT = ImageLayout(torch.arange(1), crops=1, rows=1, columns=1)
 
 def image(size: int, saliency: Tensor | None = None) -> EncodedImage:
     """Of so many bytes."""
-    return EncodedImage(torch.zeros(size, 1, dtype=torch.uint8), saliency, LAYOUT)
+    signals = {} if saliency is None else {SALIENCY: saliency}
+    return EncodedImage(torch.zeros(size, 1, dtype=torch.uint8), signals, LAYOUT)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["get", "put"]), st.integers(0, 6), st.integers(0, 120))))
@@ -44,7 +46,9 @@ def test_it_is_what_a_list_would_be(steps: list[tuple[str, int, int]]) -> None:
 def test_all_that_an_image_holds_counts() -> None:
     assert image(8, torch.zeros(3)).bytes == 8 + 3 * 4
     features = torch.zeros(5, 7, dtype=torch.bfloat16)
-    assert EncodedImage(features, None, LAYOUT).bytes == 70
+    assert EncodedImage(features, {}, LAYOUT).bytes == 70
+    keys = torch.zeros(5, 2, 3, dtype=torch.bfloat16)
+    assert EncodedImage(features, {KEYS: keys}, LAYOUT, torch.zeros(5, 2, 7)).bytes == 70 + 60 + 280
 
 
 @pytest.mark.parametrize("size", [1, 1000])

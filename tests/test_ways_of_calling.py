@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from adafv import AdaFV, Pruner, compress
 from adafv.engines.transformers.families import family_of
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.reading import read_prompt
 from adafv.engines.transformers.releases import CACHE, CACHE_NAMES, returned_cache
 from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
 
@@ -40,7 +40,7 @@ def along_the_prompt(row: FamilyRow, inputs: dict[str, Any]) -> list[str]:
 def packed(row: FamilyRow, model: Any, batch: dict[str, Any], rows: list[list[int]]) -> tuple[dict[str, Any], Any]:
     """The prompts of a padded batch, packed: (inputs, for every packed row which (prompt, column) its columns were)."""
     attended = batch["attention_mask"].bool()
-    first = family_of(model).first_position
+    first = row.first_position
     pairs = [[(p, int(c)) for p in prompts for c in attended[p].nonzero().flatten()] for prompts in rows]
     prompt, column = (torch.tensor([[pair[i] for pair in row] for row in pairs]) for i in range(2))
     inputs = {name: value for name, value in batch.items() if name != "attention_mask"}
@@ -81,7 +81,7 @@ def test_packed_prompts(any_family: FamilyRow, any_model: Any, rows: str) -> Non
         stock = model(**inputs).logits
         with AdaFV(keep=1.0)(model):
             assert torch.equal(model(**inputs).logits, stock)
-        if not family_of(model).packed_rows:
+        if not row.packed_rows:
             unpacked = model(**batch, use_cache=False).logits[place]
             assert (stock - unpacked).abs().max() > 1e-2  # the stock model mixes them up
             with AdaFV(keep=KEEP)(model), pytest.raises(UnsupportedCallError, match="packed into one row"):
@@ -106,7 +106,7 @@ def test_packed_prompts(any_family: FamilyRow, any_model: Any, rows: str) -> Non
 def test_borders_of_packed_prompts_move_with_them(any_family: FamilyRow, any_model: Any) -> None:
     """`cu_seq_lens_*`, as flash attention wants them: with or without positions that say the same."""
     row, model = any_family, any_model
-    if not family_of(model).packed_rows:
+    if not row.packed_rows:
         pytest.skip("packed prompts are refused, see test_packed_prompts")
     batch = make_inputs(row, model, [1, 2], seed=1)
     inputs, _ = packed(row, model, batch, [[0, 1]])

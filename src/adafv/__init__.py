@@ -6,7 +6,8 @@
         output = model.generate(**inputs)
     print(adafv.last.kept)
 
-The pure functions are in `adafv.core`; methods in `adafv.methods`, model families in `adafv.engines.transformers.families`.
+The pure functions are in `adafv.core`; methods in `adafv.methods`; engines, which put them to
+work, in `adafv.engines`.
 """
 
 import importlib
@@ -15,9 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adafv.core.budget import Budget
-    from adafv.engines.transformers import AdaFV, CompressedInputs, Pruner, Record, compress
+    from adafv.engines.transformers import (
+        AdaFV,
+        CompressedInputs,
+        EncodedImages,
+        ImageRecord,
+        Pruner,
+        Record,
+        compress,
+        encode,
+    )
     from adafv.errors import AdaFVError
-    from adafv.methods import Kept, Method, VisualTokens
+    from adafv.methods import Kept, Method, Plan, VisualTokens
 
 try:
     __version__ = version("adafv")
@@ -30,12 +40,16 @@ _HOMES = {
     "AdaFVError": "adafv.errors",
     "Budget": "adafv.core.budget",
     "CompressedInputs": "adafv.engines.transformers",
+    "EncodedImages": "adafv.engines.transformers",
+    "ImageRecord": "adafv.engines.transformers",
     "Kept": "adafv.methods",
     "Method": "adafv.methods",
+    "Plan": "adafv.methods",
     "Pruner": "adafv.engines.transformers",
     "Record": "adafv.engines.transformers",
     "VisualTokens": "adafv.methods",
     "compress": "adafv.engines.transformers",
+    "encode": "adafv.engines.transformers",
 }
 
 __all__ = [
@@ -43,12 +57,16 @@ __all__ = [
     "AdaFVError",
     "Budget",
     "CompressedInputs",
+    "EncodedImages",
+    "ImageRecord",
     "Kept",
     "Method",
+    "Plan",
     "Pruner",
     "Record",
     "VisualTokens",
     "compress",
+    "encode",
 ]
 
 

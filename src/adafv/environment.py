@@ -43,6 +43,7 @@ def environment() -> Facts:
         "torch": _found("torch", _torch),
         "transformers": _found("transformers", _transformers),
         "families": _or_problem(_families),
+        "methods": _or_problem(_methods),
         "packages": {name: _release(name) for name in PACKAGES},
         "vllm": _or_problem(_vllm),
     }
@@ -61,6 +62,7 @@ def as_text(facts: Facts) -> str:
         "devices": ", ".join((torch or {}).get("devices", [])) or "unknown",
         "transformers": _transformers_as_text(transformers),
         **_families_as_text(facts["families"]),
+        **_methods_as_text(facts["methods"]),
         **{name: release or "not installed" for name, release in facts["packages"].items()},
         "vLLM": _vllm_as_text(facts["vllm"]),
     }
@@ -139,7 +141,7 @@ def _transformers() -> Facts:
 def _families() -> Facts:
     import transformers
 
-    from adafv.engines.transformers.families import known_families
+    from adafv.engines.transformers.families import found_families, known_families
 
     has = set(dir(transformers))  # hasattr would import every model
     present, absent = [], {}
@@ -149,7 +151,14 @@ def _families() -> Facts:
             absent[family.name] = lacking
         if len(lacking) < len(family.model_classes):
             present.append(family.name)
-    return {"present": present, "absent": absent}
+    return {"present": present, "absent": absent, "broken": [str(broken) for broken in found_families().broken]}
+
+
+def _methods() -> Facts:
+    from adafv.methods import found_methods
+
+    found = found_methods()
+    return {"known": list(found.classes), "broken": [str(broken) for broken in found.broken]}
 
 
 def _vllm() -> Facts | None:
@@ -192,7 +201,15 @@ def _families_as_text(facts: Facts) -> dict[str, str]:
         return {"families": f"unknown: {facts['problem']}"}
     lacking = "; ".join(f"{family} ({', '.join(classes)})" for family, classes in facts["absent"].items())
     rows = {"families": f"{len(facts['present'])} in this transformers: {', '.join(facts['present'])}"}
-    return {**rows, "lacking": lacking} if lacking else rows
+    rows |= {"lacking": lacking} if lacking else {}
+    return rows | ({"families not loaded": "; ".join(facts["broken"])} if facts["broken"] else {})
+
+
+def _methods_as_text(facts: Facts) -> dict[str, str]:
+    if "problem" in facts:
+        return {"methods": f"unknown: {facts['problem']}"}
+    rows = {"methods": f"{len(facts['known'])}: {', '.join(facts['known'])}"}
+    return rows | ({"methods not loaded": "; ".join(facts["broken"])} if facts["broken"] else {})
 
 
 def _vllm_as_text(facts: Facts | None) -> str:

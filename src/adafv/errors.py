@@ -1,6 +1,7 @@
-"""Every error adafv raises on purpose. All derive from `AdaFVError`; each message names the mend.
+"""The errors that the library raises on purpose. All derive from `AdaFVError`; each message names the mend.
 
-Each also derives from the built-in exception a caller would expect (`ValueError`, `TypeError`, ...), so code that
+Those of one program alone (a server that does not start, a page that is busy) stand with it and derive from it too. Each
+also derives from the built-in exception a caller would expect (`ValueError`, `TypeError`, ...), so code that
 never heard of adafv still catches it sensibly.
 """
 
@@ -17,6 +18,10 @@ class OptionError(AdaFVError, ValueError):
     """An option has a value that does not exist."""
 
 
+class MethodError(OptionError):
+    """A method that does not fit the model or the engine, or does not keep its contract."""
+
+
 class PromptError(AdaFVError, ValueError):
     """The prompt does not fit the images, or holds no text where the method needs some."""
 
@@ -27,6 +32,10 @@ class NoWordsError(PromptError):
 
 class CacheError(AdaFVError, ValueError):
     """The key/value cache does not belong to this prompt."""
+
+
+class StaleImagesError(AdaFVError, ValueError):
+    """Encoded images are not what the model would make of them now."""
 
 
 class ImageError(AdaFVError, ValueError):

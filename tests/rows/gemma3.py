@@ -77,5 +77,6 @@ ROW = FamilyRow(
     [(2 * SIDE, 2 * SIDE)] * 4,
     token_types={"token_type_ids": {IMAGE: 1}},
     looks_ahead=True,
+    packed_rows=Version(transformers.__version__) < Version("5.23"),
     continued_with_images=Version(transformers.__version__) >= Version("5.23"),
 )

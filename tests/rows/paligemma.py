@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+import transformers
 from models import IMAGE, PATCH, SIDE, FamilyRow, Visuals, finish, noise, text_config, vision_config
+from packaging.version import Version
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from rows.gemma3 import centre_norms
@@ -44,5 +46,7 @@ ROW = FamilyRow(
     token_types={"token_type_ids": {}},
     answer_types={"token_type_ids": 1},
     looks_ahead=True,
+    packed_rows=Version(transformers.__version__) >= Version("5.24"),
+    first_position=1,
     continued_with_images=False,
 )

@@ -25,10 +25,10 @@ from adafv.asking.failures import LoadError, UsageError, check_text
 from adafv.asking.models import folder_or_id, hub_options, within
 from adafv.core import Budget
 from adafv.engines.transformers import Pruner, Record
-from adafv.engines.transformers.families.base import family_of, known_families
-from adafv.engines.transformers.prompt import read_prompt
+from adafv.engines.transformers.families.base import family_of, known_families, unsupported
+from adafv.engines.transformers.reading import read_prompt
 from adafv.engines.transformers.releases import returned_cache
-from adafv.errors import AdaFVError, UnsupportedModelError
+from adafv.errors import AdaFVError
 from adafv.images import check_shape
 from adafv.methods import Method
 from adafv.picture import tower_view
@@ -267,7 +267,7 @@ class Session:
         """The first image as the tower saw it: [C, 3, H, W] in 0..255."""
         family = family_of(self.model)
         runs = read_prompt(self.model, family, inputs).runs("image")
-        visuals = {family.other_names.get(name, name): value for name, value in inputs.items()}
+        visuals = {family.named(name): value for name, value in inputs.items()}
         pixels = family.view(self.model, visuals, family.layouts(self.model, "image", visuals, runs))
         settings = self.processor.image_processor
         normalized = getattr(settings, "do_normalize", True)
@@ -293,7 +293,7 @@ def _check_architecture(config: Any) -> None:
     supported = [name for family in known_families() for name in family.model_classes]
     given = list(getattr(config, "architectures", None) or [])
     if given and not set(given).intersection(supported):
-        raise UnsupportedModelError(f"{given[0]} is not a supported model; supported are: {', '.join(supported)}")
+        raise unsupported(given[0])
 
 
 def _check_kernels(config: Any, name: str) -> None:

@@ -57,7 +57,7 @@ def _options(
 def methods() -> None:
     """List the pruning methods, each with its options (see --option) and their defaults."""
     with failures_as_messages():
-        from adafv.methods import known_methods
+        from adafv.methods import found_methods, known_methods
         from adafv.methods.options import listed
 
         width = max(map(len, known_methods()))
@@ -65,6 +65,8 @@ def methods() -> None:
             put(f"{name:<{width}}  {method.summary}")
             for option, meaning in listed(method):
                 put(f"{'':<{width}}    {option}: {meaning}")
+        for broken in found_methods().broken:
+            put(f"not loaded: {one_line(str(broken))}")
 
 
 @app.command("families")

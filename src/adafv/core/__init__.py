@@ -2,6 +2,8 @@
 
     budget.py     how many tokens stay
     layout.py     where the visual tokens of an image come from
+    tokens.py     what a method sees, plans and returns
+    encoded.py    what the tower made of an image, and the store that keeps it
     scores.py     the two scores of the paper: text-to-image attention and visual saliency
     received.py   visual saliency of towers without [CLS]
     selection.py  the geometric-mean selection: `split_search`, `joint_search`, `published_search`

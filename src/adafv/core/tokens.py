@@ -94,6 +94,8 @@ class VisualTokens:
     """What the method needs of the tower, [G, N, ...] each. What stands at tokens that show no patch is 0."""
     words: Words | None = None
     """None unless the method needs WORDS."""
+    grid: tuple[int, int] | None = None
+    """(rows, columns) of `features` where the plan asked for a lower resolution: then they are [G, rows * columns, D]."""
 
     @property
     def saliency(self) -> Tensor:

@@ -2,18 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
-
-from adafv.core import (
-    ImageLayout,
-    joint_search,
-    published_search,
-    published_tokens,
-    split_search,
-    text_to_image_attention,
-)
-from adafv.errors import BudgetError, OptionError
-from adafv.methods.base import Kept, Method, VisualTokens
+from adafv.core import ImageLayout, joint_search, split_search, text_to_image_attention
+from adafv.core.tokens import SALIENCY, WORDS, Kept, Plan, VisualTokens
+from adafv.errors import OptionError
+from adafv.methods import published
+from adafv.methods.base import Method
 
 SEARCHES = {"joint": joint_search, "split": split_search}
 VARIANTS = ("corrected", "published")
@@ -34,8 +27,7 @@ class GeometricMean(Method):
 
     name = "adafv"
     summary = "geometric mean of text attention and saliency (AdaFV, arXiv 2501.09532)"
-    needs_text = True
-    needs_saliency = True
+    needs = frozenset({WORDS, SALIENCY})
 
     def __post_init__(self) -> None:
         if self.objective not in SEARCHES:
@@ -44,33 +36,27 @@ class GeometricMean(Method):
             raise OptionError(f"variant={self.variant!r}; known are: {', '.join(VARIANTS)}")
 
     @property
-    def published_layout(self) -> bool:  # type: ignore[override]
+    def may_repeat(self) -> bool:  # type: ignore[override]
         return self.variant == "published"
 
-    def budget(self, keep: int, layout: ImageLayout) -> int:
-        crops = layout.crops
-        if self.variant == "corrected":
-            return keep
-        if keep < 2 * crops:
-            raise BudgetError(
-                f"keep={keep} leaves nothing in the published variant, which rounds down to a multiple of two tokens "
-                f"per crop; this image has {crops} crop(s): give keep={2 * crops} or more"
-            )
-        return published_tokens(keep, crops)
+    @property
+    def scope(self) -> str | None:  # type: ignore[override]
+        return "after" if self.variant == "published" else None
+
+    def plan(self, layout: ImageLayout, keep: int) -> Plan:
+        return published.plan(layout, keep) if self.variant == "published" else Plan(keep)
+
+    def without_text(self) -> Method:
+        return self if self.variant == "published" else super().without_text()  # the published code has no other way
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
-        assert tokens.text is not None
-        assert tokens.saliency is not None
-        features = tokens.features.detach()
-        text_attention = text_to_image_attention(tokens.text, features, tokens.text_mask, tokens.shows_patch)
+        words = tokens.text
+        text_attention = text_to_image_attention(
+            words.embeddings, tokens.features.detach(), words.mask, tokens.candidates
+        )
         if self.variant == "published":
-            crop_by_crop = tokens.source.argsort(dim=-1)
-            saliency = tokens.saliency.gather(-1, crop_by_crop).unflatten(-1, (tokens.crops, -1))
-            indices = published_search(text_attention, saliency, keep)
-            once = torch.zeros_like(text_attention).scatter(-1, indices, 1.0)
-            objective = ((once * text_attention).sum(-1) * (once * tokens.saliency).sum(-1)).sqrt()
-            return Kept(indices, text_attention=text_attention, objective=objective)
-        found = SEARCHES[self.objective](text_attention, tokens.saliency, keep, tokens.shows_patch)
+            return published.select(tokens, text_attention, keep)
+        found = SEARCHES[self.objective](text_attention, tokens.saliency, keep, tokens.candidates)
         return Kept(
             found.indices,
             text_attention=text_attention,

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import Kept, Plan, VisualTokens
 from adafv.errors import BudgetError
-from adafv.methods.base import Kept, Method, VisualTokens
+from adafv.methods.base import IMAGE, Method
 
 
 @dataclass(frozen=True)
@@ -21,18 +22,17 @@ class Downsample(Method):
 
     name = "downsample"
     summary = "the image at lower resolution, in one crop"
+    stages = frozenset({IMAGE})
 
-    def grid(self, keep: int, layout: ImageLayout) -> tuple[int, int] | None:
+    def plan(self, layout: ImageLayout, keep: int) -> Plan:
         patches = layout.rows * layout.columns
         if keep > patches:
             raise BudgetError(
                 f"keep={keep}: down-sampling shows the image in one crop, which has {patches} tokens; give at most that"
             )
         scale = math.sqrt(keep / patches)
-        return max(1, math.floor(layout.rows * scale + 1e-9)), max(1, math.floor(layout.columns * scale + 1e-9))
-
-    def budget(self, keep: int, layout: ImageLayout) -> int:
-        return math.prod(self.grid(keep, layout) or ())
+        grid = max(1, math.floor(layout.rows * scale + 1e-9)), max(1, math.floor(layout.columns * scale + 1e-9))
+        return Plan(math.prod(grid), grid=grid)
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         assert tokens.grid is not None
@@ -42,5 +42,4 @@ class Downsample(Method):
             for count, full in zip(tokens.grid, (tokens.rows, tokens.columns), strict=True)
         )
         patches = (rows.unsqueeze(-1) * tokens.columns + columns).flatten()
-        indices = (tokens.source.unsqueeze(-2) == patches.unsqueeze(-1)).to(torch.int8).argmax(dim=-1)
-        return Kept(indices, features=tokens.features)
+        return Kept((tokens.source.unsqueeze(-2) == patches.unsqueeze(-1)).to(torch.int8).argmax(dim=-1))

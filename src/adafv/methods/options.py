@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from adafv.errors import OptionError
-from adafv.methods.base import Method, known_methods
+from adafv.methods.base import Method, found_methods, known_methods, method_named
 from adafv.printable import shortened
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -185,6 +185,8 @@ def listed(method: type[Method]) -> list[tuple[str, str]]:
 def _options_by_name(name: Any) -> dict[str, MethodOption]:
     methods = known_methods()
     if not isinstance(name, str) or name not in methods:
+        if isinstance(name, str) and found_methods().named(name):
+            method_named(name)  # says why it could not be loaded
         close = difflib.get_close_matches(name, methods, n=1) if isinstance(name, str) else []
         hint = f"; did you mean {close[0]}?" if close else ""
         raise OptionError(f"there is no method {shortened(repr(name), 60)}; known are: {', '.join(methods)}{hint}")

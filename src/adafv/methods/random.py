@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from adafv.core import top_tokens
-from adafv.methods.base import Kept, Method, VisualTokens
+from adafv.core.tokens import Kept, VisualTokens
+from adafv.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -27,4 +28,4 @@ class Random(Method):
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         generator = torch.Generator().manual_seed(self.seed)
         scores = torch.rand(tokens.features.shape[1], generator=generator).to(tokens.features.device)
-        return Kept(top_tokens(scores.expand(tokens.features.shape[:2]), keep, tokens.shows_patch))
+        return Kept(top_tokens(scores.expand(tokens.features.shape[:2]), keep, tokens.candidates))

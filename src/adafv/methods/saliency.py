@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from adafv.core import top_tokens
-from adafv.methods.base import Kept, Method, VisualTokens
+from adafv.core.tokens import SALIENCY, Kept, VisualTokens
+from adafv.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -12,8 +13,7 @@ class Saliency(Method):
 
     name = "saliency"
     summary = "attention of [CLS] alone (as FasterVLM, arXiv 2412.01818)"
-    needs_saliency = True
+    needs = frozenset({SALIENCY})
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
-        assert tokens.saliency is not None
-        return Kept(top_tokens(tokens.saliency, keep, tokens.shows_patch))
+        return Kept(top_tokens(tokens.saliency, keep, tokens.candidates))

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from adafv.core import text_to_image_attention, top_tokens
-from adafv.methods.base import Kept, Method, VisualTokens
+from adafv.core.tokens import WORDS, Kept, VisualTokens
+from adafv.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -12,10 +13,9 @@ class Text(Method):
 
     name = "text"
     summary = "text-to-image attention alone (ablation of AdaFV, arXiv 2501.09532)"
-    needs_text = True
+    needs = frozenset({WORDS})
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
-        assert tokens.text is not None
-        features = tokens.features.detach()
-        attention = text_to_image_attention(tokens.text, features, tokens.text_mask, tokens.shows_patch)
-        return Kept(top_tokens(attention, keep, tokens.shows_patch), text_attention=attention)
+        words, features = tokens.text, tokens.features.detach()
+        attention = text_to_image_attention(words.embeddings, features, words.mask, tokens.candidates)
+        return Kept(top_tokens(attention, keep, tokens.candidates), text_attention=attention)

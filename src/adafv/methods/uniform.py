@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from adafv.methods.base import Kept, Method, VisualTokens
+from adafv.core.tokens import Kept, VisualTokens
+from adafv.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Uniform(Method):
     summary = "an even spread over the raster scan"
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
-        patches_first = (~tokens.shows_patch).to(torch.int8).argsort(dim=-1, stable=True)
-        patches = tokens.shows_patch.sum(dim=-1, keepdim=True).clamp_min(1)
+        patches_first = (~tokens.candidates).to(torch.int8).argsort(dim=-1, stable=True)
+        patches = tokens.candidates.sum(dim=-1, keepdim=True).clamp_min(1)
         step = torch.arange(keep, device=patches.device)
         # Every K-th interval of the patches; tokens without a patch only once the patches are used up.
         place = torch.where(patches >= keep, (step * 2 + 1) * patches // (2 * keep), step)

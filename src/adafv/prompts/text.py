@@ -18,6 +18,7 @@ stable choice.
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,35 +38,36 @@ def text_columns(prompt: Prompt, image: PlacedImage, scope: str, template: ChatT
         UnsupportedCallError: scope "question", of a prompt of which only the embeddings are known.
     """
     row, (first, last) = image.row, image.span
-    column = torch.arange(prompt.length)
-    own = prompt.segment_of(row, first)
-    countable = prompt.attended[row] & ~prompt.is_visual[row] & own
+    arrays = prompt.arrays
+    column = np.arange(prompt.length)
+    own = arrays.segment_of(row, first)
+    countable = arrays.attended[row] & ~arrays.is_visual[row] & own
     countable &= (column < first) | (column > last)  # the times between the frames of a video are nobody's words
     if scope == "after":
         counts = countable & (column > last)
     elif scope == "turn":
-        ends = (prompt.turn_ends[row] & own).nonzero().flatten()
-        counts = countable & ~prompt.special[row]
+        ends = np.flatnonzero(arrays.turn_ends[row] & own)
+        counts = countable & ~arrays.special[row]
         if (ends < first).any():
             counts &= column > ends[ends < first].max()
         if (ends > last).any():
             counts &= column < ends[ends > last].min()
     else:
         assert template is not None
-        if (prompt.tokens[row][countable] < 0).any():
+        if (arrays.tokens[row][countable] < 0).any():
             raise UnsupportedCallError(
                 "text='question' finds the user's words by their tokens; with inputs_embeds, pass input_ids too or use "
                 "text='turn'"
             )
-        members = own.nonzero().flatten()
+        members = np.flatnonzero(own)
         start, end = int((members < first).sum()), int((members <= last).sum()) - 1
-        nobodys = ~countable | prompt.special[row]
-        parts = (prompt.tokens[row], prompt.is_visual[row], nobodys, prompt.turn_ends[row], prompt.attended[row])
+        nobodys = ~countable | arrays.special[row]
+        parts = (arrays.tokens[row], arrays.is_visual[row], nobodys, arrays.turn_ends[row], arrays.attended[row])
         tokens, *marks = (part[members].tolist() for part in parts)
         words = template.words(tokens, (start, end), *marks)
-        counts = torch.zeros_like(own)
+        counts = np.zeros_like(own)
         counts[members[words]] = True
-    found = counts.nonzero().flatten()
+    found = torch.from_numpy(np.flatnonzero(counts))
     if found.numel() == 0:
         where = {
             "after": "after the image",

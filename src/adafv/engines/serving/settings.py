@@ -3,11 +3,15 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
-from adafv.core import Budget
-from adafv.errors import BudgetError, OptionError
+from adafv.core import Budget, ImageLayout
+from adafv.core.select import check_method, plan_of
+from adafv.core.tokens import WORDS, Plan
+from adafv.errors import BudgetError, MethodError, OptionError
 from adafv.methods import Method
+from adafv.methods.base import TOKENS
 from adafv.methods.options import method_of
 from adafv.prompts.text import SCOPES
 
@@ -31,6 +35,43 @@ class ServerSettings:
     """Of encoded images, per worker."""
     identity: str = field(repr=False, default="")
     """Everything but the budget that decides which tokens stay: part of what the caches know an image by."""
+
+    @cached_property
+    def method_without_text(self) -> Method:
+        """What chooses where no word counts."""
+        return self.method.without_text()
+
+    def method_for(self, words: bool) -> Method:
+        """What chooses for an image, by whether any word counts for it."""
+        return self.method if words or not self.method.needs_words else self.method_without_text
+
+    def plan(self, layout: ImageLayout, budget: Budget, words: bool) -> Plan | None:
+        """What is to become of an image, alike in the front, which writes its placeholders, and in the worker, which
+        chooses; None: all of it stays.
+
+        Args:
+            words: whether any word counts for it.
+
+        Raises:
+            BudgetError: the method cannot keep so many, or so few.
+            MethodError: the method counts after the scores, when the prompt is long written.
+        """
+        keep = budget.tokens(layout.tokens)
+        if keep == layout.tokens:
+            return None
+        method = self.method_for(words)
+        plan = plan_of(method, layout, keep)
+        if plan.keep is None or plan.grid is not None or plan.arranged is not None:
+            raise MethodError(
+                f"the method {method.name} counts its tokens after the tower, or looks at another image; vLLM writes the "
+                "prompt before that: use another method"
+            )
+        return plan
+
+    def tokens_of(self, layout: ImageLayout, budget: Budget, words: bool) -> int:
+        """K, the number of tokens that stay."""
+        plan = self.plan(layout, budget, words)
+        return layout.tokens if plan is None or plan.keep is None else plan.keep
 
     @classmethod
     def of(cls, options: Any) -> "ServerSettings":
@@ -98,10 +139,7 @@ def _method(name: Any, parameters: Any) -> Method:
             f"parameters={parameters!r}; give the method's options by name, such as {{'objective': 'joint'}}"
         )
     method = method_of(name, parameters)
-    if method.published_layout:
-        raise OptionError("the published variant repeats tokens, which vLLM's prompts cannot; use variant='corrected'")
-    if type(method).grid is not Method.grid:
-        raise OptionError(
-            f"the method {method.name!r} scales images down, which is not supported in vLLM; use another one"
-        )
+    if method.may_repeat:
+        raise MethodError("the published variant repeats tokens, which vLLM's prompts cannot; use variant='corrected'")
+    check_method(method, "vLLM", frozenset({TOKENS}), frozenset({WORDS}).__contains__)
     return method

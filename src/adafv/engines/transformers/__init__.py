@@ -2,14 +2,26 @@
 
     wrapper.py       `AdaFV` and `Pruner`: around `generate` and `forward` of one model
     generation.py    the arguments of `generate` that speak of the prompt
-    compress.py      `compress`: inputs -> inputs with fewer placeholders and already pruned features
+    compress.py      `compress`: inputs -> inputs with fewer placeholders and already pruned features, in five steps:
+    call.py          1. what one call says: new prompt, cached prefix, images
+    plan.py          2. what is to become of every image
+    encode.py        3. the tower
+    (compress.py)    4. the method, through `adafv.core.select`; 5. the shorter inputs, by
+    compaction.py    taking columns out of a prompt,
+    columns.py       out of everything that runs along it,
+    positions.py     and out of its positions
+    encoded.py       `encode`: images that go through the tower once, for many questions
+    families/        what differs between models, one file each
+    towers.py        how vision towers are read without touching them
+    patches.py       from the patches of a tower to the tokens of an image
+    reading.py       what is image and what is text in a prompt
+    packing.py       several prompts in one row
     settings.py      the options, checked
-    conversation.py  what one call says: new prompt, cached prefix, images
-    choice.py        from images to kept tokens
-    prompt.py        what is image and what is text in a prompt; taking columns out of it
-    text.py          which text counts for an image
     cache.py         what a pruned key/value cache holds, so that the next turn fits it
+    outputs.py       logits and hidden states, in the columns of the caller's prompt
     record.py        `Record`, what one run did
+    releases.py      what differs between releases of transformers
+    devices.py       where a call's own tensors live
 
 All work goes through one public argument of the models, `mm_encoder_outputs`, which exists from transformers 5.18 on.
 """
@@ -34,8 +46,10 @@ def check_transformers(installed: str) -> None:
 
 check_transformers(version("transformers"))
 
-from adafv.engines.transformers.compress import CompressedInputs, compress  # noqa: E402
-from adafv.engines.transformers.record import Record  # noqa: E402
+from adafv.engines.transformers.call import CompressedInputs  # noqa: E402
+from adafv.engines.transformers.compress import compress  # noqa: E402
+from adafv.engines.transformers.encoded import EncodedImages, encode  # noqa: E402
+from adafv.engines.transformers.record import ImageRecord, Record  # noqa: E402
 from adafv.engines.transformers.wrapper import AdaFV, Pruner  # noqa: E402
 
-__all__ = ["AdaFV", "CompressedInputs", "Pruner", "Record", "compress"]
+__all__ = ["AdaFV", "CompressedInputs", "EncodedImages", "ImageRecord", "Pruner", "Record", "compress", "encode"]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafv.engines.transformers.prompt import Compaction, nothing_removed
+from adafv.engines.transformers.compaction import Compaction, nothing_removed
 from adafv.errors import CacheError
 
 _ATTRIBUTE = "_adafv_contents"
@@ -179,7 +179,7 @@ def cached_prefix(cache: Any, batch: int) -> Compaction:
         raise CacheError(f"the cache was cropped where the prompts of the batch lost different tokens; {_MEND}")
     behind = before.length - 1 - ends[0]
     lost = (before.lost - (behind - (before.columns > ends[0]).sum(1).cpu())).clamp_min(0)
-    return Compaction(columns, ends[0] + 1, changed=True, lost=lost)
+    return Compaction(columns, ends[0] + 1, changed=True, lost=lost, padded=before.padded)
 
 
 def check_same_conversation(cache: Any, tokens: Tensor, prefix: Compaction) -> None:

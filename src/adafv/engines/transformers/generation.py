@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import transformers.generation.utils
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -24,12 +23,9 @@ from transformers import (
 )
 
 from adafv.engines.transformers.families import Family
-from adafv.engines.transformers.families.base import REPEATS_IMAGES_IN_ORDER
+from adafv.engines.transformers.releases import CHUNKED_PREFILL_KEEPS_IMAGES, cannot_be_repeated
 from adafv.engines.transformers.settings import setting
 from adafv.errors import UnsupportedCallError
-
-CHUNKED_PREFILL_KEEPS_IMAGES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
-"""transformers 5.18 sends no image into any chunk, and answers without having seen it; 5.23 cuts the images up."""
 
 
 def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) -> None:
@@ -47,21 +43,13 @@ def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) ->
         raise UnsupportedCallError(
             "continuous batching (paged caches) takes no images; use another cache_implementation"
         )
-    if setting(model, arguments, "prefill_chunk_size"):
-        if not CHUNKED_PREFILL_KEEPS_IMAGES:
-            raise UnsupportedCallError(
-                "this release of transformers loses the images in chunked prefill; leave prefill_chunk_size out, or run: "
-                "pip install --upgrade transformers"
-            )
-        if family.looks_ahead and family.images[0] in arguments:
-            raise UnsupportedCallError(
-                f"chunked prefill cuts apart images whose tokens look at each other, as those of {family.name} do, so that "
-                "the answer is another one, pruned or not; leave prefill_chunk_size out"
-            )
-        if not family.chunked_prefill and family.images[0] in arguments:
-            raise UnsupportedCallError(
-                f"chunked prefill fails in stock transformers with images of {family.name}; leave prefill_chunk_size out"
-            )
+    if setting(model, arguments, "prefill_chunk_size") and not CHUNKED_PREFILL_KEEPS_IMAGES:
+        raise UnsupportedCallError(
+            "this release of transformers loses the images in chunked prefill; leave prefill_chunk_size out, or run: "
+            "pip install --upgrade transformers"
+        )
+    if family.images[0] in arguments:
+        family.check_generate(functools.partial(setting, model, arguments))
     if setting(model, arguments, "guidance_scale") not in (None, 1.0):
         if family.rotary_axes:
             raise UnsupportedCallError(
@@ -76,11 +64,10 @@ def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) ->
 def refuse_mixed_up(model: Any, arguments: dict[str, Any]) -> None:
     """Raise UnsupportedCallError where `generate` would repeat the kept features in the wrong order."""
     repeats = [setting(model, arguments, name) or 1 for name in ("num_beams", "num_return_sequences")]
-    if REPEATS_IMAGES_IN_ORDER or max(repeats) == 1:
+    if max(repeats) == 1:
         return
     for output in (arguments.get("mm_encoder_outputs") or {}).values():
-        features = output.pooler_output
-        if isinstance(features, Tensor) and features.shape[-1] == 1:  # see Family.hand_over
+        if cannot_be_repeated(output.pooler_output):
             raise UnsupportedCallError(
                 "this release of transformers mixes up prompts with different numbers of visual tokens in beam search and "
                 "with several return sequences; give the prompts one by one, or run: pip install --upgrade transformers"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafv.engines.transformers.compress import CompressedInputs
+from adafv.engines.transformers.call import CompressedInputs
 from adafv.engines.transformers.settings import Settings
 from adafv.errors import UnsupportedCallError
 

@@ -11,40 +11,28 @@ sizes of the images, keeps what it needs for the next turn on the model, and wou
 they are worked out from the full prompt, by the stock model's own code, and kept beside the cache.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adafv.engines.transformers.cache import contents_of
-from adafv.engines.transformers.conversation import Conversation
-from adafv.engines.transformers.families import Family
+from adafv.engines.transformers.call import Call
+from adafv.engines.transformers.compaction import Compaction
 from adafv.engines.transformers.packing import positions_along
-from adafv.engines.transformers.prompt import Compaction
 from adafv.engines.transformers.releases import cache_of
 from adafv.engines.transformers.settings import setting
 from adafv.errors import CacheError, PromptError, UnsupportedCallError
 
 
-def set_linear_positions(
-    family: Family,
-    result: dict[str, Any],
-    call: Conversation,
-    whole: Compaction,
-    compaction: Compaction,
-    stays: Tensor,
-    positions: str,
-) -> None:
+def set_linear_positions(call: Call, stays: Tensor) -> None:
     """Set `position_ids` [B, S'] where the stock model would not come to them by itself.
 
     Args:
-        result: the inputs, with whatever the caller gave.
-        whole: over the cached columns and the new ones.
-        compaction: over the new ones alone.
         stays: [B, new] bool, which of the new columns are not dropped.
-        positions: "compact" or "original".
     """
+    result, positions, family = call.inputs, call.settings.positions, call.family
+    whole, compaction = result.compaction, result.new
     given = result.get("position_ids")
     if not whole.changed or (given is None and positions == "compact"):
         return
@@ -56,7 +44,7 @@ def set_linear_positions(
         if call.generates and isinstance(mask, Tensor) and mask.shape[1] == length:
             given = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
         elif not call.generates:
-            given = given[:, -new:] + family.first_position
+            given = family.places(given[:, -new:])
     given = given.expand(batch, -1)
     if given.shape[1] not in (length, new):
         raise PromptError(f"position_ids is {list(given.shape)}, but the prompt is [{batch}, {length}]")
@@ -65,30 +53,29 @@ def set_linear_positions(
         given = given - _lost_in_front(call, stays, given.shape[1]).to(given.device)
     given = _from_zero(call, given)
     result["position_ids"] = _padded(call, part, part.take(given, 0))
-    packed = call.packing is not None and call.packing.apart
-    if packed and positions == "original" and compaction.changed:
+    if call.packed and positions == "original" and compaction.changed:
         raise UnsupportedCallError(
             "positions='original' leaves gaps, which the stock model takes for borders between prompts packed into one row; "
             "use positions='compact', or one prompt per row with an attention_mask"
         )
-    if not packed and result.get("attention_mask") is None:
+    if not call.packed and result.get("attention_mask") is None:
         # Without a mask, stock models take a gap in the positions for the border between prompts packed into one row.
         result["attention_mask"] = torch.ones(batch, length, dtype=torch.long, device=call.device)
 
 
-def needs_guard(model: Any, family: Family, call: Conversation, result: Mapping[str, Any], positions: str) -> bool:
+def needs_guard(call: Call) -> bool:
     """Whether the shorter prompt needs a column of padding so that gaps in its positions are not taken for borders.
 
     Stock models do take them so where they see no mask, and some drop a mask that masks nothing: flash attention always,
     `generate` before it runs without a cache.
     """
-    if positions != "original" or family.rotary_axes or (call.packing is not None and call.packing.apart):
+    if call.settings.positions != "original" or call.family.rotary_axes or call.packed:
         return False
-    without_cache = call.generates and setting(model, result, "use_cache") is False
-    return without_cache or "flash" in str(model.config.get_text_config()._attn_implementation)
+    without_cache = call.generates and setting(call.model, call.inputs, "use_cache") is False
+    return without_cache or "flash" in str(call.model.config.get_text_config()._attn_implementation)
 
 
-def _lost_in_front(call: Conversation, stays: Tensor, width: int) -> Tensor:
+def _lost_in_front(call: Call, stays: Tensor, width: int) -> Tensor:
     """[B, width]: how many tokens were dropped in front of each of the last columns, in the prompt that it belongs to."""
     dropped = (~stays).long()
     lost = dropped.cumsum(1) - dropped
@@ -98,51 +85,43 @@ def _lost_in_front(call: Conversation, stays: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(lost, (width - lost.shape[1], 0))  # what is cached has its positions
 
 
-def _from_zero(call: Conversation, positions: Tensor) -> Tensor:
+def _from_zero(call: Call, positions: Tensor) -> Tensor:
     """Positions of packed prompts after the first one, from 0: so that a border stays one however the first one ends."""
-    if call.packing is None or not call.packing.apart:
+    if not call.packed:
         return positions
+    assert call.packing is not None
     starts = call.packing.starts.to(positions.device)
     return positions - positions.gather(1, starts).where(starts > 0, 0)
 
 
-def _padded(call: Conversation, part: Compaction, moved: Tensor) -> Tensor:
+def _padded(call: Call, part: Compaction, moved: Tensor) -> Tensor:
     """Padding that was put in front of packed prompts must be no part of the first one: see `adafv...packing`."""
-    if call.packing is None or not call.packing.apart:
+    if not call.packed:
         return moved
     padding = part.columns.to(moved.device) < 0
     first = padding.sum(1, keepdim=True).clamp_max(moved.shape[1] - 1)
     return moved.where(~padding, moved.gather(1, first) + 1)
 
 
-def set_rotary_positions(
-    model: Any,
-    family: Family,
-    result: dict[str, Any],
-    call: Conversation,
-    visuals: dict[str, dict[str, Any]],
-    whole: Compaction,
-    compaction: Compaction,
-    stays: Tensor,
-) -> tuple[Tensor, Tensor]:
+def set_rotary_positions(call: Call, stays: Tensor) -> tuple[Tensor, Tensor]:
     """Set `position_ids` [R, B, S'] or, for `generate` and where it is given so, [1 + R, B, S'], whose first row counts
     along the prompt.
 
     Args:
-        result: the inputs, not yet shortened.
-        visuals: of the images whose placeholders are new.
         stays: [B, new] bool, which of the new columns are not dropped.
 
     Returns:
         What a cache must remember, each [B]: by how much the next position is above the number of attended tokens, and
         that number.
     """
+    result, family = call.inputs, call.family
+    whole, compaction = result.compaction, result.new
     batch, new = call.prompt.tokens.shape
     attended = call.prompt.attended.long()
     before, delta = _cached(call, result)
     given = result.get("position_ids")
     if given is None:
-        fresh = family.positions(model, call.prompt.tokens.to(call.device), attended.to(call.device), visuals)
+        fresh = family.positions(call.model, call.prompt.tokens.to(call.device), attended.to(call.device), call.visuals)
         fresh = fresh + (before + delta).to(fresh.device)[None, :, None]
     else:
         fresh = (given[-family.rotary_axes :] if given.dim() == 3 else given).expand(family.rotary_axes, batch, -1)
@@ -175,7 +154,7 @@ def set_rotary_positions(
     return reached - total, total
 
 
-def _cached(call: Conversation, result: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _cached(call: Call, result: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(attended tokens in the cache, how far positions are ahead of them), each [B]."""
     batch, length = call.prompt.tokens.shape[0], call.prefix.length
     if not length:

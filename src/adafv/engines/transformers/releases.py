@@ -1,21 +1,28 @@
-"""What differs between releases of transformers, said once for the engine.
+"""What differs between releases of transformers, and what they get wrong, said once for the engine and its families.
 
 transformers 5.24 renamed the cache: `past_key_values` became `cache` in `forward`, `generate`, hooks and outputs. The old
 name is still taken there, with a warning; older releases know the old one alone. Here both names are read under every
 release, and the stock model is called by the name that its release uses, so no warning is of our making.
+
+Functions and classes of single models are looked up by name where they are used (`of_stock`), never as a family is
+imported: one that is renamed takes down its family and no other, and no model code is loaded for the models of others.
 """
 
+import importlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache as once
 from typing import Any
 
+import torch
 import transformers
+import transformers.generation.utils
 from packaging.version import Version
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from adafv.errors import CacheError, UnsupportedCallError
+from adafv.errors import CacheError, UnsupportedCallError, UnsupportedModelError
 
 OLDEST_TESTED = "5.18.0"
 NEWEST_TESTED = "5.24.0"
@@ -26,6 +33,81 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
 """The one that this release uses."""
+
+_RELEASE = Version(transformers.__version__).release
+
+# ------------------------------------------------------------------------------------------------ what is wrong with some
+
+CHUNKED_PREFILL_KEEPS_IMAGES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
+"""transformers 5.18 sends no image into any chunk, and answers without having seen it; 5.23 cuts the images up."""
+
+REPEATS_IMAGES_IN_ORDER = Version(transformers.__version__) >= Version("5.23")
+"""Older releases repeat several entries of one prompt in the wrong order for beams and several return sequences."""
+
+READS_TYPES_FROM_THE_BEGINNING = _RELEASE >= (5, 23)
+"""Gemma 3: whether `generate` hands over the `token_type_ids` of cached tokens too. They are looked up by place in the
+sequence; older releases hand over those of the new tokens alone, which are then taken for the cached ones."""
+
+MIXES_UP_PACKED_IMAGES = _RELEASE >= (5, 23)
+"""Gemma 3: whether layers with a sliding window find the tokens of an image by positions, which start again at every packed
+prompt: then tokens of one prompt look ahead where an image of another stands."""
+
+KEEPS_PACKED_PREFIXES_APART = _RELEASE >= (5, 24)
+"""PaliGemma: older releases let packed prompts look at each other, as all of a prompt may."""
+
+
+def one_by_one(tokens: Tensor) -> Tensor:
+    """Visual tokens [N, D] as N images of one token each, for models that read their images as one tensor.
+
+    [N, 1, D]; in releases that would mix them up where `generate` repeats them, [N, D, 1]: it is read just so too, but
+    `generate` fails to repeat it. `cannot_be_repeated` tells them apart.
+    """
+    return tokens.unsqueeze(1 if REPEATS_IMAGES_IN_ORDER else 2)
+
+
+def cannot_be_repeated(features: Any) -> bool:
+    """Whether what is handed to the stock model is a tensor of `one_by_one` that `generate` would mix up."""
+    return not REPEATS_IMAGES_IN_ORDER and isinstance(features, Tensor) and features.shape[-1] == 1
+
+
+def check_any_number_of_tokens(base: torch.nn.Module, name: str) -> None:
+    """Raise UnsupportedModelError for releases in which SmolVLM reads its visual tokens in blocks of one length."""
+    if not hasattr(base, "get_placeholder_mask"):
+        raise UnsupportedModelError(
+            f"this release of transformers reads the visual tokens of {name} in blocks of one length, and so takes no "
+            "pruned ones; run: pip install --upgrade transformers"
+        )
+
+
+def check_tower_in_base(base: torch.nn.Module, name: str) -> None:
+    """Raise UnsupportedModelError for releases in which the thinkers of Qwen's Omni models hold the tower themselves."""
+    if not hasattr(base, "get_image_features"):
+        raise UnsupportedModelError(
+            f"{name} has its tower elsewhere in this release of transformers; install a newer one"
+        )
+
+
+def layers_setting(config: Any) -> str:
+    """What this release calls the setting of ViP-LLaVA that says which layers of the tower are read."""
+    return "vision_feature_layer" if hasattr(config, "vision_feature_layer") else "vision_feature_layers"
+
+
+# ------------------------------------------------------------------------------------------------------ what has new names
+
+
+def of_stock(module: str, name: str) -> Any:
+    """A function or class of the modeling file of one model: of_stock("llava_next.modeling_llava_next", "...").
+
+    Raises:
+        UnsupportedModelError: this release has it no more.
+    """
+    try:
+        return getattr(importlib.import_module(f"transformers.models.{module}"), name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} has no {name} in transformers.models.{module}, which this family "
+            f"needs; run: pip install 'transformers<={NEWEST_TESTED}'"
+        ) from error
 
 
 @once

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from adafv.core import Budget
@@ -26,6 +27,13 @@ class Settings:
     template: ChatTemplate | None
     video: str
     logits: str = "prompt"
+    tokenizer: Any = None
+    """Of the processor, for methods that read words as text."""
+
+    @cached_property
+    def method_without_text(self) -> Method:
+        """What chooses where no word counts."""
+        return self.method.without_text()
 
     @classmethod
     def of(
@@ -50,12 +58,11 @@ class Settings:
             raise OptionError(f"video={video!r}; known are: {', '.join(VIDEO_BUDGETS)}")
         if logits not in LOGITS:
             raise OptionError(f"logits={logits!r}; known are: {', '.join(LOGITS)}")
-        if method.published_layout:
-            if positions != "compact":
-                raise OptionError("the published variant repeats tokens, so they have no original positions")
-            scope = "after" if scope is None else scope
-        resolved, template = resolve_scope(scope, processor)
-        return cls(method, Budget.of(keep), positions, resolved, template, video, logits)
+        if method.may_repeat and positions != "compact":
+            raise OptionError("the published variant repeats tokens, so they have no original positions")
+        resolved, template = resolve_scope(method.scope if scope is None else scope, processor)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        return cls(method, Budget.of(keep), positions, resolved, template, video, logits, tokenizer)
 
     @property
     def keep(self) -> int | float:

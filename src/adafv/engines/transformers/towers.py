@@ -1,7 +1,7 @@
-"""Vision towers, and how their saliency is read without touching them.
+"""Vision towers, and how their saliency, keys and hidden states are read without touching them.
 
-For one call a *twin* of the tower is built: new Python objects for the modules on the way to the tapped layer, the same
-parameters, buffers and all other modules. In the twin, layers that nothing reads are left out, the tapped layer's
+For one call a *twin* of the tower is built: new Python objects for the modules on the way to the tapped layers, the same
+parameters, buffers and all other modules. In the twin, layers that nothing reads are left out, a tapped layer's
 attention names an attention function of ours in a config of its own, and the read layers hand over their output. The
 model itself is never written to, so nothing must be undone, two threads do not meet, and an exception leaves no trace.
 
@@ -14,7 +14,7 @@ import copy
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from adafv.core import class_attention, patch_saliency
+from adafv.core.layers import TowerLayers
+from adafv.core.tokens import Signal
 from adafv.errors import UnsupportedModelError
 
 TAPPED_ATTENTION = "adafv_tapped"
@@ -56,12 +58,26 @@ class TowerShape:
     """Where a tower class keeps its layers, and a layer its attention."""
 
     layers: str
+    """Path of the list of layers in the tower, such as "encoder.layers"."""
     attention: str
+    """Path of the attention in a layer."""
     has_class_token: bool = True
+    whole: Callable[[Any], Sequence[int]] | None = None
+    """Of a tower that attends in windows in some layers: which of them, counted from 0, look at the whole image."""
 
     @property
     def score(self) -> Score:
         return class_score if self.has_class_token else patch_score
+
+    def layers_of(self, tower: Any) -> list[Any]:
+        """The layers of this tower, in order."""
+        return list(uncompiled(tower).get_submodule(self.layers).children())
+
+    def numbered(self, tower: Any, feature_layers: int | list[int] = -1) -> TowerLayers:
+        """The layers of this tower as signals name them, where the projector reads these hidden states."""
+        count = len(self.layers_of(tower))
+        whole = None if self.whole is None else [layer + 1 for layer in self.whole(tower)]
+        return TowerLayers(count, max(_read_layers(feature_layers, count)), whole)
 
     @property
     def strategy(self) -> str:
@@ -111,67 +127,102 @@ def check_tower(tower: nn.Module, feature_layers: int | list[int], strategy: str
             f"vision_feature_select_strategy={strategy!r} {consequence}; only {expected!r} is supported with "
             f"{type(tower).__name__}"
         )
-    _read_layers(feature_layers, len(list(tower.get_submodule(shape.layers).children())))
+    _read_layers(feature_layers, len(shape.layers_of(tower)))
 
 
 class Tap:
-    """A twin of a tower in which one layer's attention is tapped; everything else runs as it does in the stock tower.
+    """A twin of a tower in which layers are tapped; everything else runs as it does in the stock tower.
 
     For towers of any kind; `TappedTower` also leaves out the layers that nothing reads.
 
     Args:
         tower: the model's vision tower; it is not changed.
-        attention: path of the tapped attention module inside it, such as "blocks.31.attn".
-        score: what to make of its query and key.
+        shape: where its layers are.
+        signals: what to read, see `adafv.core.layers` for which layer they are of.
+        feature_layers: which hidden states the projector reads.
 
-    Use `tower` in place of the model's; after a call `scores` holds what `score` made of each run of the attention, in
-    the order of the runs (packed towers run it once per image).
+    Use `tower` in place of the model's; after a call, `read` gives the signals.
+
+    Raises:
+        UnsupportedModelError: a signal cannot be read.
     """
 
-    def __init__(self, tower: nn.Module, attention: str, score: Score) -> None:
-        tower = uncompiled(tower)
-        path, _, name = attention.rpartition(".")
-        self._layer = _TappedLayer(tower.get_submodule(path), name, score)
-        self.tower: Any = _with(tower, path.split("."), self._layer.twin)
+    def __init__(
+        self,
+        tower: nn.Module,
+        shape: TowerShape,
+        signals: Collection[Signal],
+        feature_layers: int | list[int] = -1,
+    ) -> None:
+        self.tower: Any = tower if not signals else uncompiled(tower)
+        numbered, layers = shape.numbered(tower, feature_layers), shape.layers_of(tower)
+        for signal in signals:
+            if reason := numbered.unreadable(signal):
+                raise UnsupportedModelError(f"the {signal} cannot be read off {type(tower).__name__}: {reason}")
+        self._places = {signal: numbered.place(signal) for signal in signals}
+        wanted: dict[int, set[str]] = {}
+        for index, kind in self._places.values():
+            wanted.setdefault(max(index, 1), set()).add(kind if index else "embeddings")
+        self._layers = {index: _TappedLayer(layers[index - 1], shape, kinds) for index, kinds in wanted.items()}
+        for index, layer in self._layers.items():
+            self.tower = _with(self.tower, [*shape.layers.split("."), str(index - 1)], layer.twin)
 
-    @property
-    def scores(self) -> list[Tensor]:
-        """Raises UnsupportedModelError where the attention was never asked."""
-        return self._layer.scores
+    def read(self, to_tokens: Callable[[Tensor], list[Tensor]]) -> dict[Signal, list[Tensor]]:
+        """The signals, per image: saliency [N] float32, keys [N, H, d], hidden [N, E].
+
+        Args:
+            to_tokens: from values per patch to values per token: [all patches, C], in the tower's order and without
+                [CLS], to [N, C] per image, for any C.
+
+        Raises:
+            UnsupportedModelError: the attention was never asked.
+        """
+        found = {}
+        for signal, (index, kind) in self._places.items():
+            layer = self._layers[max(index, 1)]
+            tokens = to_tokens(layer.patches(kind if index else "embeddings"))
+            if kind == "saliency":
+                tokens = [part.squeeze(-1) for part in tokens]
+            elif kind == "keys":
+                tokens = [part.unflatten(-1, (layer.heads, -1)) for part in tokens]
+            found[signal] = tokens
+        return found
 
 
 class TappedTower:
-    """Stands in for a model's `vision_tower` during one call: same hidden states, plus the saliency, less the dead layers.
+    """Stands in for a model's `vision_tower` during one call: same hidden states, plus signals, less the dead layers.
 
     Args:
         tower: the model's vision tower; it is not changed.
         feature_layers: `vision_feature_layer` of the model: which hidden states the projector reads.
-        saliency: whether to read the saliency of the deepest of those layers.
+        signals: see `Tap`.
         shape: of a tower that is not in `TOWERS`.
 
-    After a call, `saliency` holds [crops, patches] float32.
+    After a call, `read` gives the signals.
     """
 
     def __init__(
-        self, tower: nn.Module, feature_layers: int | list[int], saliency: bool, shape: TowerShape | None = None
+        self,
+        tower: nn.Module,
+        feature_layers: int | list[int],
+        signals: Collection[Signal],
+        shape: TowerShape | None = None,
     ) -> None:
         tower = uncompiled(tower)
         shape = shape_of(tower) if shape is None else shape
-        layers: list[Any] = list(tower.get_submodule(shape.layers).children())
+        tap = Tap(tower, shape, signals, feature_layers)
+        self.read = tap.read
+        layers = shape.layers_of(tap.tower)
         self._states: list[Tensor | None] = [None] * (len(layers) + 1)
-        self._tapped: _TappedLayer | None = None
 
         read = _read_layers(feature_layers, len(layers))
         deepest = max(read)
         self._complete = deepest == len(layers)
         layers = layers[:deepest]
-        if saliency:
-            self._tapped = _TappedLayer(layers[deepest - 1], shape.attention, shape.score)
-            layers[deepest - 1] = self._tapped.twin
         for index in read:
             layers[index - 1] = twin_of(layers[index - 1])
             layers[index - 1].register_forward_hook(self._record(index))
-        self._twin = _with(tower, shape.layers.split("."), nn.ModuleList(layers))
+        self._twin = _with(tap.tower, shape.layers.split("."), nn.ModuleList(layers))
         self._twin.register_forward_hook(self._hand_out, prepend=True)
 
     def _hand_out(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -198,12 +249,6 @@ class TappedTower:
         """Some models ask their tower for it."""
         return self._twin.patch_size
 
-    @property
-    def saliency(self) -> Tensor:
-        """Raises UnsupportedModelError where the attention was never asked."""
-        assert self._tapped is not None
-        return self._tapped.scores[-1]
-
 
 def with_tower(base: nn.Module, name: str, tower: TappedTower) -> Any:
     """A twin of a base model whose only difference is its tower, held as `name`; so stock methods of the model can be run."""
@@ -212,16 +257,9 @@ def with_tower(base: nn.Module, name: str, tower: TappedTower) -> Any:
     return twin
 
 
-def with_tap(base: nn.Module, name: str, attention: str, saliency: bool) -> tuple[Any, Tap | None]:
-    """A twin of a base model, and if saliency is asked for, the tap in its tower; for towers without [CLS].
-
-    Args:
-        name: attribute of the base model that holds the tower.
-        attention: see `Tap`.
-    """
-    if not saliency:
-        return twin_of(base), None
-    tap = Tap(getattr(base, name), attention, patch_score)
+def with_tap(base: nn.Module, name: str, shape: TowerShape, signals: Collection[Signal]) -> tuple[Any, Tap]:
+    """A twin of a base model whose tower, held as `name`, is tapped, and the tap."""
+    tap = Tap(getattr(base, name), shape, signals)
     return twin_of(base, **{name: tap.tower}), tap
 
 
@@ -299,23 +337,32 @@ class _Attended:
 
 
 class _TappedLayer:
-    """A twin of a layer whose attention is tapped: `twin` runs as the layer does, and then `scores` are there."""
+    """A twin of a layer that is tapped: `twin` runs as the layer does, and then what was asked for of it is there.
 
-    def __init__(self, layer: nn.Module, attention: str, score: Score) -> None:
-        self._score = score
+    Args:
+        kinds: what to read, of "saliency", "keys", "hidden" (its output) and "embeddings" (its input).
+    """
+
+    def __init__(self, layer: nn.Module, shape: TowerShape, kinds: Collection[str]) -> None:
+        self._shape = shape
         self._runs: list[_Attended] = []
-        self._scores: list[Tensor] = []
-        self.twin: Any = _with(layer, attention.split("."), self._tapped(layer.get_submodule(attention)))
-        self.twin.register_forward_hook(self._end_of_layer)
+        self._found: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+        self.heads = 0
+        self.twin: Any = twin_of(layer)
+        if not {"saliency", "keys"}.isdisjoint(kinds):
+            attention = self._tapped(layer.get_submodule(shape.attention))
+            self.twin = _with(layer, shape.attention.split("."), attention)
+        self.twin.register_forward_hook(self._end_of_layer, with_kwargs=True)
 
-    @property
-    def scores(self) -> list[Tensor]:
-        if not self._scores:
+    def patches(self, kind: str) -> Tensor:
+        """[all patches, C], run after run, without [CLS]: packed towers run the attention once per image."""
+        found = self._found[kind]
+        if not found:
             raise UnsupportedModelError(
-                "the tower's attention did not run through transformers' attention interface, so there is no saliency; "
-                "was a forward method of the tower replaced?"
+                "the tower's attention did not run through transformers' attention interface, so there is no saliency and "
+                "there are no keys; was a forward method of the tower replaced?"
             )
-        return self._scores
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _tapped(self, attention: nn.Module) -> nn.Module:
         config = attention.config
@@ -332,15 +379,30 @@ class _TappedLayer:
         return twin  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def _end_of_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
+    def _end_of_layer(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         features: Tensor = (output[0] if isinstance(output, tuple) else output).detach()
+        if "hidden" in self._found:
+            self._add("hidden", features)
+        if "embeddings" in self._found:
+            self._add("embeddings", (args[0] if args else kwargs["hidden_states"]).detach())
         shapes = [(*run.query.shape[:-3], run.query.shape[-2]) for run in self._runs]
-        parts = features.flatten(0, -2).split([math.prod(shape) for shape in shapes])
-        self._scores += [
-            self._score(run.query, run.key, run.value, part.unflatten(0, shape), run.scaling, run.mask)
-            for run, part, shape in zip(self._runs, parts, shapes, strict=True)
-        ]
+        if "keys" in self._found:
+            for run in self._runs:
+                self.heads = run.key.shape[-3]
+                self._add("keys", run.key.transpose(-2, -3).flatten(-2))
+        if "saliency" in self._found:
+            parts = features.flatten(0, -2).split([math.prod(shape) for shape in shapes])
+            for run, part, shape in zip(self._runs, parts, shapes, strict=True):
+                score = self._shape.score(
+                    run.query, run.key, run.value, part.unflatten(0, shape), run.scaling, run.mask
+                )
+                self._found["saliency"].append(score.flatten().unsqueeze(-1))
         self._runs.clear()
+
+    def _add(self, kind: str, values: Tensor) -> None:
+        """Of [..., patches, C]."""
+        patches = values[..., 1:, :] if self._shape.has_class_token else values
+        self._found[kind].append(patches.flatten(0, -2))
 
 
 def _tapped_attention(

@@ -14,7 +14,7 @@ loop never meets the wrapper again, and nothing of one call is stored on a modul
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
@@ -25,7 +25,8 @@ from transformers.utils import ModelOutput
 
 from adafv.core import Budget
 from adafv.engines.transformers.cache import holds_pruned, remember
-from adafv.engines.transformers.compress import CompressedInputs, compress_call
+from adafv.engines.transformers.call import CompressedInputs
+from adafv.engines.transformers.compress import compress_call
 from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
 from adafv.engines.transformers.families.base import family_of, stock_model
 from adafv.engines.transformers.generation import (
@@ -292,12 +293,12 @@ class PrunedModel:
                     f"{name} holds a key/value cache, but adafv knows it as {' or '.join(CACHE_NAMES)} alone, and would not "
                     "see which tokens it lacks; pass it under one of these names"
                 )
-        return any(arguments.get(name) is not None for name in (*CACHE_NAMES, *self._visual_names))
+        return self._visuals(arguments) or any(arguments.get(name) is not None for name in CACHE_NAMES)
 
-    @property
-    def _visual_names(self) -> tuple[str, ...]:
-        """Arguments that hold images or videos."""
-        return ("pixel_values_videos", self.family.images[0], *self.family.other_names)
+    def _visuals(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether images or videos are among the arguments."""
+        pixels = ("pixel_values_videos", self.family.images[0])
+        return any(value is not None and self.family.named(name) in pixels for name, value in arguments.items())
 
     def _run(self, call: CompressedInputs, function: Callable[..., Any]) -> Any:
         record = call.record
@@ -405,8 +406,7 @@ def _wrapped_class(stock_class: Any) -> Any:
         handle: PrunedModel | None = model.__dict__.get(_HANDLE)
         given = inspect.signature(function).bind(model, *args, **kwargs).arguments.get("model_kwargs") or {}
         encoded = [part for part in (given.get("mm_encoder_outputs") or {}).values() if part is not None]
-        visuals = [name for name in (handle._visual_names if handle is not None else ()) if given.get(name) is not None]
-        if encoded or visuals or holds_pruned(cache_of(given)):
+        if encoded or (handle is not None and handle._visuals(given)) or holds_pruned(cache_of(given)):
             raise UnsupportedCallError(
                 "this `generate` was looked up before the model was wrapped, so it would not prune; look it up inside the "
                 "`with` block, or after enable(): model.generate(...)"

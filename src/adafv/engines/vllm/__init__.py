@@ -19,12 +19,13 @@ vLLM's own classes: nothing of vLLM is patched, and who does not name an AdaFV a
     cpu.py          the memory that a server on a CPU takes
     launch.py       the command line of vLLM's server
     families/       one file per model family: what differs between vLLM's model classes
+    cpu_torchvision/  a stand-in for torchvision, for a server on a CPU
 
 This package's own module imports neither vLLM nor torch.
 """
 
+import ast
 import pkgutil
-import re
 from functools import cache
 from importlib.resources import files
 
@@ -40,14 +41,15 @@ RELEASES = ">=0.31,<0.34"
 def architectures() -> dict[str, str]:
     """Architecture of a stock checkpoint -> "module:class" that serves it pruned.
 
-    Read from the text of the files: vLLM asks plug-ins not to import models when they are loaded.
+    Read from the source, which is not run: vLLM asks plug-ins not to import models when they are loaded.
     """
     found = {}
     folder = files(f"{__name__}.families")
     for module in pkgutil.iter_modules([str(folder)]):
         source = (folder / f"{module.name}.py").read_text(encoding="utf-8")
-        for name in re.findall(rf"^class {PREFIX}(\w+)\(", source, flags=re.MULTILINE):
-            found[name] = f"{__name__}.families.{module.name}:{PREFIX}{name}"
+        for statement in ast.parse(source).body:
+            if isinstance(statement, ast.ClassDef) and statement.name.startswith(PREFIX):
+                found[statement.name.removeprefix(PREFIX)] = f"{__name__}.families.{module.name}:{statement.name}"
     return found
 
 

@@ -7,20 +7,24 @@ and the first worker's choice goes to the others: kept tokens that differ in one
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 
+from adafv.core.budget import Budget
 from adafv.core.encoded import EncodedImage, TowerCache
+from adafv.core.select import Wanted, select_tokens, take
+from adafv.core.tokens import Signal
 from adafv.engines.serving.metrics import Meter
 from adafv.engines.serving.request import budget_from
 from adafv.engines.serving.settings import OPTION, ServerSettings
 from adafv.engines.vllm.processor import FIELDS
 from adafv.engines.vllm.tap import Tap
 from adafv.errors import UnsupportedModelError
-from adafv.methods import VisualTokens
+from adafv.methods import Kept, Method
 
 
 class PrunedModel:
@@ -40,10 +44,9 @@ class PrunedModel:
         self.adafv = settings
         self.adafv_cache = TowerCache(settings.tower_cache_bytes)
         self.adafv_meter = Meter(get_tensor_model_parallel_rank() == 0, settings.tower_cache_bytes)
-        self.adafv_without_text = settings.method.without_text()
         # Which images come without words is known only when they come, and what is cached of an image serves every question.
-        needs_saliency = settings.method.needs_saliency or self.adafv_without_text.needs_saliency
-        self.adafv_tap = self.tap() if needs_saliency else None
+        self.adafv_signals: frozenset[Signal] = settings.method.of_tower | settings.method_without_text.of_tower
+        self.adafv_tap = self.tap()
         self.adafv_encoder_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self.adafv_largest = 0  # visual tokens of the largest image so far
 
@@ -53,7 +56,11 @@ class PrunedModel:
 
     @abstractmethod
     def tap(self) -> Tap:
-        """On the layer of the tower that the projector reads."""
+        """On the layers of the tower that `adafv_signals` name.
+
+        Raises:
+            UnsupportedModelError: a signal cannot be read.
+        """
 
     @abstractmethod
     def encode(self, images: dict[str, Any]) -> list[EncodedImage]:
@@ -92,10 +99,11 @@ class PrunedModel:
         embeddings: list[Tensor | None] = [None] * len(names)
         for name, image in self._encoded(kwargs, names):
             for i in (i for i, other in enumerate(names) if other == name):
-                keep = budget_from(budgets[i]).tokens(image.layout.tokens)
-                embeddings[i] = self._pruned(image, texts[i], keep)
-                no_words = self.adafv.method.needs_text and not len(texts[i]) and keep < image.layout.tokens
-                self.adafv_meter.pruned(image.layout.tokens, keep, self.adafv_without_text.name if no_words else None)
+                embeddings[i] = pruned = self._pruned(image, texts[i], budget_from(budgets[i]))
+                no_words = self._method(texts[i]) is not self.adafv.method and len(pruned) < image.layout.tokens
+                self.adafv_meter.pruned(
+                    image.layout.tokens, len(pruned), self.adafv.method_without_text.name if no_words else None
+                )
         self.adafv_meter.say(len(self.adafv_cache), self.adafv_cache.bytes)
         return embeddings
 
@@ -118,34 +126,33 @@ class PrunedModel:
                     self.adafv_cache.put(names[i], image.copy())
                 yield names[i], image
 
-    def _pruned(self, image: EncodedImage, text: Tensor, keep: int) -> Tensor:
+    def _method(self, text: Tensor) -> Method:
+        """What chooses for an image of which these words count."""
+        return self.adafv.method_for(len(text) > 0)
+
+    def _pruned(self, image: EncodedImage, text: Tensor, budget: Budget) -> Tensor:
         layout, device = image.layout, image.features.device
-        if keep == layout.tokens:
-            return self.hand_over(image, torch.arange(keep, device=device), image.features)
-        source = layout.source.to(device)
-        saliency = None if image.saliency is None else image.saliency.masked_fill(source < 0, 0.0).unsqueeze(0)
-        words = mask = None
-        method = self.adafv.method if len(text) else self.adafv_without_text
-        if method.needs_text:
-            words = self.language_model.embed_input_ids(text.to(device)).unsqueeze(0)
-            mask = torch.ones(words.shape[:2], dtype=torch.bool, device=device)
-        tokens = VisualTokens(
-            self.compared(image.features).unsqueeze(0),
-            saliency,
-            words,
-            mask,
-            (source >= 0).unsqueeze(0),
-            source.unsqueeze(0),
-            layout.crops,
-            layout.rows,
-            layout.columns,
-        )
-        chosen = method.select(tokens, keep)
-        kept = chosen.indices[0].contiguous()
-        if get_tensor_model_parallel_world_size() > 1:
-            kept = get_tp_group().broadcast(kept, src=0)
-        features = image.features.index_select(0, kept) if chosen.features is None else chosen.features[0]
-        return self.hand_over(image, kept, features)
+        plan = self.adafv.plan(layout, budget, len(text) > 0)
+        if plan is None:
+            return self.hand_over(image, torch.arange(layout.tokens, device=device), image.features)
+        method, words = self._method(text), None
+        if method.needs_words:
+            words = self.language_model.embed_input_ids(text.to(device))
+        compared = replace(image, features=self.compared(image.features))
+        wanted = Wanted(compared, method, plan, budget.tokens(layout.tokens), words, text)
+        [selected] = select_tokens([wanted], agreed)
+        features = selected.features[0]
+        if compared.features is not image.features:
+            features = take(selected.kept, image.features.unsqueeze(0))[0]
+        return self.hand_over(image, selected.kept.indices[0], features)
+
+
+def agreed(kept: Kept) -> Kept:
+    """With tensor parallelism, what the first worker chose, on every worker."""
+    if get_tensor_model_parallel_world_size() == 1:
+        return kept
+    weights = None if kept.weights is None else get_tp_group().broadcast(kept.weights.contiguous(), src=0)
+    return replace(kept, indices=get_tp_group().broadcast(kept.indices.contiguous(), src=0), weights=weights)
 
 
 def check_engine(vllm_config: Any) -> None:

@@ -6,9 +6,10 @@ image: so what turn 1 of a chat put into the caches is found again in turn 2, ev
 request wants of its images travels with its items, never on the processor: vLLM may run it in several threads.
 """
 
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from adafv.core import Budget
+from adafv.core import Budget, ImageLayout
 from adafv.engines.serving.request import Reader, Wish, check_placeholders, digest
 from adafv.engines.serving.settings import OPTION, ServerSettings
 from adafv.errors import OptionError, UnsupportedCallError, UnsupportedModelError
@@ -55,6 +56,14 @@ class PrunedInfo:
             )
         return ServerSettings.of(getattr(self.get_hf_config(), OPTION, None))  # type: ignore[attr-defined]
 
+    @abstractmethod
+    def layout(self, image: Mapping[str, Any]) -> ImageLayout:
+        """Where the visual tokens of an image come from, as the worker will lay it out.
+
+        Args:
+            image: what the processor made of it, by name.
+        """
+
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         # Videos are not pruned here yet, and an unpruned one would be more than the server promises.
         return {"image": super().get_supported_mm_limits()["image"]}  # type: ignore[misc]
@@ -85,7 +94,7 @@ class PrunedProcessor:
         """The most tokens that an image can make, for vLLM to reserve memory by."""
         inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
         text: tuple[int, ...] = ()
-        if self.info.settings.method.needs_text:
+        if self.info.settings.method.needs_words:
             text = (self.reader.placeholder,)  # any token; a template that cannot be read is found out at the start
         images = inputs.mm_data_items.get_count("image", strict=False)
         return self._known_by([Wish(self.info.settings.most, text)] * images, inputs)
@@ -148,7 +157,7 @@ class PrunedProcessor:
                 "image embeddings come without the attention of the tower, so they cannot be pruned; send the images"
             )
         count = items.get_count()
-        if budget.keeps_all or not self.info.settings.method.needs_text:
+        if budget.keeps_all or not self.info.settings.method.needs_words:
             check_placeholders(inputs.prompt, image_placeholder(self.info.get_hf_config()), count)
             return [Wish(budget, ())] * count
         return [Wish(budget, text) for text in self.reader.texts(inputs.prompt, count)]
@@ -182,11 +191,26 @@ class PrunedProcessor:
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[PromptReplacement]:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
-        wanted = getattr(mm_items, _WANTED, [])
-        return [_shortened(update, wanted) for update in updates if update.modality == "image"]
+        counts = [
+            partial(self._tokens, wanted.wish, out_mm_kwargs, index)
+            for index, wanted in enumerate(getattr(mm_items, _WANTED, []))
+        ]
+        return [_shortened(update, counts) for update in updates if update.modality == "image"]
+
+    def _tokens(self, wish: Wish, processed: Any, index: int, whole: int) -> int:
+        """K: how many of the `whole` tokens of an image the worker will keep."""
+        settings = self.info.settings
+        item = processed["image"][index]
+        layout = self.info.layout({name: item[name].data for name in item})
+        if layout.tokens != whole:
+            raise UnsupportedModelError(
+                f"vLLM makes {whole} visual tokens of an image for which adafv counts {layout.tokens}; this checkpoint's "
+                "processor cannot be pruned yet"
+            )
+        return settings.tokens_of(layout, wish.budget, bool(wish.text))
 
 
-def _shortened(update: Any, wanted: list[_Wanted]) -> PromptReplacement:
+def _shortened(update: Any, counts: Sequence[Callable[[int], int]]) -> PromptReplacement:
     """The same replacement of an image's placeholder, with as many tokens as stay."""
 
     def replacement(index: int) -> list[int]:
@@ -195,7 +219,7 @@ def _shortened(update: Any, wanted: list[_Wanted]) -> PromptReplacement:
             raise UnsupportedModelError(
                 "vLLM puts more than placeholders in an image's place, which cannot be pruned yet"
             )
-        return whole[: wanted[index].wish.budget.tokens(len(whole))]
+        return whole[: counts[index](len(whole))]
 
     return PromptReplacement(modality="image", target=update.target, replacement=replacement)
 

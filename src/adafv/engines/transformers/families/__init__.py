@@ -4,6 +4,14 @@ Every module of this package that defines a `Family` is found by itself; adding 
 row in the test table.
 """
 
-from adafv.engines.transformers.families.base import MODALITIES, Encoded, Family, family_of, known_families
+from adafv.engines.transformers.families.base import (
+    MODALITIES,
+    CallWithImages,
+    Encoded,
+    Family,
+    family_of,
+    found_families,
+    known_families,
+)
 
-__all__ = ["MODALITIES", "Encoded", "Family", "family_of", "known_families"]
+__all__ = ["MODALITIES", "CallWithImages", "Encoded", "Family", "family_of", "found_families", "known_families"]

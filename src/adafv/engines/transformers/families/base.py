@@ -1,26 +1,24 @@
 """The interface of a model family, and how a model finds its family."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.core import ImageLayout
-from adafv.discovery import concrete_subclasses
+from adafv.core.tokens import SALIENCY, Signal
+from adafv.engines.transformers.releases import one_by_one
+from adafv.engines.transformers.towers import TowerShape, shape_of
 from adafv.errors import UnsupportedModelError
 from adafv.prompts.prompt import Run
+from adafv.registry import Found, cause, find
 
 MODALITIES = ("image", "video")
-
-REPEATS_IMAGES_IN_ORDER = Version(transformers.__version__) >= Version("5.23")
-"""Older releases repeat several entries of one prompt in the wrong order for beams and several return sequences."""
 
 
 @dataclass
@@ -29,11 +27,34 @@ class Encoded:
 
     features: list[Tensor]
     """Per image [N, D], what the language model would read."""
-    saliency: list[Tensor] | None
-    """Per image [N] float32, see `adafv.core.class_attention` and `received_attention`; None where not asked for. What
-    stands at tokens that show no patch does not matter."""
+    signals: dict[Signal, list[Tensor]] = field(default_factory=dict)
+    """What was asked for of the tower, per image [N, ...]: see `adafv.core.tokens`. What stands at tokens that show no
+    patch does not matter."""
     deepstack: list[Tensor] = field(default_factory=list)
     """Per image [N, L, D], what L of the language model's layers add to the tokens; empty where the family has none."""
+
+    @property
+    def saliency(self) -> list[Tensor] | None:
+        """Per image [N] float32, of the layer that the projector reads; None where it was not asked for."""
+        return self.signals.get(SALIENCY)
+
+
+@dataclass(frozen=True)
+class CallWithImages:
+    """A call that brings new images or videos, as a family may have to refuse it."""
+
+    inputs: Mapping[str, Any]
+    """Of the call, less the images."""
+    modalities: tuple[str, ...]
+    """Of what is new: "image", "video" or both."""
+    cache: Any
+    """The key/value cache of the call, or None."""
+    cached: bool
+    """Whether the new images follow tokens that are cached."""
+    generates: bool
+    """A call of `generate`, not of `forward`."""
+    packed: bool
+    """Whether several prompts stand in one row, and some of their tokens are dropped."""
 
 
 class Family(ABC):
@@ -46,54 +67,69 @@ class Family(ABC):
     name: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
     """Names of the transformers classes; names, so that importing adafv does not import every model."""
-    tower: ClassVar[str] = ""
-    """Class of the vision tower, where that is what sets the family apart from others of the same model class."""
     images: ClassVar[tuple[str, ...]]
     """Entries of the inputs that describe the images, the pixels first; the encoded images replace them."""
     videos: ClassVar[tuple[str, ...]] = ()
     """The same for videos; empty where the family has none, or they are not supported."""
-    other_names: ClassVar[Mapping[str, str]] = {}
-    """Further names under which processors or callers pass an entry -> its name in `images` or `videos`."""
     saliency: ClassVar[str] = "[CLS]"
     """What the saliency is: the attention of "[CLS]", or the attention "received" where the tower has no [CLS]."""
+    tower_name: ClassVar[str] = "vision_tower"
+    """Attribute of the base model that holds the tower."""
+    tower_shape: ClassVar[TowerShape | None] = None
+    """Where the tower keeps its layers, and which of them look at the whole image; None: as `towers.TOWERS` says."""
     downsamples: ClassVar[bool] = False
     """Whether images can be scaled down; such a family has `encode_smaller`."""
+    arranges: ClassVar[bool] = False
+    """Whether `encode` takes layouts other than the model's own: its patches in any order, padding included."""
     as_tensor: ClassVar[tuple[str, ...]] = ()
     """Modalities whose encoded features the stock model reads as one tensor; the others it reads as a list."""
     rotary_axes: ClassVar[int] = 0
     """Rows of the positions in a family that gives a visual token a position in time, height and width (M-RoPE); 0 where
     positions are counted along the prompt. Such a family has `positions`."""
-    one_placeholder: ClassVar[bool] = False
-    """Whether images and videos have the same placeholder. The encoded videos then go to the stock model as images, and a
-    call with both is refused, as the stock model fails there."""
-    looks_ahead: ClassVar[bool] = False
-    """Whether a token may look at tokens behind it, as the tokens of an image look at each other in Gemma 3. The stock
-    model reads from `token_type_ids` which do."""
-    chunked_prefill: ClassVar[bool] = True
-    """Whether the stock model takes encoded images in chunked prefill."""
-    packed_rows: ClassVar[bool] = True
-    """Whether the stock model keeps prompts packed into one row apart."""
-    first_position: ClassVar[int] = 0
-    """What `forward` counts positions from where it is given none."""
     prompt: ClassVar[str] = "USER: {image}\n{question} ASSISTANT:"
     """How a question is put where the processor has no chat template."""
     limits: ClassVar[str] = ""
     """One line on what is refused or different, for the catalogue; empty where nothing is."""
 
+    def owns(self, model: Any) -> bool:
+        """Whether a model is of this family: of one of its classes, or of one derived from it.
+
+        Of several, the family of the nearest class is the model's; two for one class are refused.
+        """
+        return any(is_a(model, name) for name in self.model_classes)
+
     @abstractmethod
     def check(self, model: Any) -> None:
         """Raise UnsupportedModelError where this checkpoint cannot be pruned correctly."""
 
-    def check_call(self, model: Any, inputs: Mapping[str, Any], cache: Any, cached: bool, generates: bool) -> None:
-        """Raise UnsupportedCallError where the stock model would read the new images of a call wrongly.
+    def check_call(self, model: Any, call: CallWithImages) -> None:
+        """Raise UnsupportedCallError where the stock model would read the new images of a call wrongly."""
+        return
+
+    def check_generate(self, asked: Callable[[str], Any]) -> None:
+        """Raise UnsupportedCallError for a way of generating that the stock model gets wrong where images are passed.
 
         Args:
-            inputs: of the call, less the images.
-            cache: the key/value cache of the call, or None.
-            cached: whether the new images follow tokens that are cached.
-            generates: a call of `generate`, not of `forward`.
+            asked: name of a generation setting -> its value, from the call or the model's own.
         """
         return
+
+    def check_signals(self, model: Any, signals: Iterable[Signal]) -> None:
+        """Raise UnsupportedModelError where one of these signals cannot be read off this model's tower."""
+        for tower in self.towers(model):
+            shape = shape_of(tower) if self.tower_shape is None else self.tower_shape
+            layers = shape.numbered(tower, self.feature_layers(model))
+            for signal in signals:
+                if reason := layers.unreadable(signal):
+                    raise UnsupportedModelError(f"the {signal} cannot be read in {self.name}: {reason}")
+
+    def towers(self, model: Any) -> list[Any]:
+        """The towers that signals are read off."""
+        return [getattr(model.model, self.tower_name)]
+
+    def feature_layers(self, model: Any) -> int | list[int]:
+        """Which hidden states of the tower the projector reads; layers behind the deepest of them may not be run."""
+        return -1
 
     @abstractmethod
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
@@ -103,17 +139,20 @@ class Family(ABC):
             runs: of the placeholders, in reading order; for families whose inputs do not tell which tiles make an image.
         """
 
-    def published_layouts(
-        self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]
-    ) -> list[ImageLayout]:
-        """Layouts in which the published AdaFV code feeds the tokens of images, where they differ from the model's own."""
-        return layouts
-
     @abstractmethod
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
-        """Run tower and projector, reading the saliency, if asked for, off the layer that the projector reads."""
+        """Run tower and projector, reading the signals (those `of_tower` alone) off the tower.
+
+        Raises:
+            UnsupportedModelError: one cannot be read, see `check_signals`.
+        """
 
     def encode_smaller(
         self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]
@@ -134,6 +173,10 @@ class Family(ABC):
         """The first image as the tower sees it, [C, 3, H, W] in the order of the layout's crops, normalised."""
         pixels: Tensor = visuals[self.images[0]]
         return (pixels[0] if pixels.dim() == 5 else pixels)[: layouts[0].crops]
+
+    def named(self, name: str) -> str:
+        """An entry's name in `images` or `videos`, where processors or callers have a further name for it."""
+        return name
 
     def inputs(self, modality: str) -> tuple[str, ...]:
         """Names of the entries for one modality."""
@@ -171,6 +214,18 @@ class Family(ABC):
         """
         raise NotImplementedError
 
+    def places(self, columns: Tensor) -> Tensor:
+        """Columns of the prompt -> the positions that the stock `forward` gives them where it is given none."""
+        return columns
+
+    def since_the_cache_began(self, name: str, values: Tensor, cached: int) -> Tensor:
+        """An entry that runs along the new columns ([B, new]), as the stock model reads it behind `cached` columns."""
+        return values
+
+    def handed_as(self, modality: str) -> str:
+        """The modality under which the stock model takes what `hand_over` returns."""
+        return modality
+
     def hand_over(
         self, model: Any, modality: str, features: list[Tensor], deepstack: list[Tensor]
     ) -> BaseModelOutputWithPooling:
@@ -180,9 +235,7 @@ class Family(ABC):
         if len({len(part) for part in features}) == 1:
             return BaseModelOutputWithPooling(pooler_output=torch.stack(features))  # type: ignore[arg-type]
         # A tensor has one length: then every token goes as an image of its own. They are read one after the other.
-        # As [N, D, 1] they are read just so, but `generate` fails to repeat them, where it would mix them up.
-        tokens = torch.cat(features).unsqueeze(1 if REPEATS_IMAGES_IN_ORDER else 2)
-        return BaseModelOutputWithPooling(pooler_output=tokens)  # type: ignore[arg-type]
+        return BaseModelOutputWithPooling(pooler_output=one_by_one(torch.cat(features)))  # type: ignore[arg-type]
 
 
 def in_order(patches: Tensor, layout: ImageLayout, filler: Tensor | None = None) -> Tensor:
@@ -195,15 +248,38 @@ def in_order(patches: Tensor, layout: ImageLayout, filler: Tensor | None = None)
 
 
 @cache
+def found_families() -> Found[Family]:
+    """The families of this package and of the entry points `adafv.families`, and what could not be loaded."""
+    return find("adafv.engines.transformers.families", "adafv.families", Family, _fault)  # type: ignore[type-abstract]
+
+
+@cache
 def known_families() -> tuple[Family, ...]:
-    """One instance of every family in this package, by name."""
-    families = (family() for family in concrete_subclasses("adafv.engines.transformers.families", Family))
-    return tuple(sorted(families, key=lambda family: family.name))
+    """One instance of every family that could be loaded, by name."""
+    return tuple(family() for family in found_families().classes.values())
+
+
+def _fault(family: type[Family]) -> str | None:
+    """Why a class cannot be a family."""
+    for entry in ("model_classes", "images"):
+        names = getattr(family, entry, None)
+        if not (isinstance(names, tuple) and names and all(isinstance(name, str) for name in names)):
+            return f"has no {entry}: set it to a tuple of names"
+    try:
+        family()
+    except Exception as error:
+        return f"cannot be made without arguments: {cause(error)}"
+    return None
+
+
+def is_a(value: Any, name: str) -> bool:
+    """Whether `value` is an instance of a class of that name, or of one derived from it; nothing is imported for it."""
+    return any(cls.__name__ == name for cls in type(value).__mro__)
 
 
 def stock_model(model: Any) -> Any:
     """The model inside a `PeftModel`, whose `forward` and `generate` that one calls; any other model is its own."""
-    return model.get_base_model() if any(cls.__name__ == "PeftModel" for cls in type(model).__mro__) else model
+    return model.get_base_model() if is_a(model, "PeftModel") else model
 
 
 def family_of(model: Any) -> Family:
@@ -212,26 +288,42 @@ def family_of(model: Any) -> Family:
     Raises:
         UnsupportedModelError: no family knows the model's class, or the family refuses the checkpoint.
     """
-    names = {cls.__name__ for cls in type(model).__mro__}
     if type(getattr(model, "model", None)).__name__ == "OptimizedModule":
         raise UnsupportedModelError(
             "model.model was replaced by torch.compile(model.model), and what is inside cannot be run in parts; compile it "
             "in place instead: model.model.compile(), or its language model alone: model.model.language_model.compile()"
         )
-    towers = {cls.__name__ for cls in type(getattr(getattr(model, "model", None), "vision_tower", None)).__mro__}
-    matching = [
-        family
-        for family in known_families()
-        if names.intersection(family.model_classes) and family.tower in {"", *towers}
-    ]
-    if matching:
-        family = max(matching, key=lambda family: len(family.tower))
+    owners: dict[int, list[Family]] = {}
+    for family in known_families():
+        if family.owns(model):
+            owners.setdefault(_distance(model, family), []).append(family)
+    nearest = owners[min(owners)] if owners else []
+    if len(nearest) > 1:
+        homes = " and ".join(f"{family.name} ({found_families().homes[family.name]})" for family in nearest)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is claimed by {homes}, and only one can be right; uninstall the other"
+        )
+    if nearest:
+        [family] = nearest
         family.check(model)
         return family
-    known = ", ".join(dict.fromkeys(name for family in known_families() for name in family.model_classes))
     hint = ""
-    if "OptimizedModule" in names:
+    if is_a(model, "OptimizedModule"):
         hint = "; compile the language model instead: model.model.language_model.compile()"
-    elif "DataParallel" in names or "DistributedDataParallel" in names:
+    elif is_a(model, "DataParallel") or is_a(model, "DistributedDataParallel"):
         hint = "; wrap the model inside: AdaFV(...)(model.module)"
-    raise UnsupportedModelError(f"{type(model).__name__} is not a supported model; supported are: {known}{hint}")
+    raise unsupported(type(model).__name__, hint)
+
+
+def _distance(model: Any, family: Family) -> int:
+    """How many classes the model's own is derived away from the family's."""
+    classes = type(model).__mro__
+    return next((i for i, cls in enumerate(classes) if cls.__name__ in family.model_classes), len(classes))
+
+
+def unsupported(model_class: str, hint: str = "") -> UnsupportedModelError:
+    """The error for a class of models that no family knows. It names the families that could not be loaded, too."""
+    known = ", ".join(dict.fromkeys(name for family in known_families() for name in family.model_classes))
+    return UnsupportedModelError(
+        f"{model_class} is not a supported model; supported are: {known}{hint}{found_families().lacking()}"
+    )

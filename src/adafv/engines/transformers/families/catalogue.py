@@ -1,6 +1,7 @@
 """The table of families, as `adafv families` prints it and docs/families.md holds it."""
 
-from adafv.engines.transformers.families.base import Family, known_families
+from adafv.engines.transformers.families.base import Family, found_families, known_families
+from adafv.printable import one_line
 
 _TESTED = """\
 Every row is tested against its stock model with the dropped tokens masked: forward and generate, in float32 and bfloat16;
@@ -17,7 +18,16 @@ def catalogue() -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
     table = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     limits = [f"{family.name}: {family.limits}" for family in known_families() if family.limits]
-    return "\n".join([*table, "", _TESTED, *(["", "Refused, or different:", *limits] if limits else [])])
+    broken = [f"not loaded: {one_line(str(broken))}" for broken in found_families().broken]
+    return "\n".join(
+        [
+            *table,
+            *(["", *broken] if broken else []),
+            "",
+            _TESTED,
+            *(["", "Refused, or different:", *limits] if limits else []),
+        ]
+    )
 
 
 def _line(family: Family) -> tuple[str, ...]:

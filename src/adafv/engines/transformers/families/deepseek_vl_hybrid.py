@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded
 from adafv.engines.transformers.families.deepseek_vl import DeepseekVL
 from adafv.errors import PromptError
@@ -27,7 +28,12 @@ class DeepseekVLHybrid(DeepseekVL):
         return {name: pixels[wanted] for name, pixels in visuals.items()}
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
         low, high = visuals["pixel_values"], visuals.get("high_res_pixel_values")
         if high is None or len(high) != len(low):
@@ -35,4 +41,4 @@ class DeepseekVLHybrid(DeepseekVL):
                 f"high_res_pixel_values has {0 if high is None else len(high)} images, but pixel_values has {len(low)}; pass "
                 "both as the processor returns them"
             )
-        return self._encoded(model, visuals, low, saliency, high_res_pixel_values=high)
+        return self._encoded(model, visuals, low, layouts, signals, high_res_pixel_values=high)

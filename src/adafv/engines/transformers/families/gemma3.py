@@ -10,27 +10,20 @@ placeholders of its own, and nothing in the inputs says which belong together: f
 is an image.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.core.tokens import Signal
+from adafv.engines.transformers.families.base import CallWithImages, Encoded, Family
+from adafv.engines.transformers.patches import by_image, pooled
+from adafv.engines.transformers.releases import MIXES_UP_PACKED_IMAGES, READS_TYPES_FROM_THE_BEGINNING
 from adafv.engines.transformers.towers import TappedTower, check_tower, with_tower
 from adafv.errors import UnsupportedCallError
 from adafv.prompts.prompt import Run
-
-READS_TYPES_FROM_THE_BEGINNING = Version(transformers.__version__).release >= (5, 23)
-"""Whether `generate` hands over the `token_type_ids` of cached tokens too. They are looked up by place in the sequence;
-older releases hand over those of the new tokens alone, which are then taken for the cached ones."""
-
-MIXES_UP_PACKED_IMAGES = Version(transformers.__version__).release >= (5, 23)
-"""Whether layers with a sliding window find the tokens of an image by positions, which start again at every packed prompt:
-then tokens of one prompt look ahead where an image of another stands."""
 
 
 class Gemma3(Family):
@@ -39,15 +32,36 @@ class Gemma3(Family):
     images: ClassVar[tuple[str, ...]] = ("pixel_values",)
     saliency = "received"
     as_tensor = ("image",)
-    looks_ahead = True
-    packed_rows = not MIXES_UP_PACKED_IMAGES
     limits = "refuses chunked prefill, and new images behind a static cache"
+
+    packed_apart: ClassVar[bool] = not MIXES_UP_PACKED_IMAGES
+    """Whether the stock model keeps prompts packed into one row apart."""
 
     def check(self, model: Any) -> None:
         check_tower(model.model.vision_tower, -1, "full")
 
-    def check_call(self, model: Any, inputs: Mapping[str, Any], cache: Any, cached: bool, generates: bool) -> None:
-        if not (cached and generates):
+    def check_generate(self, asked: Callable[[str], Any]) -> None:
+        if asked("prefill_chunk_size"):
+            raise UnsupportedCallError(
+                f"chunked prefill cuts apart images whose tokens look at each other, as those of {self.name} do, so that "
+                "the answer is another one, pruned or not; leave prefill_chunk_size out"
+            )
+
+    def check_packed(self, call: CallWithImages) -> None:
+        """Raise UnsupportedCallError where this release lets prompts in one row look at each other's images."""
+        if call.packed and not self.packed_apart:
+            raise UnsupportedCallError(
+                f"this release of transformers mixes up prompts packed into one row with {self.name}; give one prompt per "
+                "row"
+            )
+
+    def since_the_cache_began(self, name: str, values: Tensor, cached: int) -> Tensor:
+        # Which tokens of an image look at each other is looked up by place in the whole sequence.
+        return torch.nn.functional.pad(values, (cached, 0)) if name == "token_type_ids" else values
+
+    def check_call(self, model: Any, call: CallWithImages) -> None:
+        self.check_packed(call)
+        if not (call.cached and call.generates):
             return
         mend = "pass the whole conversation without a cache"
         if not READS_TYPES_FROM_THE_BEGINNING:
@@ -55,15 +69,15 @@ class Gemma3(Family):
                 "this release of transformers forgets that the tokens of an image look at each other where the image follows "
                 f"cached tokens; {mend}, or run: pip install --upgrade transformers"
             )
-        if getattr(cache, "is_compileable", False):
+        if getattr(call.cache, "is_compileable", False):
             raise UnsupportedCallError(
                 "with a static cache, stock transformers forgets that the tokens of an image look at each other where the "
                 f"image follows cached tokens; use a DynamicCache, or {mend}"
             )
 
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
-        tokens = self.pooled(model, torch.zeros(1, self.patches(model) ** 2))
-        side = int(tokens.shape[-1] ** 0.5)
+        projector = model.model.multi_modal_projector
+        side = int(projector.patches_per_image) // int(projector.kernel_size)
         layout = ImageLayout(torch.arange(side * side), crops=1, rows=side, columns=side)
         return [layout] * len(visuals["pixel_values"])
 
@@ -73,19 +87,20 @@ class Gemma3(Family):
         return {"pixel_values": visuals["pixel_values"][wanted]}
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
-        tower = TappedTower(model.model.vision_tower, -1, saliency)
+        tower = TappedTower(model.model.vision_tower, -1, signals)
         twin = with_tower(model.model, "vision_tower", tower)
         features = twin.get_image_features(visuals["pixel_values"], return_dict=True).pooler_output
-        return Encoded(list(features), list(self.pooled(model, tower.saliency)) if saliency else None)
-
-    def patches(self, model: Any) -> int:
-        """Patches along one side of an image."""
-        return int(model.model.multi_modal_projector.patches_per_image)
+        return Encoded(list(features), tower.read(lambda patches: by_image(self.pooled(model, patches), layouts)))
 
     def pooled(self, model: Any, patches: Tensor) -> Tensor:
-        """Values per patch ([images, patches]) -> per token ([images, tokens]), averaged as the projector does."""
+        """Values per patch ([all patches, C]) -> per token ([all tokens, C]), averaged as the projector does."""
         projector = model.model.multi_modal_projector
-        squares = patches.unflatten(1, (projector.patches_per_image, projector.patches_per_image)).unsqueeze(1)
-        return projector.avg_pool(squares).flatten(1)  # type: ignore[no-any-return]
+        side = int(projector.patches_per_image)
+        return pooled(patches, (side, side), projector.kernel_size)

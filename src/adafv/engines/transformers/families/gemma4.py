@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.engines.transformers.families.base import Encoded, Family
-from adafv.engines.transformers.towers import with_tap
+from adafv.core.tokens import Signal
+from adafv.engines.transformers.families.base import CallWithImages, Encoded, Family
+from adafv.engines.transformers.towers import TowerShape, with_tap
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
 from adafv.prompts.prompt import Run
 
@@ -23,6 +25,7 @@ class Gemma4(Family):
     model_classes = ("Gemma4ForConditionalGeneration",)
     images: ClassVar[tuple[str, ...]] = ("pixel_values", "image_position_ids")
     saliency = "received"
+    tower_shape = TowerShape("encoder.layers", "self_attn", has_class_token=False)
     limits = "refuses videos, prompts as embeddings, and models whose image tokens look at each other both ways"
 
     def check(self, model: Any) -> None:
@@ -35,8 +38,8 @@ class Gemma4(Family):
                 "supported are its models without it (E2B, E4B)"
             )
 
-    def check_call(self, model: Any, inputs: Mapping[str, Any], cache: Any, cached: bool, generates: bool) -> None:
-        if inputs.get("inputs_embeds") is not None and model.config.get_text_config().hidden_size_per_layer_input:
+    def check_call(self, model: Any, call: CallWithImages) -> None:
+        if call.inputs.get("inputs_embeds") is not None and model.config.get_text_config().hidden_size_per_layer_input:
             raise UnsupportedCallError(
                 "this model looks up an input for every layer by the token's number, and stock transformers cannot find it "
                 "from the embeddings of a prompt with images; pass input_ids"
@@ -54,25 +57,31 @@ class Gemma4(Family):
         return {name: values[wanted] for name, values in visuals.items()}
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
         pixels, positions = visuals["pixel_values"], visuals["image_position_ids"]
-        last = len(model.model.vision_tower.encoder.layers) - 1
-        twin, tap = with_tap(model.model, "vision_tower", f"encoder.layers.{last}.self_attn", saliency)
+        twin, tap = with_tap(model.model, self.tower_name, self.tower_shape, signals)
         output = twin.get_image_features(pixels, positions, return_dict=True)
-        features = list(output.pooler_output)
-        if tap is None:
-            return Encoded(features, None)
         side = model.config.vision_config.pooling_kernel_size
-        scores = []
-        for by_patch, places, layout in zip(tap.scores[-1], positions, layouts, strict=True):
-            column, row = (places // side).to(by_patch.device).unbind(-1)
-            shows = column >= 0
-            by_token = by_patch.new_zeros(layout.tokens)
-            scores.append(by_token.index_add(0, (row * layout.columns + column)[shows], by_patch[shows]) / side**2)
-        return Encoded(features, scores)
 
-    def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> torch.Tensor:
+        def averaged(patches: Tensor) -> list[Tensor]:
+            tokens = []
+            for part, places, layout in zip(patches.chunk(len(layouts)), positions, layouts, strict=True):
+                column, row = (places // side).to(part.device).unbind(-1)
+                shows = column >= 0
+                sums = torch.zeros(layout.tokens, part.shape[-1], dtype=torch.float32, device=part.device)
+                sums.index_add_(0, (row * layout.columns + column)[shows], part[shows].float())
+                tokens.append((sums / side**2).to(part.dtype))
+            return tokens
+
+        return Encoded(list(output.pooler_output), tap.read(averaged))
+
+    def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
         config, layout = model.config.vision_config, layouts[0]
         rows, columns = (count * config.pooling_kernel_size for count in (layout.rows, layout.columns))
         side = config.patch_size

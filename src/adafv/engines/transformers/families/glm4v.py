@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from adafv.engines.transformers.families.base import CallWithImages
 from adafv.engines.transformers.families.qwen2_vl import Qwen2VL
+from adafv.errors import UnsupportedCallError
 
 
 class Glm4V(Qwen2VL):
@@ -22,8 +24,17 @@ class Glm4V(Qwen2VL):
         "Glm46VForConditionalGeneration",
     )
     videos = ("pixel_values_videos", "video_grid_thw")
-    one_placeholder = True
     limits = "refuses images beside videos in one call"
+
+    def check_call(self, model: Any, call: CallWithImages) -> None:
+        if len(call.modalities) > 1:
+            raise UnsupportedCallError(
+                f"images beside videos in one call fail in stock transformers with {self.name}; pass the frames as images, "
+                "or ask about them in turns"
+            )
+
+    def handed_as(self, modality: str) -> str:
+        return "image"
 
     def placeholder(self, model: Any, modality: str) -> int:
         return int(model.config.image_token_id)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded, Family
 from adafv.engines.transformers.families.internvl import thumbnail_last
-from adafv.engines.transformers.towers import check_tower, with_tap
+from adafv.engines.transformers.patches import by_image, numbered
+from adafv.engines.transformers.towers import TowerShape, check_tower, with_tap
 from adafv.errors import PromptError, UnsupportedCallError
 from adafv.prompts.prompt import Run
 
@@ -28,6 +30,8 @@ class Idefics3(Family):
     model_classes: ClassVar[tuple[str, ...]] = ("Idefics3ForConditionalGeneration",)
     images: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
     saliency = "received"
+    tower_name = "vision_model"
+    tower_shape = TowerShape("encoder.layers", "self_attn", has_class_token=False)
     as_tensor = ("image",)
     limits = "refuses prompts as embeddings without input_ids, and tiles with padding inside"
 
@@ -55,21 +59,24 @@ class Idefics3(Family):
         return {name: values[real][tiles.to(values.device)].unsqueeze(0) for name, values in visuals.items()}
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
-        last = len(model.model.vision_model.encoder.layers) - 1
-        twin, tap = with_tap(model.model, "vision_model", f"encoder.layers.{last}.self_attn", saliency)
+        twin, tap = with_tap(model.model, self.tower_name, self.tower_shape, signals)
         output = twin.get_image_features(**visuals, return_dict=True)
-        tokens = [layout.tokens for layout in layouts]
         # Newer releases give a tensor per prompt, older ones a tensor per tile.
         features = torch.cat([part.flatten(0, -2) for part in output.pooler_output])
-        scores = None
-        if tap is not None:
-            connector = model.model.connector
-            [received] = tap.scores
-            joined = connector.pixel_shuffle(received.unsqueeze(-1), connector.scale_factor).mean(-1)
-            scores = list(joined.flatten().split(tokens))
-        return Encoded(list(features.split(tokens)), scores)
+        connector = model.model.connector
+
+        def joined(patches: Tensor) -> list[Tensor]:
+            numbers = torch.arange(len(patches)).view(sum(layout.crops for layout in layouts), -1, 1)
+            return by_image(numbered(patches, connector.pixel_shuffle(numbers, connector.scale_factor)), layouts)
+
+        return Encoded(by_image(features, layouts), tap.read(joined))
 
     def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
         tiles: Tensor = visuals["pixel_values"][_is_real(visuals)]

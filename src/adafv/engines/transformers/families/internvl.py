@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded, Family
 from adafv.engines.transformers.families.llava import feature_options
+from adafv.engines.transformers.patches import by_image, numbered
 from adafv.engines.transformers.towers import TappedTower, patch_grid, with_tower
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
 from adafv.prompts.prompt import Run
@@ -62,18 +64,26 @@ class InternVL(Family):
         return {**visuals, "pixel_values": torch.cat([tiles[i] for i in wanted])}
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
         options = self.options(model, visuals)
-        tower = TappedTower(model.model.vision_tower, options.get("vision_feature_layer", -1), saliency)
+        tower = TappedTower(model.model.vision_tower, options.get("vision_feature_layer", -1), signals)
         twin = with_tower(model.model, "vision_tower", tower)
         output = twin.get_image_features(visuals["pixel_values"], return_dict=True, **options)
-        tokens = [layout.tokens for layout in layouts]
-        features = list(output.pooler_output.flatten(0, 1).split(tokens))
-        if not saliency:
-            return Encoded(features, None)
-        joined = self.shuffled(model, tower.saliency.unsqueeze(-1)).mean(-1)
-        return Encoded(features, list(joined.flatten().split(tokens)))
+
+        def joined(patches: Tensor) -> list[Tensor]:
+            numbers = torch.arange(len(patches)).view(len(visuals["pixel_values"]), -1, 1)
+            return by_image(numbered(patches, self.shuffled(model, numbers)), layouts)
+
+        return Encoded(by_image(output.pooler_output.flatten(0, 1), layouts), tower.read(joined))
+
+    def feature_layers(self, model: Any) -> int | list[int]:
+        return self.options(model, {}).get("vision_feature_layer", -1)  # type: ignore[no-any-return]
 
     def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
         return super().view(model, visuals, layouts).roll(1, dims=0)  # the thumbnail first

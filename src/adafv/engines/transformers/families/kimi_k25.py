@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded, Family
-from adafv.engines.transformers.families.paddleocr_vl import merged_rows, raster_view
-from adafv.engines.transformers.towers import with_tap
+from adafv.engines.transformers.families.paddleocr_vl import raster_view
+from adafv.engines.transformers.patches import blocks
+from adafv.engines.transformers.towers import TowerShape, with_tap
 from adafv.prompts.prompt import Run
 
 
@@ -24,6 +26,7 @@ class KimiK25(Family):
     model_classes = ("Kimi_K25ForConditionalGeneration",)
     images: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     saliency = "received"
+    tower_shape = TowerShape("layers", "attn", has_class_token=False)
     limits = "refuses videos"
 
     def check(self, model: Any) -> None:
@@ -42,16 +45,17 @@ class KimiK25(Family):
         return {"pixel_values": pixels, "image_grid_thw": visuals["image_grid_thw"][wanted]}
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
-        last = len(model.model.vision_tower.layers) - 1
-        twin, tap = with_tap(model.model, "vision_tower", f"layers.{last}.attn", saliency)
+        twin, tap = with_tap(model.model, self.tower_name, self.tower_shape, signals)
         output = twin.get_image_features(visuals["pixel_values"], visuals["image_grid_thw"], return_dict=True)
-        scores = None
-        if tap is not None:
-            height, width = model.config.vision_config.merge_kernel_size
-            scores = merged_rows(tap.scores, layouts, (height, width))
-        return Encoded(list(output.pooler_output), scores)
+        height, width = model.config.vision_config.merge_kernel_size
+        return Encoded(list(output.pooler_output), tap.read(lambda patches: blocks(patches, layouts, (height, width))))
 
     def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
         return raster_view(visuals)

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.engines.transformers.families.base import Encoded, Family
-from adafv.engines.transformers.towers import TappedTower, check_tower, patch_grid, scale_down, with_tower
+from adafv.core.tokens import Signal
+from adafv.engines.transformers.families.base import Encoded, Family, is_a
+from adafv.engines.transformers.patches import by_image
+from adafv.engines.transformers.towers import TappedTower, check_tower, patch_grid, scale_down, uncompiled, with_tower
 from adafv.prompts.prompt import Run
 
 
@@ -23,8 +25,8 @@ class Llava(Family):
     )
     downsamples = True
 
-    tower_name: ClassVar[str] = "vision_tower"
-    """Attribute of the base model that holds the tower."""
+    def owns(self, model: Any) -> bool:
+        return super().owns(model) and not has_pixtral_tower(model)  # else see llava_pixtral.py
 
     def check(self, model: Any) -> None:
         self.reads(model, {})
@@ -38,6 +40,9 @@ class Llava(Family):
         layer, strategy = feature_options(model, visuals)
         return layer, {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy}
 
+    def feature_layers(self, model: Any) -> int | list[int]:
+        return self.reads(model, {})[0]
+
     def take(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
     ) -> dict[str, Any]:
@@ -49,24 +54,42 @@ class Llava(Family):
         return [layout] * len(visuals["pixel_values"])
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
-        return self._encoded(model, visuals, visuals["pixel_values"], saliency)
+        return self._encoded(model, visuals, visuals["pixel_values"], layouts, signals)
 
     def encode_smaller(
         self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]
     ) -> list[Tensor]:
         pixels = scale_down(visuals["pixel_values"], getattr(model.model, self.tower_name), grid)
-        return self._encoded(model, visuals, pixels, saliency=False, interpolate_pos_encoding=True).features
+        encoded = self._encoded(model, visuals, pixels, layouts, frozenset(), interpolate_pos_encoding=True)
+        return encoded.features
 
     def _encoded(
-        self, model: Any, visuals: Mapping[str, Any], pixel_values: Tensor, saliency: bool, **options: Any
+        self,
+        model: Any,
+        visuals: Mapping[str, Any],
+        pixel_values: Tensor,
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
+        **options: Any,
     ) -> Encoded:
         layers, reading = self.reads(model, visuals)
-        tower = TappedTower(getattr(model.model, self.tower_name), layers, saliency)
+        tower = TappedTower(getattr(model.model, self.tower_name), layers, signals)
         twin = with_tower(model.model, self.tower_name, tower)
         output = twin.get_image_features(pixel_values, return_dict=True, **reading, **options)
-        return Encoded(list(output.pooler_output), list(tower.saliency) if saliency else None)
+        return Encoded(list(output.pooler_output), tower.read(lambda patches: by_image(patches, layouts)))
+
+
+def has_pixtral_tower(model: Any) -> bool:
+    """Whether the tower is Pixtral's, whose images have any size."""
+    tower: Any = getattr(model.model, "vision_tower", None)
+    return is_a(uncompiled(tower), "PixtralVisionModel")
 
 
 def feature_options(model: Any, visuals: Mapping[str, Any]) -> tuple[int | list[int], str]:

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded, in_order
 from adafv.engines.transformers.families.llava import Llava
+from adafv.engines.transformers.patches import by_crops
+from adafv.engines.transformers.releases import of_stock
 from adafv.engines.transformers.towers import TappedTower, patch_grid, scale_down, with_tower
 from adafv.errors import UnsupportedModelError
 from adafv.prompts.prompt import Run
@@ -23,6 +25,7 @@ from adafv.prompts.prompt import Run
 class LlavaNext(Llava):
     name = "LLaVA-NeXT"
     model_classes = ("LlavaNextForConditionalGeneration",)
+    arranges = True
 
     def take(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
@@ -34,24 +37,20 @@ class LlavaNext(Llava):
         return {**visuals, "pixel_values": pixel_values[wanted], "image_sizes": sizes[wanted]}
 
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
-        return [self._layout(model, visuals, size, self._packed) for size in _sizes(visuals)]
+        return [self._layout(model, visuals, size) for size in _sizes(visuals)]
 
-    def published_layouts(
-        self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]
-    ) -> list[ImageLayout]:
-        return [self._layout(model, visuals, size, self._spatial) for size in _sizes(visuals)]
-
-    def _layout(self, model: Any, visuals: Mapping[str, Any], size: list[int], order: Any) -> ImageLayout:
+    def _layout(self, model: Any, visuals: Mapping[str, Any], size: list[int]) -> ImageLayout:
         side = model.config.vision_config.image_size
-        tiling = get_anyres_image_grid_shape(tuple(size), model.config.image_grid_pinpoints, side)
-        crops = image_size_to_num_patches(tuple(size), model.config.image_grid_pinpoints, side)
+        tiling, crops = (
+            of_stock("llava_next.modeling_llava_next", name)(tuple(size), model.config.image_grid_pinpoints, side)
+            for name in ("get_anyres_image_grid_shape", "image_size_to_num_patches")
+        )
         rows, columns = patch_grid(model.model.vision_tower, *visuals["pixel_values"].shape[-2:])
         numbers = torch.arange(crops * rows * columns).view(crops, rows * columns)
-        source = order(model, numbers, size, (*tiling, rows, columns))
-        return ImageLayout(source, crops, rows, columns, tiling)
+        return ImageLayout(self._packed(model, numbers, size), crops, rows, columns, tiling)
 
     @staticmethod
-    def _packed(model: Any, numbers: Tensor, size: list[int], grid: tuple[int, int, int, int]) -> Tensor:
+    def _packed(model: Any, numbers: Tensor, size: list[int]) -> Tensor:
         packed, _ = model.model.pack_image_features(
             [numbers.unsqueeze(-1).double()],
             torch.tensor([size]),
@@ -60,18 +59,17 @@ class LlavaNext(Llava):
         )
         return packed[0].squeeze(-1).long()
 
-    @staticmethod
-    def _spatial(model: Any, numbers: Tensor, size: list[int], grid: tuple[int, int, int, int]) -> Tensor:
-        """Thumbnail, then the crops merged into one raster: no unpadding, no newline tokens."""
-        raster = numbers[1:].view(grid).transpose(1, 2)
-        return torch.cat((numbers[0], raster.flatten()))
-
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
         layers, reading = self.reads(model, visuals)
         newline = newline_of(model)
-        tower = TappedTower(model.model.vision_tower, layers, saliency)
+        tower = TappedTower(model.model.vision_tower, layers, signals)
         twin = with_tower(model.model, "vision_tower", tower)
         # The stock method, stopped short of packing: where the tokens go is what the layouts say.
         crops: list[Tensor] = []
@@ -82,13 +80,11 @@ class LlavaNext(Llava):
 
         twin.__dict__["pack_image_features"] = keep_unpacked
         twin.get_image_features(visuals["pixel_values"], visuals["image_sizes"], return_dict=True, **reading)
-        features = [in_order(crop.flatten(0, 1), layout, newline) for crop, layout in zip(crops, layouts, strict=True)]
-        if not saliency:
-            return Encoded(features, None)
-        scores = tower.saliency.split([layout.crops for layout in layouts])
-        return Encoded(
-            features, [in_order(part.flatten(), layout) for part, layout in zip(scores, layouts, strict=True)]
-        )
+
+        def packed(parts: list[Tensor], filler: Tensor | None = None) -> list[Tensor]:
+            return [in_order(part.flatten(0, 1), layout, filler) for part, layout in zip(parts, layouts, strict=True)]
+
+        return Encoded(packed(crops, newline), tower.read(lambda patches: packed(by_crops(patches, layouts))))
 
     def encode_smaller(
         self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]
@@ -96,9 +92,7 @@ class LlavaNext(Llava):
         """Of the thumbnail, which is the image at low resolution already."""
         layers, _ = self.reads(model, visuals)
         pixels = scale_down(_thumbnails(visuals, layouts), model.model.vision_tower, grid)
-        states = TappedTower(model.model.vision_tower, layers, False)(
-            pixels, interpolate_pos_encoding=True
-        ).hidden_states
+        states = TappedTower(model.model.vision_tower, layers, ())(pixels, interpolate_pos_encoding=True).hidden_states
         assert states is not None
         read = [states[index][:, 1:] for index in ([layers] if isinstance(layers, int) else layers)]
         return list(model.model.multi_modal_projector(torch.cat(read, dim=-1)))

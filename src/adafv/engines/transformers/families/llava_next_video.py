@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded
 from adafv.engines.transformers.families.llava import feature_options
 from adafv.engines.transformers.families.llava_next import LlavaNext
+from adafv.engines.transformers.patches import by_image, pooled
 from adafv.engines.transformers.towers import TappedTower, patch_grid, with_tower
 from adafv.errors import UnsupportedCallError
 from adafv.prompts.prompt import Run
@@ -48,12 +49,17 @@ class LlavaNextVideo(LlavaNext):
         return [ImageLayout(torch.arange(frames * side * side), frames, side, side)] * videos
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
         if modality == "image":
-            return super().encode(model, modality, visuals, layouts, saliency)
+            return super().encode(model, modality, visuals, layouts, signals)
         layer, strategy = feature_options(model, visuals)
-        tower = TappedTower(model.model.vision_tower, layer, saliency)
+        tower = TappedTower(model.model.vision_tower, layer, signals)
         twin = with_tower(model.model, "vision_tower", tower)
         output = twin.get_video_features(
             visuals["pixel_values_videos"],
@@ -63,13 +69,6 @@ class LlavaNextVideo(LlavaNext):
         )
         # [frames * tokens, D] per video; older releases keep its frames apart.
         features = [video.flatten(0, -2) for video in output.pooler_output]
-        if not saliency:
-            return Encoded(features, None)
-        pooled = _pooled(tower.saliency, model.config.spatial_pool_stride)
-        return Encoded(features, list(pooled.flatten().split([layout.tokens for layout in layouts])))
-
-
-def _pooled(saliency: Tensor, stride: int) -> Tensor:
-    """[frames, patches] -> [frames, tokens], mean over the patches of a token."""
-    side = int(saliency.shape[-1] ** 0.5 + 0.5)
-    return torch.nn.functional.avg_pool2d(saliency.unflatten(-1, (side, side)).unsqueeze(1), stride).flatten(1)
+        grid = patch_grid(model.model.vision_tower, *visuals["pixel_values_videos"].shape[-2:])
+        stride = model.config.spatial_pool_stride
+        return Encoded(features, tower.read(lambda patches: by_image(pooled(patches, grid, stride), layouts)))

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from adafv.core import ImageLayout, anyres_layout, anyres_places
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded
 from adafv.engines.transformers.families.llava import Llava, feature_options
 from adafv.engines.transformers.families.llava_next import newline_of
+from adafv.engines.transformers.patches import by_crops
 from adafv.engines.transformers.towers import TappedTower, patch_grid, with_tower
 from adafv.errors import UnsupportedCallError
 from adafv.prompts.prompt import Run
@@ -70,33 +73,29 @@ class LlavaOnevision(Llava):
         ]
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
         layer, strategy = feature_options(model, visuals)
         newline_of(model)
-        tower = TappedTower(model.model.vision_tower, layer, saliency)
+        tower = TappedTower(model.model.vision_tower, layer, signals)
         twin = with_tower(model.model, "vision_tower", tower)
-        visuals = {
-            **visuals,
-            "vision_feature_layer": layer,
-            "vision_feature_select_strategy": strategy,
-            "return_dict": True,
-        }
-        visuals.pop("image_sizes_videos", None)
-        features = getattr(twin, f"get_{modality}_features")(**visuals).pooler_output
-        if not saliency:
-            return Encoded(list(features), None)
-        if modality == "video":
-            pooled = model.model.apply_pooling(tower.saliency.unsqueeze(-1)).flatten()
-            frames = pooled.split([layout.tokens - 1 for layout in layouts])
-            return Encoded(list(features), [torch.nn.functional.pad(part, (0, 1)) for part in frames])
-        crops = tower.saliency.split([layout.crops for layout in layouts])
-        sizes = torch.as_tensor(visuals["image_sizes"]).tolist()
-        scores = [
-            self._packed(model, visuals, part.unsqueeze(-1), size).squeeze(-1)
-            for part, size in zip(crops, sizes, strict=True)
-        ]
-        return Encoded(list(features), scores)
+        given = {**visuals, "vision_feature_layer": layer, "vision_feature_select_strategy": strategy}
+        given.pop("image_sizes_videos", None)
+        features = getattr(twin, f"get_{modality}_features")(**given, return_dict=True).pooler_output
+
+        def packed(patches: Tensor) -> list[Tensor]:
+            crops = by_crops(patches, layouts)
+            if modality == "video":
+                return [pad(model.model.apply_pooling(frames).flatten(0, 1), (0, 0, 0, 1)) for frames in crops]
+            sizes = torch.as_tensor(visuals["image_sizes"]).tolist()
+            return [self._packed(model, visuals, part, size) for part, size in zip(crops, sizes, strict=True)]
+
+        return Encoded(list(features), tower.read(packed))
 
     def _layout(self, model: Any, visuals: Mapping[str, Any], size: list[int], in_crops: bool) -> ImageLayout:
         stock = sys.modules[type(model.model).__module__]

@@ -7,6 +7,7 @@ each. So the family is told by the tower, and everything but the projector is as
 from collections.abc import Mapping
 from typing import Any
 
+from adafv.engines.transformers.families.llava import has_pixtral_tower
 from adafv.engines.transformers.families.mistral3 import Mistral3
 from adafv.errors import UnsupportedModelError
 
@@ -14,8 +15,10 @@ from adafv.errors import UnsupportedModelError
 class LlavaPixtral(Mistral3):
     name = "LLaVA with Pixtral"
     model_classes = ("LlavaForConditionalGeneration",)
-    tower = "PixtralVisionModel"
     images = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+
+    def owns(self, model: Any) -> bool:
+        return super().owns(model) and has_pixtral_tower(model)
 
     def feature_options(self, model: Any, visuals: Mapping[str, Any]) -> dict[str, Any]:
         strategy = visuals.get("vision_feature_select_strategy")

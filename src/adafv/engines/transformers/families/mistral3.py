@@ -7,14 +7,16 @@ placeholders of an image are no single run. These row ends are text to the model
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout, patch_saliency
-from adafv.engines.transformers.families.base import Encoded, Family
+from adafv.core.tokens import Signal
+from adafv.engines.transformers.families.base import Encoded, Family, is_a
+from adafv.engines.transformers.patches import pooled
 from adafv.engines.transformers.towers import Score, TappedTower, TowerShape, uncompiled, with_tower
 from adafv.errors import UnsupportedModelError
 from adafv.prompts.prompt import Run
@@ -42,12 +44,11 @@ class Mistral3(Family):
     model_classes = ("Mistral3ForConditionalGeneration",)
     images: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "vision_feature_layer")
     saliency = "received"
-    tower_name: ClassVar[str] = "vision_tower"
-    """Of the tower, in the model."""
+    tower_shape = PixtralShape("transformer.layers", "attention", has_class_token=False)
 
     def check(self, model: Any) -> None:
         tower = uncompiled(getattr(model.model, self.tower_name))
-        if all(cls.__name__ != "PixtralVisionModel" for cls in type(tower).__mro__):
+        if not is_a(tower, "PixtralVisionModel"):
             raise UnsupportedModelError(
                 f"the vision tower {type(tower).__name__} is not supported in {type(model).__name__}; supported is "
                 "PixtralVisionModel"
@@ -68,22 +69,32 @@ class Mistral3(Family):
         return {**visuals, "pixel_values": visuals["pixel_values"][wanted], "image_sizes": image_sizes(visuals)[wanted]}
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
         grids = patch_grids(model, visuals)
         lengths = tuple(rows * columns for rows, columns in grids)
-        shape = PixtralShape("transformer.layers", "attention", has_class_token=False, lengths=lengths)
+        shape = replace(self.tower_shape, lengths=lengths)
         options = self.feature_options(model, visuals)
         layer = options.get("vision_feature_layer", -1)
-        tower = TappedTower(getattr(model.model, self.tower_name), layer, saliency, shape)
+        tower = TappedTower(getattr(model.model, self.tower_name), layer, signals, shape)
         twin = with_tower(model.model, self.tower_name, tower)
         features = twin.get_image_features(
             pixel_values=visuals["pixel_values"], image_sizes=image_sizes(visuals), return_dict=True, **options
         ).pooler_output
-        if not saliency:
-            return Encoded(list(features), None)
-        parts = zip(tower.saliency[0].split(lengths), grids, strict=True)
-        return Encoded(list(features), [self.merged(model, part.view(grid)) for part, grid in parts])
+
+        def merged(patches: Tensor) -> list[Tensor]:
+            parts = zip(patches.split(lengths), grids, strict=True)
+            return [pooled(part, grid, self.merge(model)) for part, grid in parts]
+
+        return Encoded(list(features), tower.read(merged))
+
+    def feature_layers(self, model: Any) -> int | list[int]:
+        return self.feature_options(model, {}).get("vision_feature_layer", -1)  # type: ignore[no-any-return]
 
     def markers(self, runs: list[Run]) -> list[tuple[int, int, int]]:
         ends = [(run.row, run.start + run.length) for run in runs]  # of rows, the last of which ends the image
@@ -107,11 +118,6 @@ class Mistral3(Family):
     def merge(self, model: Any) -> int:
         """Patches along one side of the square that makes a token."""
         return int(model.config.spatial_merge_size)
-
-    def merged(self, model: Any, patches: Tensor) -> Tensor:
-        """Values per patch of an image ([rows, columns]) -> per token ([tokens]), the mean of its square."""
-        side = self.merge(model)
-        return torch.nn.functional.avg_pool2d(patches[None, None], side).flatten()
 
 
 def image_sizes(visuals: Mapping[str, Any]) -> Tensor:

@@ -9,12 +9,13 @@ between the frames of a video. Layers with a sliding window count its width in t
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.engines.transformers.families.qwen2_5_vl import window_order
 from adafv.engines.transformers.families.qwen2_vl import Qwen2VL
+from adafv.engines.transformers.patches import numbered
+from adafv.engines.transformers.towers import TowerShape
 from adafv.errors import UnsupportedModelError
 
 
@@ -24,6 +25,12 @@ class MuseGlimmer(Qwen2VL):
     videos = ("pixel_values_videos", "video_grid_thw")
     rotary_axes = 0
     tower_name = "vision_tower"
+    tower_shape = TowerShape(
+        "layers",
+        "attn",
+        has_class_token=False,
+        whole=lambda tower: [i for i, kind in enumerate(tower.config.layer_types) if kind == "full_attention"],
+    )
 
     def check(self, model: Any) -> None:
         if "full_attention" not in model.config.vision_config.layer_types:
@@ -35,16 +42,10 @@ class MuseGlimmer(Qwen2VL):
     def merge(self, model: Any) -> int:
         return int(model.config.vision_config.merge_size)
 
-    def attention(self, tower: Any) -> str:
-        kinds = tower.config.layer_types
-        return f"layers.{max(layer for layer, kind in enumerate(kinds) if kind == 'full_attention')}.attn"
-
-    def by_token(self, model: Any, sizes: Tensor, scores: list[Tensor], layouts: list[ImageLayout]) -> list[Tensor]:
-        tower = model.model.vision_tower
-        by_window = torch.cat([score.flatten() for score in scores])
-        in_raster = by_window.index_select(0, window_order(tower, sizes).to(by_window.device).argsort())
-        by_token = tower.pixel_shuffle(in_raster.unsqueeze(-1), sizes).mean(-1)
-        return list(by_token.split([layout.tokens for layout in layouts]))
+    def by_token(self, model: Any, sizes: Tensor, patches: Tensor, layouts: list[ImageLayout]) -> Tensor:
+        # Of every patch of the raster, its place in the tower's order: so what the shuffle picks is found there.
+        in_tower = window_order(model.model.vision_tower, sizes).argsort()
+        return numbered(patches, model.model.vision_tower.pixel_shuffle(in_tower.unsqueeze(-1), sizes))
 
     def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
         config = model.config.vision_config

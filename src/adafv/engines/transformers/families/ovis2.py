@@ -10,7 +10,7 @@ tokens. They are rows of a table, which tokens were kept does not matter to them
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded, Family
 from adafv.engines.transformers.families.internvl import images_by_gap
-from adafv.engines.transformers.towers import patch_grid, with_tap
+from adafv.engines.transformers.patches import by_image, pooled
+from adafv.engines.transformers.towers import TowerShape, patch_grid, with_tap
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
 from adafv.prompts.prompt import Run
 
@@ -30,8 +32,8 @@ class Ovis2(Family):
     model_classes = ("Ovis2ForConditionalGeneration",)
     images: ClassVar[tuple[str, ...]] = ("pixel_values",)
     saliency = "received"
+    tower_shape = TowerShape("transformer.encoder.layers", "attention", has_class_token=False)
     as_tensor = ("image",)
-    chunked_prefill = False
     limits = "refuses chunked prefill, and checkpoints whose visual tokens are drawn at random"
 
     def check(self, model: Any) -> None:
@@ -39,6 +41,12 @@ class Ovis2(Family):
             raise UnsupportedModelError(
                 "tokenize_function='gumbel_argmax' draws the visual tokens at random, so no two calls see the same image; "
                 "set model.config.vision_config.tokenize_function to 'softmax' or 'st_argmax'"
+            )
+
+    def check_generate(self, asked: Callable[[str], Any]) -> None:
+        if asked("prefill_chunk_size"):
+            raise UnsupportedCallError(
+                f"chunked prefill fails in stock transformers with images of {self.name}; leave prefill_chunk_size out"
             )
 
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
@@ -64,22 +72,19 @@ class Ovis2(Family):
         return {"pixel_values": torch.cat([tiles[i] for i in wanted])}
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
-        last = len(model.model.vision_tower.transformer.encoder.layers) - 1
-        attention = f"transformer.encoder.layers.{last}.attention"
-        twin, tap = with_tap(model.model, "vision_tower", attention, saliency)
-        tokens = [layout.tokens for layout in layouts]
-        output = twin.get_image_features(visuals["pixel_values"], return_dict=True)
-        features = list(output.pooler_output.flatten(0, 1).split(tokens))
-        if tap is None:
-            return Encoded(features, None)
-        [scores] = tap.scores
-        side = int(scores.shape[-1] ** 0.5)
-        joined = torch.nn.functional.avg_pool2d(
-            scores.unflatten(-1, (side, side)).unsqueeze(1), model.config.vision_config.hidden_stride
-        )
-        return Encoded(features, list(joined.flatten().split(tokens)))
+        pixels, stride = visuals["pixel_values"], model.config.vision_config.hidden_stride
+        twin, tap = with_tap(model.model, self.tower_name, self.tower_shape, signals)
+        output = twin.get_image_features(pixels, return_dict=True)
+        grid = patch_grid(model.model.vision_tower, *pixels.shape[-2:])
+        read = tap.read(lambda patches: by_image(pooled(patches, grid, stride), layouts))
+        return Encoded(by_image(output.pooler_output.flatten(0, 1), layouts), read)
 
     def hand_over(
         self, model: Any, modality: str, features: list[Tensor], deepstack: list[Tensor]

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.engines.transformers.families.qwen2_vl import Qwen2VL
+from adafv.engines.transformers.patches import blocks
+from adafv.engines.transformers.towers import TowerShape
 
 
 class PaddleOcrVL(Qwen2VL):
     name = "PaddleOCR-VL"
     model_classes = ("PaddleOCRVLForConditionalGeneration",)
     videos = ()
+    tower_shape = TowerShape("vision_model.encoder.layers", "self_attn", has_class_token=False)
 
-    def attention(self, tower: Any) -> str:
-        return f"vision_model.encoder.layers.{len(tower.vision_model.encoder.layers) - 1}.self_attn"
-
-    def by_token(self, model: Any, sizes: Tensor, scores: list[Tensor], layouts: list[ImageLayout]) -> list[Tensor]:
-        return merged_rows(scores, layouts, (self.merge(model), self.merge(model)))
+    def by_token(self, model: Any, sizes: Tensor, patches: Tensor, layouts: list[ImageLayout]) -> Tensor:
+        return torch.cat(blocks(patches, layouts, (self.merge(model), self.merge(model))))
 
     def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
         return raster_view(visuals)
@@ -35,19 +35,3 @@ def raster_view(visuals: Mapping[str, Any]) -> Tensor:
     _, rows, columns = visuals["image_grid_thw"][0].tolist()
     patches = visuals["pixel_values"][: rows * columns].unflatten(0, (rows, columns))
     return patches.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3).unsqueeze(0)  # type: ignore[no-any-return]
-
-
-def merged_rows(scores: list[Tensor], layouts: list[ImageLayout], block: tuple[int, int]) -> list[Tensor]:
-    """Per image [tokens], the mean over the `block` of patches (rows, columns) that make a token.
-
-    Args:
-        scores: of the patches, image after image and frame after frame, each in rows from left to right.
-    """
-    height, width = block
-    by_image = torch.cat([score.flatten() for score in scores]).split(
-        [layout.tokens * height * width for layout in layouts]
-    )
-    return [
-        patches.view(layout.crops, layout.rows, height, layout.columns, width).mean((2, 4)).flatten()
-        for patches, layout in zip(by_image, layouts, strict=True)
-    ]

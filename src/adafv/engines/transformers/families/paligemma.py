@@ -11,45 +11,46 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.engines.transformers.families.base import CallWithImages
 from adafv.engines.transformers.families.gemma3 import Gemma3
+from adafv.engines.transformers.releases import KEEPS_PACKED_PREFIXES_APART
+from adafv.engines.transformers.settings import setting
 from adafv.engines.transformers.towers import patch_grid
 from adafv.errors import UnsupportedCallError
 from adafv.prompts.prompt import Run
-
-KEEPS_PACKED_PROMPTS_APART = Version(transformers.__version__).release >= (5, 24)
-"""Older releases let packed prompts look at each other, as all of a prompt may."""
 
 
 class PaliGemma(Gemma3):
     name = "PaliGemma"
     model_classes = ("PaliGemmaForConditionalGeneration",)
-    packed_rows = KEEPS_PACKED_PROMPTS_APART
-    first_position = 1
+    packed_apart = KEEPS_PACKED_PREFIXES_APART
     prompt = "{image}{question}"
     limits = (
         "refuses images without token_type_ids, chunked prefill, images behind a cache; a static cache in PaliGemma 2"
     )
 
-    def check_call(self, model: Any, inputs: Mapping[str, Any], cache: Any, cached: bool, generates: bool) -> None:
-        if inputs.get("token_type_ids") is None:
+    def places(self, columns: Tensor) -> Tensor:
+        return columns + 1
+
+    def check_call(self, model: Any, call: CallWithImages) -> None:
+        if call.inputs.get("token_type_ids") is None:
             raise UnsupportedCallError(
                 "without token_type_ids it depends on the padding whether a prompt of PaliGemma looks ahead; pass the "
                 "token_type_ids that the processor returned"
             )
-        if cached:
+        if call.cached:
             raise UnsupportedCallError(
                 "an image of PaliGemma is read together with its whole prompt, and cannot follow cached tokens; pass the "
                 "whole prompt without a cache"
             )
-        if generates and model.config.text_config.model_type == "gemma2" and _is_static(model, inputs, cache):
+        if call.generates and model.config.text_config.model_type == "gemma2" and _is_static(model, call):
             raise UnsupportedCallError(
                 "PaliGemma 2 fails with a static cache in stock transformers; leave cache_implementation out"
             )
+        self.check_packed(call)
 
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
         rows, columns = patch_grid(model.model.vision_tower, *visuals["pixel_values"].shape[-2:])
@@ -60,6 +61,6 @@ class PaliGemma(Gemma3):
         return patches
 
 
-def _is_static(model: Any, inputs: Mapping[str, Any], cache: Any) -> bool:
-    given, config = inputs.get("cache_implementation"), inputs.get("generation_config") or model.generation_config
-    return "static" in str(given or config.cache_implementation) or bool(getattr(cache, "is_compileable", False))
+def _is_static(model: Any, call: CallWithImages) -> bool:
+    implementation = setting(model, call.inputs, "cache_implementation")
+    return "static" in str(implementation) or bool(getattr(call.cache, "is_compileable", False))

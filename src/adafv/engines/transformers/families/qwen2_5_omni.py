@@ -7,7 +7,6 @@ of a video are told in turns (`use_audio_in_video`), positions depend on both; t
 the stock `forward` counts images along the prompt; here they have their place in the picture also then.
 """
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,27 +14,25 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.engines.transformers.families.base import CallWithImages
 from adafv.engines.transformers.families.qwen2_5_vl import Qwen25VL
 from adafv.engines.transformers.families.qwen2_vl import Qwen2VL
-from adafv.errors import UnsupportedCallError, UnsupportedModelError
+from adafv.engines.transformers.releases import check_tower_in_base
+from adafv.errors import UnsupportedCallError
 
 
 class Thinker(Qwen2VL):
-    """What the thinkers of both generations have in common."""
+    """What the thinkers of both generations have in common; no family itself, as it has no name of its own."""
 
     videos: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw", "video_second_per_grid")
     limits = "wrap `model.thinker`; refuses use_audio_in_video"
 
-    @abstractmethod
     def check(self, model: Any) -> None:
-        if not hasattr(model.model, "get_image_features"):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has its tower elsewhere in this release of transformers; install a newer one"
-            )
+        check_tower_in_base(model.model, type(model).__name__)
         super().check(model)
 
-    def check_call(self, model: Any, inputs: Mapping[str, Any], cache: Any, cached: bool, generates: bool) -> None:
-        if inputs.get("use_audio_in_video"):
+    def check_call(self, model: Any, call: CallWithImages) -> None:
+        if call.inputs.get("use_audio_in_video"):
             raise UnsupportedCallError(
                 "use_audio_in_video is not supported with pruned tokens, as positions then depend on the sound; pass the "
                 "sound as an audio of its own, beside the video"
@@ -70,6 +67,3 @@ class Thinker(Qwen2VL):
 class Qwen25Omni(Thinker, Qwen25VL):
     name = "Qwen2.5-Omni"
     model_classes = ("Qwen2_5OmniThinkerForConditionalGeneration",)
-
-    def check(self, model: Any) -> None:
-        super().check(model)

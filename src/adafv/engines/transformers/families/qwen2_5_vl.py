@@ -4,6 +4,7 @@ The tower sorts the patches by window; the saliency is read off its last block t
 back as the stock model does with the features.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from adafv.errors import UnsupportedModelError
 class Qwen25VL(Qwen2VL):
     name = "Qwen2.5-VL"
     model_classes = ("Qwen2_5_VLForConditionalGeneration",)
+    tower_shape = replace(Qwen2VL.tower_shape, whole=lambda tower: sorted(tower.fullatt_block_indexes))
 
     def check(self, model: Any) -> None:
         if not model.model.visual.fullatt_block_indexes:
@@ -25,13 +27,10 @@ class Qwen25VL(Qwen2VL):
                 "which patches the frame attends to"
             )
 
-    def tapped_block(self, tower: Any) -> int:
-        return max(tower.fullatt_block_indexes)
-
-    def by_token(self, model: Any, sizes: Tensor, scores: list[Tensor], layouts: list[ImageLayout]) -> list[Tensor]:
-        by_window = torch.cat(super().by_token(model, sizes, scores, layouts))
+    def by_token(self, model: Any, sizes: Tensor, patches: Tensor, layouts: list[ImageLayout]) -> Tensor:
+        by_window = super().by_token(model, sizes, patches, layouts)
         order = window_order(model.model.visual, torch.as_tensor(sizes)).to(by_window.device)
-        return list(by_window.index_select(0, order.argsort()).split([layout.tokens for layout in layouts]))
+        return by_window.index_select(0, order.argsort())
 
 
 def window_order(tower: Any, sizes: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import MODALITIES, Encoded, Family
-from adafv.engines.transformers.towers import with_tap
+from adafv.engines.transformers.patches import by_image, neighbours
+from adafv.engines.transformers.towers import TowerShape, with_tap
 from adafv.prompts.prompt import Run
 
 
@@ -24,7 +26,7 @@ class Qwen2VL(Family):
     saliency = "received"
     rotary_axes = 3
     tower_name: ClassVar[str] = "visual"
-    """Attribute of the base model that holds the tower."""
+    tower_shape = TowerShape("blocks", "attn", has_class_token=False)
 
     def check(self, model: Any) -> None:
         pass
@@ -48,14 +50,18 @@ class Qwen2VL(Family):
         return taken
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
         pixels, sizes = (visuals[name] for name in self.inputs(modality)[:2])
-        attention = self.attention(getattr(model.model, self.tower_name))
-        twin, tap = with_tap(model.model, self.tower_name, attention, saliency)
+        twin, tap = with_tap(model.model, self.tower_name, self.tower_shape, signals)
         output = self.stock_features(twin, modality, pixels, sizes)
-        scores = None if tap is None else self.by_token(model, sizes, tap.scores, layouts)
-        return Encoded(list(output.pooler_output), scores, self.deepstack_of(output))
+        read = tap.read(lambda patches: by_image(self.by_token(model, sizes, patches, layouts), layouts))
+        return Encoded(list(output.pooler_output), read, self.deepstack_of(output))
 
     def positions(
         self, model: Any, tokens: Tensor, attended: Tensor, visuals: Mapping[str, Mapping[str, Any]]
@@ -82,22 +88,13 @@ class Qwen2VL(Family):
         """Patches along each side of the square that becomes one token."""
         return int(model.config.vision_config.spatial_merge_size)
 
-    def attention(self, tower: Any) -> str:
-        """Path of the tapped attention inside the tower."""
-        return f"blocks.{self.tapped_block(tower)}.attn"
-
-    def tapped_block(self, tower: Any) -> int:
-        """The block whose attention is read: the last, from whose output the merger makes the tokens."""
-        return len(tower.blocks) - 1
-
     def stock_features(self, twin: Any, modality: str, pixels: Tensor, sizes: Tensor) -> Any:
         """What the stock method of the stock class gives."""
         return getattr(twin, f"get_{modality}_features")(pixels, sizes, return_dict=True)
 
-    def by_token(self, model: Any, sizes: Tensor, scores: list[Tensor], layouts: list[ImageLayout]) -> list[Tensor]:
-        """Scores of the tower's patches, frame after frame in the tower's own order -> per image [tokens]."""
-        merged = torch.cat([score.flatten() for score in scores]).unflatten(0, (-1, self.merge(model) ** 2)).mean(-1)
-        return list(merged.split([layout.tokens for layout in layouts]))
+    def by_token(self, model: Any, sizes: Tensor, patches: Tensor, layouts: list[ImageLayout]) -> Tensor:
+        """Values per patch ([all patches, C]), frame after frame in the tower's own order -> [all tokens, C]."""
+        return neighbours(patches, self.merge(model) ** 2)
 
     def deepstack_of(self, output: Any) -> list[Tensor]:
         """Per image [N, L, D], see `Encoded`."""

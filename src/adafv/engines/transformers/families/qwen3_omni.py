@@ -5,8 +5,6 @@ here. The tower is Qwen3-VL's, with features for several language layers; a vide
 are not whole numbers where the seconds between frames are not.
 """
 
-from typing import Any
-
 from adafv.engines.transformers.families.qwen2_5_omni import Thinker
 from adafv.engines.transformers.families.qwen3_vl import Qwen3VL
 
@@ -14,6 +12,3 @@ from adafv.engines.transformers.families.qwen3_vl import Qwen3VL
 class Qwen3Omni(Thinker, Qwen3VL):
     name = "Qwen3-Omni"
     model_classes = ("Qwen3OmniMoeThinkerForConditionalGeneration",)
-
-    def check(self, model: Any) -> None:
-        super().check(model)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.engines.transformers.families.qwen2_vl import Qwen2VL
+from adafv.engines.transformers.releases import of_stock
 
 
 class Qwen3VL(Qwen2VL):
@@ -29,10 +30,9 @@ class Qwen3VL(Qwen2VL):
     def hand_over(
         self, model: Any, modality: str, features: list[Tensor], deepstack: list[Tensor]
     ) -> BaseModelOutputWithPooling:
-        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
-
         layers = zip(*(part.unbind(1) for part in deepstack), strict=True)
-        return BaseModelOutputWithDeepstackFeatures(
-            pooler_output=features,  # type: ignore[arg-type]
+        output = of_stock("qwen3_vl.modeling_qwen3_vl", "BaseModelOutputWithDeepstackFeatures")
+        return output(  # type: ignore[no-any-return]
+            pooler_output=features,
             deepstack_features=[list(layer) for layer in layers],
         )

@@ -8,7 +8,7 @@ length, which a batch of pruned prompts does not have; there the model is refuse
 from typing import Any
 
 from adafv.engines.transformers.families.idefics3 import Idefics3
-from adafv.errors import UnsupportedModelError
+from adafv.engines.transformers.releases import check_any_number_of_tokens
 
 
 class SmolVLM(Idefics3):
@@ -18,8 +18,4 @@ class SmolVLM(Idefics3):
 
     def check(self, model: Any) -> None:
         super().check(model)
-        if not hasattr(model.model, "get_placeholder_mask"):
-            raise UnsupportedModelError(
-                "this release of transformers reads the visual tokens of SmolVLM in blocks of one length, and so takes no "
-                "pruned ones; run: pip install --upgrade transformers"
-            )
+        check_any_number_of_tokens(model.model, self.name)

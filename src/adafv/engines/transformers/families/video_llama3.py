@@ -7,15 +7,16 @@ fewer placeholders than the tower has tokens: what it left out is left out here,
 the frames stand their times, so a video's placeholders are not neighbours.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded, Family
-from adafv.engines.transformers.towers import with_tap
+from adafv.engines.transformers.towers import TowerShape, with_tap
 from adafv.prompts.prompt import Run
 
 
@@ -25,6 +26,8 @@ class VideoLlama3(Family):
     images = ("pixel_values", "image_grid_thw", "image_merge_sizes")
     videos = ("pixel_values_videos", "video_grid_thw", "video_merge_sizes", "video_compression_mask")
     saliency = "received"
+    tower_name = "vision_model"
+    tower_shape = TowerShape("encoder.layers", "self_attn", has_class_token=False)
 
     def check(self, model: Any) -> None:
         pass
@@ -46,21 +49,26 @@ class VideoLlama3(Family):
         return taken
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
         pixels, sizes, merges = (visuals[name] for name in self.inputs(modality)[:3])
-        tower = model.model.vision_model
-        last = len(tower.encoder.layers) - 1
-        twin, tap = with_tap(model.model, "vision_model", f"encoder.layers.{last}.self_attn", saliency)
+        twin, tap = with_tap(model.model, self.tower_name, self.tower_shape, signals)
         output = getattr(twin, f"get_{modality}_features")(pixels, sizes, merges, return_dict=True)
         kept = self._kept(modality, visuals)
-        features = [part[mask.to(part.device)] for part, mask in zip(output.pooler_output, kept, strict=True)]
-        if tap is None:
-            return Encoded(features, None)
-        by_patch = torch.cat([score.flatten() for score in tap.scores]).unsqueeze(-1)
-        by_token = tower.pixel_unshuffle(by_patch, sizes, merges).squeeze(-1)
-        parts = by_token.split([part.numel() for part in kept])
-        return Encoded(features, [part[mask.to(part.device)] for part, mask in zip(parts, kept, strict=True)])
+
+        def in_prompt(parts: Sequence[Tensor]) -> list[Tensor]:
+            return [part[mask.to(part.device)] for part, mask in zip(parts, kept, strict=True)]
+
+        def merged(patches: Tensor) -> list[Tensor]:
+            by_token = model.model.vision_model.pixel_unshuffle(patches, sizes, merges)
+            return in_prompt(by_token.split([part.numel() for part in kept]))
+
+        return Encoded(in_prompt(output.pooler_output), tap.read(merged))
 
     def _grids(self, modality: str, visuals: Mapping[str, Any]) -> list[tuple[int, int, int]]:
         """(frames, rows, columns) of tokens of every image or video, before any is left out."""

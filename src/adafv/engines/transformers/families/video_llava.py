@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adafv.core import ImageLayout
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded
 from adafv.engines.transformers.families.llava import Llava
+from adafv.engines.transformers.patches import by_image
 from adafv.engines.transformers.towers import TappedTower, check_tower, patch_grid, scale_down, shape_of, with_tower
 from adafv.prompts.prompt import Run
 
@@ -26,15 +28,23 @@ class VideoLlava(Llava):
     model_classes = ("VideoLlavaForConditionalGeneration",)
     images: ClassVar[tuple[str, ...]] = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
     videos = ("pixel_values_videos", "vision_feature_layer")
-    other_names: ClassVar[Mapping[str, str]] = {"pixel_values_images": "pixel_values"}
     as_tensor = ("image", "video")
 
     def check(self, model: Any) -> None:
         for tower in (model.model.image_tower, model.model.video_tower):
             check_tower(tower, model.config.vision_feature_layer, model.config.vision_feature_select_strategy)
 
+    def towers(self, model: Any) -> list[Any]:
+        return [model.model.image_tower, model.model.video_tower]
+
+    def feature_layers(self, model: Any) -> int | list[int]:
+        return model.config.vision_feature_layer  # type: ignore[no-any-return]
+
+    def named(self, name: str) -> str:
+        return "pixel_values" if name == "pixel_values_images" else name
+
     def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
-        pixels: Tensor = visuals["pixel_values_images" if "pixel_values_images" in visuals else "pixel_values"]
+        pixels: Tensor = visuals["pixel_values"]
         return pixels[:1]
 
     def take(
@@ -54,16 +64,21 @@ class VideoLlava(Llava):
         return [ImageLayout(source.flatten(), frames, rows, columns)] * len(pixels)
 
     def encode(
-        self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], saliency: bool
+        self,
+        model: Any,
+        modality: str,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
     ) -> Encoded:
-        return self._run(model, modality, visuals, visuals[self.inputs(modality)[0]], len(layouts), saliency)
+        return self._run(model, modality, visuals, visuals[self.inputs(modality)[0]], layouts, signals)
 
     def encode_smaller(
         self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]
     ) -> list[Tensor]:
         pixels = scale_down(visuals["pixel_values"], model.model.image_tower, grid)
         options = {"interpolate_pos_encoding": True}
-        return self._run(model, "image", visuals, pixels, len(layouts), False, **options).features
+        return self._run(model, "image", visuals, pixels, layouts, frozenset(), **options).features
 
     def _run(
         self,
@@ -71,8 +86,8 @@ class VideoLlava(Llava):
         modality: str,
         visuals: Mapping[str, Any],
         pixels: Tensor,
-        count: int,
-        saliency: bool,
+        layouts: list[ImageLayout],
+        signals: frozenset[Signal],
         **options: Any,
     ) -> Encoded:
         name = f"{modality}_tower"
@@ -82,18 +97,22 @@ class VideoLlava(Llava):
             for option in ("vision_feature_layer", "vision_feature_select_strategy")
         )
         check_tower(stock, layer, strategy)
-        tower = TappedTower(stock, layer, saliency)
+        tower = TappedTower(stock, layer, signals)
         twin = with_tower(model.model, name, tower)
         options |= {"vision_feature_layer": layer, "return_dict": True}
         if modality == "image":
             options["vision_feature_select_strategy"] = strategy
         output = getattr(twin, f"get_{modality}_features")(pixels, **options)
         # [images, tokens, D], or [frames of all videos, tokens of one, D]
-        features = output.pooler_output.unflatten(0, (count, -1)).flatten(1, 2)
-        if not saliency:
-            return Encoded(list(features), None)
-        scores = tower.saliency if modality == "image" else pad(tower.saliency, (_leading(stock), 0))
-        return Encoded(list(features), list(scores.unflatten(0, (count, -1)).flatten(1)))
+        features = output.pooler_output.unflatten(0, (len(layouts), -1)).flatten(1, 2)
+
+        def framed(patches: Tensor) -> list[Tensor]:
+            if modality == "image":
+                return by_image(patches, layouts)
+            frames = patches.unflatten(0, (sum(layout.crops for layout in layouts), -1))
+            return by_image(pad(frames, (0, 0, _leading(stock), 0)).flatten(0, 1), layouts)
+
+        return Encoded(list(features), tower.read(framed))
 
 
 def _leading(tower: Any) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from adafv.engines.transformers.families.llava import Llava
+from adafv.engines.transformers.releases import layers_setting
 from adafv.engines.transformers.towers import check_tower
 
 
@@ -15,17 +16,15 @@ class VipLlava(Llava):
     name = "ViP-LLaVA"
     model_classes = ("VipLlavaForConditionalGeneration",)
     images: ClassVar[tuple[str, ...]] = ("pixel_values", "vision_feature_layer")
-    other_names: ClassVar[Mapping[str, str]] = {"vision_feature_layers": "vision_feature_layer"}
     as_tensor = ("image",)
+
+    def named(self, name: str) -> str:
+        return "vision_feature_layer" if name == "vision_feature_layers" else name
 
     def reads(self, model: Any, visuals: Mapping[str, Any]) -> tuple[int | list[int], dict[str, Any]]:
         layers = visuals.get("vision_feature_layer")
-        layers = getattr(model.config, _setting(model)) if layers is None else layers
+        setting = layers_setting(model.config)
+        layers = getattr(model.config, setting) if layers is None else layers
         layers = layers if isinstance(layers, int) else list(layers)
         check_tower(model.model.vision_tower, layers, "default")
-        return layers, {_setting(model): layers}
-
-
-def _setting(model: Any) -> str:
-    """What this release of transformers calls the setting."""
-    return "vision_feature_layer" if hasattr(model.config, "vision_feature_layer") else "vision_feature_layers"
+        return layers, {setting: layers}

@@ -1,6 +1,6 @@
 """LLaVA-1.5: one crop per image, every patch a token."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from adafv.core import ImageLayout
 from adafv.core.encoded import EncodedImage
+from adafv.core.layers import TowerLayers
 from adafv.engines.transformers import towers
 from adafv.engines.vllm.model import PrunedModel
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
-from adafv.engines.vllm.tap import Tap
+from adafv.engines.vllm.tap import Tap, encoded_images
 from adafv.errors import UnsupportedModelError
 
 TOWERS = {
@@ -48,28 +49,28 @@ class PrunedLlava(PrunedModel):
             raise UnsupportedModelError("several vision feature layers are not supported in vLLM")
 
     @property
-    def patch_grid(self) -> tuple[int, int]:
-        """(rows, columns) of one crop."""
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
-        return side, side
+    def shape(self) -> towers.TowerShape:
+        return TOWERS[self.config.vision_config.model_type]
 
     def tap(self) -> Tap:
-        layer = self.vision_tower.vision_model.encoder.layers[-1]
-        return Tap(layer, layer.self_attn.attn)
+        run = list(self.vision_tower.vision_model.encoder.layers)
+        layers = TowerLayers(self.config.vision_config.num_hidden_layers, len(run))
+        return Tap(run, "self_attn.attn", layers, self.adafv_signals, int(self.shape.has_class_token))
 
-    def crops(self, images: dict[str, Any]) -> tuple[Any, Tensor | None]:
-        """(what vLLM's model makes of the images, saliency [all crops, patches]).
+    def encoded(
+        self, images: dict[str, Any], layouts: list[ImageLayout], to_tokens: Callable[[Tensor], list[Tensor]]
+    ) -> list[EncodedImage]:
+        """What vLLM's own method makes of the images: it runs tower, projector and packing.
 
-        vLLM's own method runs tower, projector and packing.
+        Args:
+            to_tokens: see `Tap.read`.
         """
         image_input = self._parse_and_validate_image_input(**images)  # type: ignore[attr-defined]
-        if self.adafv_tap is None:
-            return self._process_image_input(image_input), None  # type: ignore[attr-defined]
         with self.adafv_tap as tap:
             features = self._process_image_input(image_input)  # type: ignore[attr-defined]
-        score = TOWERS[self.config.vision_config.model_type].score
-        scores = [score(run.query, run.key, run.value, run.features, run.scaling, None) for run in tap.runs()]
-        return features, torch.cat(scores)
+        score = self.shape.score
+        signals = tap.read(lambda run: score(run.query, run.key, run.value, run.features, run.scaling, None), to_tokens)
+        return encoded_images(features, signals, layouts)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return super().load_weights(map(_as_vllm_names_it, weights))  # type: ignore[misc]
@@ -84,8 +85,21 @@ def _as_vllm_names_it(weight: tuple[str, Tensor]) -> tuple[str, Tensor]:
     return weight
 
 
+def patch_grid(config: Any) -> tuple[int, int]:
+    """(rows, columns) of one crop."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return side, side
+
+
+def layout_of(config: Any) -> ImageLayout:
+    """Of every image."""
+    rows, columns = patch_grid(config)
+    return ImageLayout(torch.arange(rows * columns), crops=1, rows=rows, columns=columns)
+
+
 class _Info(PrunedInfo, LlavaProcessingInfo):
-    pass
+    def layout(self, image: Mapping[str, Any]) -> ImageLayout:
+        return layout_of(self.get_hf_config())
 
 
 class _Processor(PrunedProcessor, LlavaMultiModalProcessor):
@@ -95,8 +109,7 @@ class _Processor(PrunedProcessor, LlavaMultiModalProcessor):
 @MULTIMODAL_REGISTRY.register_processor(_Processor, info=_Info, dummy_inputs=LlavaDummyInputsBuilder)
 class AdaFVLlavaForConditionalGeneration(PrunedLlava, LlavaForConditionalGeneration):
     def encode(self, images: dict[str, Any]) -> list[EncodedImage]:
-        features, saliency = self.crops(images)
-        rows, columns = self.patch_grid
-        layout = ImageLayout(torch.arange(rows * columns), crops=1, rows=rows, columns=columns)
-        scores = [None] * len(features) if saliency is None else saliency
-        return [EncodedImage(part, score, layout) for part, score in zip(features, scores, strict=True)]
+        layout = layout_of(self.config)
+        return self.encoded(
+            images, [layout] * len(images["pixel_values"]), lambda patches: list(patches.split(layout.tokens))
+        )

@@ -1,11 +1,11 @@
 """LLaVA-NeXT: a thumbnail and several crops per image ("anyres"), packed by vLLM's own method.
 
 As in transformers, where each patch ends up is found by sending the places of patches through the packing, and the
-saliency is sent through it as well; see `adafv.engines.transformers.families.llava_onevision`, which shares this way of
+signals are sent through it as well; see `adafv.engines.transformers.families.llava_onevision`, which shares this way of
 seeing.
 """
 
-from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,43 +21,53 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from adafv.core import ImageLayout, anyres_layout, anyres_places
 from adafv.core.encoded import EncodedImage
-from adafv.engines.vllm.families.llava import PrunedLlava
+from adafv.engines.transformers.patches import by_crops
+from adafv.engines.vllm.families.llava import PrunedLlava, patch_grid
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
+
+Packing = Callable[[Any, Tensor, Tensor], Tensor]
+"""From a model's config, values per crop and patch ([C, patches, E]) and an image's height and width ([2]) to where vLLM puts
+the features: [N, E], -1 at newlines."""
 
 
 class PrunedAnyres(PrunedLlava):
     """What the model classes that cut an image into crops share."""
 
-    @abstractmethod
-    def pack(self, crops: Tensor, size: Tensor) -> Tensor:
-        """Values per crop and patch ([C, patches, E]) where vLLM puts the features: [N, E], -1 at newlines.
-
-        Args:
-            size: [2], height and width of the image.
-        """
+    packing: Packing
+    """Of the family."""
 
     def encode(self, images: dict[str, Any]) -> list[EncodedImage]:
         sizes = images["image_sizes"]
-        layouts = [self.layout(size) for size in sizes]
+        layouts = [anyres_layout_of(self.config, self.packing, size) for size in sizes]
         # An image comes with as many crops as the largest one of its request has; the rest are zeros.
         shown = [crops[: layout.crops] for crops, layout in zip(images["pixel_values"], layouts, strict=True)]
-        features, saliency = self.crops({**images, "pixel_values": shown})
-        scores: list[Tensor | None] = [None] * len(layouts)
-        if saliency is not None:
-            parts = saliency.unsqueeze(-1).split([layout.crops for layout in layouts])
-            scores = [self.pack(part, size).squeeze(-1) for part, size in zip(parts, sizes, strict=True)]
-        return [EncodedImage(*image) for image in zip(features, scores, layouts, strict=True)]
 
-    def layout(self, size: Tensor) -> ImageLayout:
-        """Where the tokens of an image of this size ([2], height and width) come from."""
-        rows, columns = self.patch_grid
-        side, pinpoints = self.config.vision_config.image_size, self.config.image_grid_pinpoints
-        tiling = get_anyres_image_grid_shape(tuple(size.tolist()), pinpoints, side)
-        return anyres_layout(self.pack(anyres_places(tiling, rows, columns), size.cpu()), tiling, rows, columns)
+        def packed(patches: Tensor) -> list[Tensor]:
+            crops = zip(by_crops(patches, layouts), sizes, strict=True)
+            return [self.packing(self.config, part, size) for part, size in crops]
+
+        return self.encoded({**images, "pixel_values": shown}, layouts, packed)
+
+
+def anyres_layout_of(config: Any, packing: Packing, size: Tensor) -> ImageLayout:
+    """Where the tokens of an image of this size ([2], height and width) come from."""
+    rows, columns = patch_grid(config)
+    tiling = get_anyres_image_grid_shape(
+        tuple(size.tolist()), config.image_grid_pinpoints, config.vision_config.image_size
+    )
+    places = packing(config, anyres_places(tiling, rows, columns), size.cpu())
+    return anyres_layout(places, tiling, rows, columns)
+
+
+def packed(config: Any, crops: Tensor, size: Tensor) -> Tensor:
+    """By LLaVA-NeXT's own method."""
+    model: Any = SimpleNamespace(config=config, image_newline=crops.new_full(crops.shape[-1:], -1.0))
+    return LlavaNextForConditionalGeneration._merge_image_patch_embeddings(model, size, crops, strategy="spatial_unpad")
 
 
 class _Info(PrunedInfo, LlavaNextProcessingInfo):
-    pass
+    def layout(self, image: Mapping[str, Any]) -> ImageLayout:
+        return anyres_layout_of(self.get_hf_config(), packed, image["image_sizes"])
 
 
 class _Processor(PrunedProcessor, LlavaNextMultiModalProcessor):
@@ -66,8 +76,4 @@ class _Processor(PrunedProcessor, LlavaNextMultiModalProcessor):
 
 @MULTIMODAL_REGISTRY.register_processor(_Processor, info=_Info, dummy_inputs=LlavaDummyInputsBuilder)
 class AdaFVLlavaNextForConditionalGeneration(PrunedAnyres, LlavaNextForConditionalGeneration):
-    def pack(self, crops: Tensor, size: Tensor) -> Tensor:
-        model: Any = SimpleNamespace(config=self.config, image_newline=crops.new_full(crops.shape[-1:], -1.0))
-        return LlavaNextForConditionalGeneration._merge_image_patch_embeddings(
-            model, size, crops, strategy="spatial_unpad"
-        )
+    packing = staticmethod(packed)

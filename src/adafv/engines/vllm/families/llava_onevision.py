@@ -4,6 +4,7 @@ vLLM cuts every image of a prompt into crops. So does transformers for a list of
 prompt's images, as from its chat templates, it cuts none of several. What is kept is compared with the former.
 """
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,8 @@ from vllm.model_executor.models.llava_onevision import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from adafv.engines.vllm.families.llava_next import PrunedAnyres
+from adafv.core import ImageLayout
+from adafv.engines.vllm.families.llava_next import PrunedAnyres, anyres_layout_of
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
 from adafv.errors import UnsupportedModelError
 
@@ -24,8 +26,18 @@ PACKING = "anyres_max_9"
 """The only `vision_aspect_ratio` that vLLM (0.31, 0.32) packs by, whatever a checkpoint says."""
 
 
+def packed(config: Any, crops: Tensor, size: Tensor) -> Tensor:
+    """By LLaVA-OneVision's own method."""
+    model: Any = SimpleNamespace(config=config)
+    newline = crops.new_full(crops.shape[-1:], -1.0)
+    return LlavaOnevisionForConditionalGeneration._merge_image_patch_embeddings(
+        model, size, crops, image_newline=newline, vision_aspect_ratio=PACKING, strategy="spatial_unpad"
+    )
+
+
 class _Info(PrunedInfo, LlavaOnevisionProcessingInfo):
-    pass
+    def layout(self, image: Mapping[str, Any]) -> ImageLayout:
+        return anyres_layout_of(self.get_hf_config(), packed, image["image_sizes"])
 
 
 class _Processor(PrunedProcessor, LlavaOnevisionMultiModalProcessor):
@@ -42,9 +54,4 @@ class AdaFVLlavaOnevisionForConditionalGeneration(PrunedAnyres, LlavaOnevisionFo
                 f"vision_aspect_ratio={config.vision_aspect_ratio!r}, but vLLM packs images as {PACKING!r} alone"
             )
 
-    def pack(self, crops: Tensor, size: Tensor) -> Tensor:
-        model: Any = SimpleNamespace(config=self.config)
-        newline = crops.new_full(crops.shape[-1:], -1.0)
-        return LlavaOnevisionForConditionalGeneration._merge_image_patch_embeddings(
-            model, size, crops, image_newline=newline, vision_aspect_ratio=PACKING, strategy="spatial_unpad"
-        )
+    packing = staticmethod(packed)

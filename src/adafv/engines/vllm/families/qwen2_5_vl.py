@@ -4,7 +4,7 @@ As in transformers, the saliency is read off the tower's last block that looks a
 image by itself; a token shows four patches, and gets their mean. See `adafv.engines.transformers.families.qwen2_5_vl`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import isqrt
 from typing import Any
@@ -21,12 +21,14 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from adafv.core import Budget, ImageLayout, patch_saliency
 from adafv.core.encoded import EncodedImage
+from adafv.core.layers import TowerLayers
 from adafv.engines.serving.request import Wish
 from adafv.engines.transformers.families.qwen2_5_vl import window_order
+from adafv.engines.transformers.patches import neighbours
 from adafv.engines.vllm.model import PrunedModel
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
 from adafv.engines.vllm.rotary import ROTATIONS, RotaryPositions, place_channels
-from adafv.engines.vllm.tap import Attended, Tap
+from adafv.engines.vllm.tap import Attended, Tap, encoded_images
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
 
 LONGEST = 200
@@ -39,13 +41,13 @@ class PrunedQwen(PrunedModel, RotaryPositions):
     visual: Any
 
     def tap(self) -> Tap:
-        block = self.visual.blocks[self.tapped_block]
-        return Tap(block, block.attn.attn)
+        blocks = list(self.visual.blocks)
+        return Tap(blocks, "attn.attn", TowerLayers(len(blocks), len(blocks), self.whole), self.adafv_signals)
 
     @property
-    def tapped_block(self) -> int:
-        """The block whose attention is read: the last, from whose output the merger makes the tokens."""
-        return len(self.visual.blocks) - 1
+    def whole(self) -> list[int] | None:
+        """Layers that look at the whole image, counted from 1; None: all."""
+        return None
 
     def take(self, images: dict[str, Any], wanted: Sequence[int]) -> dict[str, Any]:
         sizes = images["image_grid_thw"]
@@ -54,41 +56,48 @@ class PrunedQwen(PrunedModel, RotaryPositions):
 
     def encode(self, images: dict[str, Any]) -> list[EncodedImage]:
         image_input = self._parse_and_validate_image_input(**images)  # type: ignore[attr-defined]
-        sizes = images["image_grid_thw"]
-        scores: list[Tensor] | list[None] = [None] * len(sizes)
-        if self.adafv_tap is None:
+        with self.adafv_tap as tap:
             features = self._process_image_input(image_input)  # type: ignore[attr-defined]
-        else:
-            with self.adafv_tap as tap:
-                features = self._process_image_input(image_input)  # type: ignore[attr-defined]
-            scores = self._scores(tap.runs()[0], sizes)
-        merge = self.visual.spatial_merge_size
-        layouts = [
-            ImageLayout(torch.arange(rows * columns), crops=1, rows=rows, columns=columns)
-            for rows, columns in (sizes[:, 1:] // merge).tolist()
-        ]
-        return [EncodedImage(*each) for each in zip(features, scores, layouts, strict=True)]
+        sizes = images["image_grid_thw"]
+        layouts = [layout_of(self.config, size) for size in sizes]
+        counts = sizes.prod(-1).tolist()
 
-    def _scores(self, run: Attended, sizes: Tensor) -> list[Tensor]:
-        """[tokens] per image, from a run of the tapped block over all of them in a row ([1, H, N, d])."""
-        patches = sizes.prod(-1).tolist()
-        states = (part.squeeze(0).split(patches, dim=1) for part in (run.query, run.key, run.value))
-        features = run.features.flatten(0, 1).split(patches)
-        return [
-            self.by_token(patch_saliency(query, key, value, output, run.scaling), size)
-            for query, key, value, output, size in zip(*states, features, sizes, strict=True)
-        ]
+        def score(run: Attended) -> Tensor:
+            """Of a run over all images in a row ([1, H, patches, d]), image by image."""
+            states = (part.squeeze(0).split(counts, dim=1) for part in (run.query, run.key, run.value))
+            features = run.features.flatten(0, 1).split(counts)
+            return torch.cat(
+                [
+                    patch_saliency(query, key, value, output, run.scaling)
+                    for query, key, value, output in zip(*states, features, strict=True)
+                ]
+            )
+
+        def joined(patches: Tensor) -> list[Tensor]:
+            parts = zip(patches.split(counts), sizes, strict=True)
+            return [self.by_token(part, size) for part, size in parts]
+
+        return encoded_images(features, tap.read(score, joined), layouts)
 
     def by_token(self, patches: Tensor, size: Tensor) -> Tensor:
-        """Scores of one image's patches, in the tower's own order -> [tokens]."""
-        return patches.unflatten(0, (-1, self.visual.spatial_merge_unit)).mean(-1)
+        """Values of one image's patches ([patches, C]), in the tower's own order -> [tokens, C]."""
+        return neighbours(patches, self.visual.spatial_merge_unit)
 
     def hand_over(self, image: EncodedImage, kept: Tensor, features: Tensor) -> Tensor:
         return torch.cat((features, place_channels(image.layout, kept).to(features)), dim=1)
 
 
+def layout_of(config: Any, size: Tensor) -> ImageLayout:
+    """Of an image of so many patches ([3]: frames, rows, columns)."""
+    _, rows, columns = (size // torch.tensor([1, *[config.vision_config.spatial_merge_size] * 2])).tolist()
+    return ImageLayout(torch.arange(rows * columns), crops=1, rows=rows, columns=columns)
+
+
 class QwenInfo(PrunedInfo):
     """In front of a Qwen-like `ProcessingInfo`."""
+
+    def layout(self, image: Mapping[str, Any]) -> ImageLayout:
+        return layout_of(self.get_hf_config(), image["image_grid_thw"])  # type: ignore[attr-defined]
 
     @cached_property
     def longest_side(self) -> int:
@@ -131,8 +140,8 @@ class AdaFVQwen2_5_VLForConditionalGeneration(PrunedQwen, Qwen2_5_VLForCondition
             )
 
     @property
-    def tapped_block(self) -> int:
-        return max(self.visual.fullatt_block_indexes)
+    def whole(self) -> list[int] | None:
+        return [block + 1 for block in sorted(self.visual.fullatt_block_indexes)]
 
     def by_token(self, patches: Tensor, size: Tensor) -> Tensor:
         order = window_order(self.visual, size.unsqueeze(0)).to(patches.device)

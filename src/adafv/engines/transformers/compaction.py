@@ -1,77 +1,11 @@
-"""Reading the prompt of a call, and taking columns out of it.
+"""Taking columns out of a prompt, row by row; which of them stay is known on the device alone, so it is done there."""
 
-A prompt is [batch, length]: rows of tokens, one column per token. Its layout is read once, on the host (the one
-synchronisation of a call); which tokens stay is known on the device alone, so columns are taken out there.
-"""
-
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from adafv.engines.transformers.families import Family
-from adafv.errors import PromptError, UnsupportedCallError
-from adafv.prompts.prompt import Prompt, any_of, special_tokens
-
-
-def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt:
-    """Read `input_ids` (or `inputs_embeds`) and `attention_mask`.
-
-    In `inputs_embeds` the special tokens are found as the stock models find placeholders: by their embedding.
-
-    Raises:
-        UnsupportedCallError: the attention mask is not [batch, length].
-        PromptError: ids and mask differ in shape.
-    """
-    visual = {family.placeholder(model, modality) for modality in family.modalities}
-    ends, specials = special_tokens(model.config, getattr(model, "generation_config", None), visual)
-    given = given_prompt(inputs)
-    if given.dim() == 2:
-        tokens = given.cpu()
-    else:
-        tokens = torch.full(given.shape[:2], -1)
-        table = model.get_input_embeddings()
-        for token in visual | specials:
-            if token >= table.weight.shape[0]:
-                continue  # configs name tokens that the model lacks
-            embedding = table(torch.tensor([[token]], device=given.device))[0, 0].to(given.dtype)
-            tokens[(given == embedding).all(-1).cpu()] = token
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        attended = torch.ones_like(tokens, dtype=torch.bool)
-    elif check_mask(mask).shape != tokens.shape:
-        raise PromptError(f"attention_mask is {list(mask.shape)}, but the prompt is {list(tokens.shape)}")
-    else:
-        attended = mask.cpu() != 0
-    is_special, is_end = any_of(tokens, specials), any_of(tokens, ends)
-    prompt = Prompt(tokens, attended, family.placeholders(model, tokens), is_end, is_special)
-    for modality in family.modalities:
-        for row, start, stop in family.markers(prompt.runs(modality)):
-            is_special[row, start:stop] = True
-    return prompt
-
-
-def given_prompt(inputs: Mapping[str, Any]) -> Tensor:
-    """`input_ids` [B, S], or where there are none `inputs_embeds` [B, S, D].
-
-    Raises:
-        PromptError: there is neither.
-    """
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if ids is not None and ids.shape[1] > 0:
-        return ids
-    if embeds is None:
-        raise PromptError("there is no prompt: give input_ids or inputs_embeds beside the images")
-    return embeds
-
-
-def check_mask(mask: Any) -> Tensor:
-    """Return `mask`, or raise UnsupportedCallError where it is not [batch, length]."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise UnsupportedCallError("attention_mask must be a tensor [batch, length]; custom 4-D masks cannot be pruned")
-    return mask
 
 
 @dataclass(frozen=True)
@@ -86,6 +20,8 @@ class Compaction:
     """Whether any row lost a column."""
     lost: Tensor
     """[B] long on the host: visual tokens that each row lost; padding does not count."""
+    padded: bool = False
+    """Whether any row got padding put in."""
 
     @property
     def removed(self) -> int:
@@ -150,12 +86,18 @@ class Compaction:
         """Both, side by side: `after` is about the columns that follow these."""
         shifted = after.columns.where(after.columns < 0, after.columns + self.length)
         columns = torch.cat((self.columns.to(shifted.device), shifted), dim=1)
-        return Compaction(columns, self.length + after.length, self.changed or after.changed, self.lost + after.lost)
+        return Compaction(
+            columns,
+            self.length + after.length,
+            changed=self.changed or after.changed,
+            lost=self.lost + after.lost,
+            padded=self.padded or after.padded,
+        )
 
     def rows(self, index: Tensor) -> "Compaction":
         """Of other rows: those at `index` ([B'] long on the host), as a cache may be reordered or repeated."""
         columns = self.columns[index.to(self.columns.device)]
-        return Compaction(columns, self.length, self.changed, self.lost[index])
+        return Compaction(columns, self.length, self.changed, self.lost[index], self.padded)
 
 
 def nothing_removed(batch: int, length: int, device: torch.device | None = None) -> Compaction:
@@ -185,21 +127,23 @@ def compact(
     batch, length = attended.shape
     if not any(dropped):
         return nothing_removed(batch, length, stays.device)
-    lost = torch.tensor(dropped)
+    lost, there = np.array(dropped), attended.numpy()
     # From the first attended column to the last: what is masked inside that span stays, and stays masked.
-    not_before, not_behind = attended.cumsum(1).bool(), attended.flip(1).cumsum(1).flip(1).bool()
-    inside = not_before & not_behind
-    trailing = (not_before & ~not_behind).sum(1)
-    needed = inside.sum(1) - lost
-    fixed = needed + (trailing if anchored is None else trailing * anchored)
-    new_length = max(int(fixed.max()), length - max(dropped)) + guard
-    trailing = trailing.minimum(new_length - guard - needed)
-    behind_by = (~not_behind).cumsum(1)  # 1 at the first column of the trailing padding
-    kept = inside | (not_before & ~not_behind & (behind_by <= trailing.unsqueeze(1)))
+    not_before = np.logical_or.accumulate(there, axis=1)
+    not_behind = np.logical_or.accumulate(there[:, ::-1], axis=1)[:, ::-1]
+    inside, behind = not_before & not_behind, not_before & ~not_behind
+    needed, trailing = inside.sum(1) - lost, behind.sum(1)
+    fixed = needed + (trailing if anchored is None else trailing * anchored.numpy())
+    new_length = int(max(fixed.max(), length - max(dropped))) + guard
+    trailing = np.minimum(trailing, new_length - guard - needed)
+    kept = inside | (behind & (np.cumsum(~not_behind, axis=1) <= trailing[:, None]))
+    counts = needed + trailing
 
-    wanted = stays & kept.to(stays.device)
-    place = (wanted.cumsum(1) - 1) + new_length - wanted.sum(1, keepdim=True)
+    wanted = stays & torch.from_numpy(kept).to(stays.device)
+    first = torch.from_numpy(new_length - 1 - counts).to(stays.device)
+    place = wanted.cumsum(1) + first.unsqueeze(1)
     place = place.masked_fill(~wanted, new_length)  # one column beyond the end takes what is not wanted
     columns = torch.full((batch, new_length + 1), -1, device=stays.device)
     columns = columns.scatter(1, place, torch.arange(length, device=stays.device).expand(batch, length))
-    return Compaction(columns[:, :new_length], length, changed=True, lost=lost)
+    padded = bool((counts < new_length).any())
+    return Compaction(columns[:, :new_length], length, changed=True, lost=torch.from_numpy(lost), padded=padded)

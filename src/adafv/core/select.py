@@ -1,0 +1,280 @@
+"""The one preparation in front of every method, in every engine: encoded images and words -> the tokens that stay.
+
+Images of one size, plan and method go through the method together. What it decides is checked here, and here merged
+tokens are mixed, from weights, so that features and whatever travels with them are mixed alike.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from adafv.core.encoded import EncodedImage
+from adafv.core.tokens import SALIENCY, STRINGS, Kept, Plan, Signal, VisualTokens, Words
+from adafv.errors import BudgetError, MethodError
+
+if TYPE_CHECKING:
+    from adafv.methods import Method
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One image of which fewer tokens are to stay."""
+
+    encoded: EncodedImage
+    method: "Method"
+    plan: Plan
+    most: int
+    """What the budget leaves of it; the plan's own number where that is known."""
+    words: Tensor | None = None
+    """[T, D], embeddings of the text that counts; None where the method needs none."""
+    ids: Tensor | None = None
+    """[T] long; None where only the embeddings are known."""
+    strings: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What was chosen for G like images."""
+
+    members: tuple[int, ...]
+    """Which of the images they are."""
+    kept: Kept
+    features: Tensor
+    """[G, K, D], what the language model reads."""
+    deepstack: Tensor | None
+    """[G, K, L, D], what travels with them to the language model's layers."""
+    saliency: Tensor | None
+    """[G, N] float32, as the method saw it; None where it did not need it."""
+
+
+def plan_of(method: "Method", layout: Any, keep: int) -> Plan:
+    """The method's plan for an image of which the budget leaves `keep` tokens, checked.
+
+    Raises:
+        MethodError: it plans more tokens than that, or none.
+    """
+    plan = method.plan(layout, keep)
+    if plan.keep is not None and not 1 <= plan.keep <= keep:
+        raise MethodError(
+            f"the method {method.name} plans to keep {plan.keep} tokens where the budget leaves {keep}; it may keep fewer, "
+            "and at least one, but never more"
+        )
+    if plan.crops is not None:
+        allowed = plan.allowed(layout)
+        if not allowed:
+            raise MethodError(
+                f"the method {method.name} plans to keep tokens of the crops {plan.crops} alone, which show none"
+            )
+        if plan.keep is None or plan.keep > allowed:
+            raise BudgetError(
+                f"keep={keep}: the method {method.name} looks at {len(plan.crops)} of {layout.crops} crops, which have "
+                f"{allowed} tokens; give at most that"
+            )
+    return plan
+
+
+def check_method(method: "Method", engine: str, stages: frozenset[str], signals: Callable[[Signal], bool]) -> None:
+    """The one place where a method that an engine cannot serve is refused.
+
+    Args:
+        stages: at which the engine lets a method act.
+        signals: whether the engine has one of those that are not of the tower.
+
+    Raises:
+        MethodError: the engine lacks something that the method needs.
+    """
+    for stage in sorted(method.stages - stages):
+        raise MethodError(
+            f"the method {method.name} acts at the stage {stage!r}, which {engine} does not have here; it has "
+            f"{', '.join(sorted(stages))}: use another method"
+        )
+    for signal in sorted(method.needs):
+        if not signal.of_tower and not signals(signal):
+            raise MethodError(
+                f"the method {method.name} needs {signal} of the prompt, which {engine} does not have here"
+            )
+
+
+def select_tokens(images: Sequence[Wanted], agree: Callable[[Kept], Kept] = lambda kept: kept) -> list[Selected]:
+    """Choose the tokens of some images.
+
+    Args:
+        agree: what makes the workers of one model agree on a choice, before anything is taken by it.
+
+    Raises:
+        MethodError: a method does not keep its contract.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, image in enumerate(images):
+        layout, plan = image.encoded.layout, image.plan
+        alike = (layout.tokens, layout.crops, layout.rows, layout.columns, plan.keep, plan.grid, plan.crops, image.most)
+        groups.setdefault((*alike, id(image.method)), []).append(i)
+    selected = []
+    for members in groups.values():
+        tokens = visual_tokens([images[i] for i in members])
+        first = images[members[0]]
+        for part, keep, some in _counted(first, tokens, members):
+            kept = first.method.select(some, keep)
+            check_kept(first.method, some, keep, kept)
+            selected.append(_taken(images, part, some, agree(kept)))
+    return selected
+
+
+def visual_tokens(images: Sequence[Wanted]) -> VisualTokens:
+    """What a method sees of images that are alike: stacked, masked, with their words."""
+    first = images[0]
+    layout, device = first.encoded.layout, first.encoded.features.device
+    source = torch.stack([image.encoded.layout.source for image in images])
+    candidates = shown = source >= 0
+    if first.plan.crops is not None:
+        candidates = torch.stack([image.encoded.layout.of_crops(first.plan.crops) for image in images])
+    nothing_hidden = bool(shown.all())  # on the host
+    source, candidates, shown = source.to(device), candidates.to(device), shown.to(device)
+    signals = {}
+    for signal in first.method.of_tower if first.plan.grid is None else ():
+        values = _stack([image.encoded.signals[signal] for image in images])
+        if not nothing_hidden:
+            values = values.masked_fill(~shown.view(*shown.shape, *[1] * (values.dim() - 2)), 0.0)
+        signals[signal] = values
+    return VisualTokens(
+        features=_stack([image.encoded.features for image in images]),
+        candidates=candidates,
+        source=source,
+        crops=layout.crops,
+        rows=layout.rows,
+        columns=layout.columns,
+        signals=signals,
+        words=_words(images) if first.method.needs_words else None,
+        grid=first.plan.grid,
+    )
+
+
+def _words(images: Sequence[Wanted]) -> Words:
+    parts = [image.words for image in images]
+    device = parts[0].device  # type: ignore[union-attr]
+    lengths = [len(part) for part in parts]  # type: ignore[arg-type]
+    ids = [
+        torch.full((length,), -1, device=device) if image.ids is None else image.ids.to(device)
+        for image, length in zip(images, lengths, strict=True)
+    ]
+    strings = None
+    if STRINGS in images[0].method.needs:
+        strings = [image.strings or () for image in images]
+    if len(set(lengths)) == 1:
+        mask = torch.ones(len(images), lengths[0], dtype=torch.bool, device=device)
+        return Words(_stack(parts), mask, _stack(ids), strings)  # type: ignore[arg-type]
+    columns = torch.arange(max(lengths)).expand(len(images), -1)
+    mask = (columns < torch.tensor(lengths).unsqueeze(1)).to(device)
+    return Words(
+        pad_sequence(parts, batch_first=True),  # type: ignore[arg-type]
+        mask,
+        pad_sequence(ids, batch_first=True, padding_value=-1),
+        strings,
+    )
+
+
+def _counted(
+    image: Wanted, tokens: VisualTokens, members: list[int]
+) -> list[tuple[tuple[int, ...], int, VisualTokens]]:
+    """(images, K, what the method sees of them): all together, or by the number that the method counts after the scores."""
+    if image.plan.keep is not None:
+        return [(tuple(members), image.plan.keep, tokens)]
+    counts = image.method.count(tokens, image.most).tolist()  # one wait for the device
+    if len(counts) != len(members) or any(not isinstance(count, int) for count in counts):
+        raise MethodError(f"`count` of the method {image.method.name} must give one whole number per image")
+    if any(not 1 <= count <= image.most for count in counts):
+        raise MethodError(
+            f"the method {image.method.name} counts {counts} tokens where the budget leaves {image.most}; it may keep fewer, "
+            "and at least one, but never more"
+        )
+    parts = []
+    for keep in sorted(set(counts)):
+        places = [place for place, count in enumerate(counts) if count == keep]
+        parts.append((tuple(members[place] for place in places), keep, _some(tokens, places)))
+    return parts
+
+
+def _some(tokens: VisualTokens, places: list[int]) -> VisualTokens:
+    """Of some of the images alone."""
+    if len(places) == len(tokens.features):
+        return tokens
+    words = tokens.words
+    if words is not None:
+        strings = None if words.strings is None else [words.strings[place] for place in places]
+        words = Words(words.embeddings[places], words.mask[places], words.ids[places], strings)
+    return replace(
+        tokens,
+        features=tokens.features[places],
+        candidates=tokens.candidates[places],
+        source=tokens.source[places],
+        signals={signal: values[places] for signal, values in tokens.signals.items()},
+        words=words,
+    )
+
+
+def check_kept(method: "Method", tokens: VisualTokens, keep: int, kept: Kept) -> None:
+    """Raise MethodError where a method returns what it must not.
+
+    Shapes and types cost nothing. Values can only be looked at by waiting for the device: that is done on the CPU, and on an
+    accelerator for methods that are not adafv's own.
+    """
+    images, available = tokens.source.shape
+    indices, weights = kept.indices, kept.weights
+
+    def refuse(what: str) -> None:
+        raise MethodError(f"the method {method.name} does not keep its contract: {what}")
+
+    if indices.dtype != torch.long or indices.shape != (images, keep):
+        refuse(f"indices are {indices.dtype} {list(indices.shape)}, not long [{images}, {keep}]")
+    if weights is not None and (not weights.is_floating_point() or weights.shape != (images, keep, available)):
+        refuse(f"weights are {weights.dtype} {list(weights.shape)}, not floating-point [{images}, {keep}, {available}]")
+    if weights is not None and (tokens.grid is not None or method.may_repeat):
+        refuse("weights mix the tokens of the image, but it plans another grid, or repeats tokens")
+    for name, shape in (("text_attention", (images, available)), ("objective", (images,)), ("certificate", (images,))):
+        value = getattr(kept, name)
+        if value is not None and tuple(value.shape) != shape:
+            refuse(f"{name} is {list(value.shape)}, not {list(shape)}")
+    if indices.device.type != "cpu" and type(method).__module__.startswith("adafv."):
+        return
+    if method.may_repeat:
+        if not bool(((indices >= 0) & (indices < available)).all()):
+            refuse(f"indices lie outside 0 to {available - 1}")
+        return
+    before = torch.nn.functional.pad(indices, (1, 0), value=-1)
+    if not bool((before.diff(dim=-1) > 0).all() & (indices[:, -1] < available).all()):
+        refuse(f"indices must be ascending, distinct and in 0 to {available - 1}")
+    if weights is not None and not bool(weights.isfinite().all()):
+        refuse("weights are not finite")
+
+
+def _taken(images: Sequence[Wanted], members: tuple[int, ...], tokens: VisualTokens, kept: Kept) -> Selected:
+    """What stays of features and deepstack rows."""
+    features, deepstack = tokens.features, None
+    if tokens.grid is None:
+        features = take(kept, features)
+        if images[members[0]].encoded.deepstack is not None:
+            deepstack = take(kept, _stack([images[i].encoded.deepstack for i in members]))  # type: ignore[misc]
+    return Selected(members, kept, features, deepstack, tokens.signals.get(SALIENCY))
+
+
+def take(kept: Kept, values: Tensor) -> Tensor:
+    """Of values per token ([G, N, ...]), those that stay, or their mixes ([G, K, ...])."""
+    flat = values.flatten(2) if values.dim() > 3 else values
+    if kept.weights is None:
+        if len(flat) == 1:
+            taken = flat[0].index_select(0, kept.indices[0]).unsqueeze(0)
+        else:
+            taken = flat.gather(1, kept.indices.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
+    else:
+        # In float32, where a weight of 1 gives the token back as it is.
+        taken = (kept.weights.to(flat.device).float() @ flat.float()).to(values.dtype)
+    return taken.unflatten(-1, values.shape[2:]) if values.dim() > 3 else taken
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """torch.stack, without the copy where there is one part."""
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))

@@ -1,0 +1,256 @@
+"""What one call says: the prompt that is new, the prefix that a cache holds, and the images that are not cached yet.
+
+One object per call, and in it one per image, go through the five steps of `compress`; each step fills in what it finds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafv.core import ImageLayout
+from adafv.core.encoded import EncodedImage
+from adafv.core.select import Selected
+from adafv.core.tokens import Plan
+from adafv.engines.transformers.cache import (
+    CacheContents,
+    cached_length,
+    cached_prefix,
+    check_same_conversation,
+    forget,
+    holds_pruned,
+    positions_known,
+)
+from adafv.engines.transformers.compaction import Compaction
+from adafv.engines.transformers.encoded import ENCODED, EncodedImages
+from adafv.engines.transformers.families import Family
+from adafv.engines.transformers.packing import Packing, read_packing
+from adafv.engines.transformers.reading import check_mask, given_prompt, read_prompt
+from adafv.engines.transformers.record import Record
+from adafv.engines.transformers.releases import cache_of
+from adafv.engines.transformers.settings import Settings
+from adafv.errors import CacheError, PromptError, UnsupportedCallError
+from adafv.methods import Method
+from adafv.prompts.prompt import PlacedImage, Prompt, frames_of, place_images
+
+
+class CompressedInputs(dict[str, Any]):
+    """Inputs for `model.generate(**...)` or `model(**...)`, with what was done to them."""
+
+    record: Record | None = None
+    """None where there was no image to prune."""
+    compaction: Compaction
+    """How the prompt became shorter, over the whole conversation where a cache is continued."""
+    new: Compaction
+    """The same of the columns of this call alone."""
+    dropped: Tensor
+    """[B, S] bool, which of those columns were visual tokens that did not stay."""
+    contents: CacheContents | None = None
+    """What the cache will hold; None where that is what any cache would hold."""
+
+
+@dataclass
+class ImageJob:
+    """An image (a video, or a frame with a budget of its own) on its way through a call."""
+
+    image: PlacedImage
+    method: Method
+    """That chooses its tokens: another than the one asked for where no word counts."""
+    layout: ImageLayout
+    """In which its tokens are fed to the method and to the language model."""
+    keep: int = 0
+    """K; until the tokens are chosen, what the budget leaves."""
+    plan: Plan | None = None
+    """None: all of it stays."""
+    text: Tensor | None = None
+    """[T] long, the columns of the words that count; None where the method needs none."""
+    encoded: EncodedImage | None = None
+    selected: Selected | None = None
+    """What was chosen for the images like this one; None where all of it stays."""
+    place: int = 0
+    """Which of those it is."""
+
+    @property
+    def lost(self) -> int:
+        """Tokens that did not stay."""
+        return self.image.layout.tokens - self.keep
+
+
+@dataclass
+class Call:
+    """A call of `generate` or `forward`, read on the host."""
+
+    model: Any
+    family: Family
+    settings: Settings
+    inputs: CompressedInputs
+    """As given, without the images; at the end what the stock model gets."""
+    prompt: Prompt
+    """The new columns alone."""
+    prefix: Compaction
+    """How the cached columns became what the cache holds."""
+    tokens: Tensor | None
+    """[B, S] the whole conversation, where the call gives it."""
+    embeds: Tensor | None
+    """[B, new, D], where the call gives embeddings."""
+    given: Prompt
+    """Whatever the call gives: the whole conversation, or the new columns alone."""
+    device: torch.device
+    generates: bool
+    """A call of `generate`, not of `forward`."""
+    packing: Packing | None = None
+    """The prompts packed into each row; None where every row is one."""
+    visuals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per modality, the inputs of the images whose placeholders are new."""
+    encoded: EncodedImages | None = None
+    """Images that were encoded before, in place of such inputs."""
+    numbers: dict[str, list[int]] = field(default_factory=dict)
+    """Per modality, which of the images that were given are new."""
+    jobs: list[ImageJob] = field(default_factory=list)
+    """One per new image, in reading order."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several prompts that the stock model keeps apart by their positions."""
+        return self.packing is not None and self.packing.apart
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the stock model can be called just so."""
+        return not self.jobs and not self.prefix.changed and not positions_known(cache_of(self.inputs))
+
+
+def read_call(
+    model: Any, family: Family, settings: Settings, inputs: Mapping[str, Any], whole_conversation: bool
+) -> Call | CompressedInputs:
+    """Read a call; where it has nothing to do with pruning, its inputs as they were."""
+    result = CompressedInputs({name: value for name, value in inputs.items() if value is not None})
+    encoded = result.pop(ENCODED) if isinstance(result.get(ENCODED), EncodedImages) else None
+    visuals, taken = visuals_of(family, result)
+    cache = cache_of(result)
+    if cached_length(cache) == 0:
+        forget(cache)
+    encoded_already = bool(result.get("mm_encoder_outputs"))
+    if encoded is not None:
+        encoded.check(model, family, taken)
+        visuals = encoded.visuals
+    if encoded_already or (not visuals and not holds_pruned(cache) and not positions_known(cache)):
+        result.update(taken)
+        return result
+    call = _read(model, family, settings, result, whole_conversation)
+    call.encoded = encoded
+    _place_images(call, visuals)
+    if call.changes_nothing:
+        return result
+    if "cache_position" in result:
+        raise UnsupportedCallError("cache_position cannot be combined with pruned tokens; leave it out")
+    return call
+
+
+def _read(model: Any, family: Family, settings: Settings, inputs: CompressedInputs, whole_conversation: bool) -> Call:
+    """The prompt and the cached prefix of a call."""
+    cache, given, generates = cache_of(inputs), given_prompt(inputs), whole_conversation
+    prefix = cached_prefix(cache, given.shape[0])
+    mask = inputs.get("attention_mask")
+    if prefix.length and whole_conversation and isinstance(mask, Tensor) and mask.shape[1] != given.shape[1]:
+        whole_conversation = False  # only the new tokens, under a mask over all: `generate` takes that too
+    if prefix.length and not whole_conversation:
+        mask = _new_part_of_mask(mask, given.shape[1], prefix)
+    whole = read = read_prompt(model, family, {**inputs, "attention_mask": mask})
+    tokens: Tensor | None = read.tokens
+    embeds = inputs.get("inputs_embeds")
+    if prefix.length:
+        if whole_conversation:
+            check_same_conversation(cache, read.tokens, prefix)
+            embeds = None if embeds is None else embeds[:, prefix.length :]
+            read = whole.after(prefix.length)
+        else:
+            tokens = None
+    packing = None
+    if not prefix.length:
+        packing = read_packing(model, family, inputs, read.attended)
+        if packing is not None:
+            whole = read = replace(read, segments=packing.segments)
+    return Call(model, family, settings, inputs, read, prefix, tokens, embeds, whole, given.device, generates, packing)
+
+
+def _new_part_of_mask(mask: Any, new: int, prefix: Compaction) -> Any:
+    if mask is None:
+        return None
+    if check_mask(mask).shape[1] not in (new, prefix.length + new, prefix.columns.shape[1] + new):
+        raise CacheError(
+            f"attention_mask covers {mask.shape[1]} tokens, but {prefix.length} are cached and {new} are new; the mask must "
+            "cover both, or the new ones alone"
+        )
+    return mask[:, -new:]
+
+
+def _place_images(call: Call, visuals: dict[str, dict[str, Any]]) -> None:
+    """Find the images and videos whose placeholders are not cached yet, in reading order.
+
+    A processor that sees the whole conversation returns the cached images too; the stock model wants them left out, here
+    both are right.
+    """
+    for modality in call.prompt.placeholders:
+        found, given, numbers = _new_of(call, modality, visuals.get(modality, {}))
+        if not found:
+            continue
+        call.visuals[modality], call.numbers[modality] = given, numbers
+        if call.settings.video == "frame" and modality == "video":
+            found = [frame for video in found for frame in frames_of(video)]
+        call.jobs += [ImageJob(image, call.settings.method, image.layout) for image in found]
+    call.jobs.sort(key=lambda job: (job.image.row, job.image.first))
+
+
+def _new_of(call: Call, modality: str, visuals: dict[str, Any]) -> tuple[list[PlacedImage], dict[str, Any], list[int]]:
+    """The new images of one modality, their inputs, and which of the given ones they are."""
+    model, family, new = call.model, call.family, call.prompt.placeholders[modality]
+    if not visuals:
+        if new.any():
+            raise PromptError(
+                f"the prompt has {int(new.sum())} {modality} placeholders that are not cached, but no {modality}s; "
+                f"pass {family.inputs(modality)[0]} as the processor returned them"
+            )
+        return [], {}, []
+    whole = call.given.placeholders[modality]
+    if whole.shape[1] > new.shape[1]:
+        layouts = family.layouts(model, modality, visuals, call.given.runs(modality))
+        if sum(layout.tokens for layout in layouts) == int(whole.sum()):
+            images = place_images(modality, whole, layouts)
+            wanted = [i for i, image in enumerate(images) if image.first >= call.prefix.length]
+            if not wanted:
+                return [], {}, []
+            visuals = family.take(model, modality, visuals, layouts, wanted)
+            layouts = [layouts[i] for i in wanted]
+            return place_images(modality, new, layouts), visuals, wanted
+    layouts = family.layouts(model, modality, visuals, call.prompt.runs(modality))
+    return place_images(modality, new, layouts), visuals, list(range(len(layouts)))
+
+
+def visuals_of(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Take the images and videos out of `inputs`: per modality that is present, and all of them together."""
+    if not family.videos and "pixel_values_videos" in inputs:
+        raise UnsupportedCallError(
+            f"videos are not supported for {family.name}; pass the frames as images, if it takes several"
+        )
+    names = {name for modality in family.modalities for name in family.inputs(modality)}
+    taken = {name: inputs.pop(name) for name in list(inputs) if family.named(name) in names}
+    known = {family.named(name): value for name, value in taken.items()} | taken
+    visuals: dict[str, dict[str, Any]] = {}
+    for modality in family.modalities:
+        mine = {name: known[name] for name in family.inputs(modality) if name in known}
+        if family.inputs(modality)[0] in mine:
+            visuals[modality] = _Visuals(mine)
+    return visuals, taken
+
+
+class _Visuals(dict[str, Any]):
+    """The inputs of one modality. What the family asks for and the caller left out is named."""
+
+    def __missing__(self, name: str) -> Any:
+        raise PromptError(
+            f"{name} is missing beside {', '.join(self)}; pass all that the processor returned: model(**inputs) or "
+            "model.generate(**inputs)"
+        )

@@ -1,0 +1,56 @@
+"""Step 3 of `compress`: the tower, once per modality, or where images are scaled down once per grid."""
+
+from adafv.core.encoded import EncodedImage
+from adafv.core.tokens import Signal
+from adafv.engines.transformers.call import Call, ImageJob
+from adafv.engines.transformers.encoded import encode_modality
+from adafv.errors import StaleImagesError
+
+
+def encode_images(call: Call) -> None:
+    """Give every image what the tower makes of it."""
+    signals = frozenset[Signal]().union(
+        *(job.method.of_tower for job in call.jobs if job.plan is not None and job.plan.grid is None)
+    )
+    for modality in call.visuals:
+        jobs = [job for job in call.jobs if job.image.modality == modality]
+        images = (
+            _encoded_before(call, modality, signals)
+            if call.encoded is not None
+            else _run(call, modality, jobs, signals)
+        )
+        for job in jobs:
+            job.encoded = images[job.image.number].part(job.image.part, job.layout)
+
+
+def _run(call: Call, modality: str, jobs: list[ImageJob], signals: frozenset[Signal]) -> dict[int, EncodedImage]:
+    model, family, inputs = call.model, call.family, call.visuals[modality]
+    grids = {job.image.number: None if job.plan is None else job.plan.grid for job in jobs}
+    # Frames of a video share its tower run; the layout of the video is not kept beside theirs.
+    layouts = {job.image.number: job.layout for job in jobs}
+    if any(job.image.frame is not None for job in jobs):
+        whole = family.layouts(model, modality, inputs, call.prompt.runs(modality))
+        layouts = dict(enumerate(whole))
+    images: dict[int, EncodedImage] = {}
+    for grid in set(grids.values()):
+        wanted = [number for number in sorted(grids) if grids[number] == grid]
+        some, lying = inputs, [layouts[number] for number in wanted]
+        if len(wanted) < len(grids):
+            some = family.take(model, modality, inputs, [layouts[number] for number in sorted(layouts)], wanted)
+        if grid is None:
+            part = encode_modality(model, family, modality, some, lying, signals)
+        else:
+            smaller = family.encode_smaller(model, some, lying, grid)
+            part = [EncodedImage(features, {}, layout) for features, layout in zip(smaller, lying, strict=True)]
+        images.update(zip(wanted, part, strict=True))
+    return images
+
+
+def _encoded_before(call: Call, modality: str, signals: frozenset[Signal]) -> dict[int, EncodedImage]:
+    assert call.encoded is not None
+    for signal in sorted(signals - call.encoded.signals):
+        raise StaleImagesError(
+            f"these images were encoded without {signal}, which the method {call.settings.method.name} needs; encode them "
+            f"for it: adafv.encode(model, inputs, method={call.settings.method.name!r})"
+        )
+    return dict(enumerate(call.encoded.take(modality, call.numbers[modality], call.device)))

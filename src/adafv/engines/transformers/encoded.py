@@ -1,0 +1,238 @@
+"""Images that went through tower and projector once, for any number of questions: `adafv.encode`.
+
+Why it looks like this. The tower is a step of its own in every engine; here its result gets a name, so that a caller can
+keep it: a page of questions about one photo, a chat, a comparison of methods or budgets. It is passed where the pixels
+would be, as `images=`, and everything else about a call stays as it is. vLLM's tower cache holds the same objects, one
+per image (`adafv.core.encoded`).
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafv.core.encoded import EncodedImage
+from adafv.core.tokens import Signal
+from adafv.engines.transformers.families import Family, family_of
+from adafv.engines.transformers.families.base import stock_model
+from adafv.errors import PromptError, StaleImagesError
+from adafv.methods import Method, method_named
+
+ENCODED = "images"
+"""Name under which encoded images are passed to `generate`, `forward` and `compress`."""
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Encoded images and videos, in the order in which they were given; see `adafv.encode`."""
+
+    images: dict[str, list[EncodedImage]]
+    """Per modality."""
+    visuals: dict[str, dict[str, Any]]
+    """Per modality, the inputs that describe them; of the pixels, shapes alone."""
+    signals: frozenset[Signal]
+    """What was read off the tower."""
+    family: str
+    weights: tuple[Any, ...]
+    """What tower and projector were like; see `_weights`."""
+    pixels: dict[str, str]
+    """A hash of every input."""
+
+    def __len__(self) -> int:
+        """Images and videos."""
+        return sum(len(images) for images in self.images.values())
+
+    @property
+    def bytes(self) -> int:
+        """What they hold of the device's memory."""
+        return sum(image.bytes for images in self.images.values() for image in images)
+
+    def to(self, device: Any) -> "EncodedImages":
+        """The same on another device, to keep many of them on the CPU, say; they are moved back where they are used."""
+        moved = {
+            modality: [
+                replace(
+                    image,
+                    features=image.features.to(device),
+                    signals={signal: values.to(device) for signal, values in image.signals.items()},
+                    deepstack=None if image.deepstack is None else image.deepstack.to(device),
+                )
+                for image in images
+            ]
+            for modality, images in self.images.items()
+        }
+        return replace(self, images=moved)
+
+    def check(self, model: Any, family: Family, taken: Mapping[str, Any]) -> None:
+        """Raise where these images are not those that the model would make now.
+
+        Args:
+            taken: pixels and sizes that are passed beside them.
+
+        Raises:
+            StaleImagesError: weights, precision, device, adapters or pixels are others.
+        """
+        mend = "encode the images again: adafv.encode(model, inputs)"
+        if family.name != self.family:
+            raise StaleImagesError(
+                f"these images were encoded for {self.family}, but the model is {family.name}; {mend}"
+            )
+        now = _weights(model, family)
+        if len(now) != len(self.weights):
+            raise StaleImagesError(
+                f"the vision tower has other parameters or adapters than when these images were encoded; {mend}"
+            )
+        for before, after in zip(self.weights, now, strict=True):
+            if before != after:
+                raise StaleImagesError(
+                    f"{after[0]} of the model has changed since these images were encoded (weights, precision or device); "
+                    f"{mend}"
+                )
+        for name, value in taken.items():
+            if name not in self.pixels or self.pixels[name] != _hash(value):
+                raise StaleImagesError(
+                    f"{name} is passed beside images= and differs from what was encoded: another picture, or another setting "
+                    f"of the processor; leave it out, or {mend}"
+                )
+
+    def take(self, modality: str, numbers: Sequence[int], device: torch.device) -> list[EncodedImage]:
+        """Some of the images of one modality, on the device of the model."""
+        found = [self.images[modality][number] for number in numbers]
+        if all(image.features.device == device for image in found):
+            return found
+        moved = replace(self, images={modality: found}).to(device)
+        return moved.images[modality]
+
+    def repeated(self, times: int) -> "EncodedImages":
+        """One image as often as a batch asks about it; without another copy of it.
+
+        Raises:
+            PromptError: there are several images, or a video.
+        """
+        if len(self) != 1 or "image" not in self.images:
+            raise PromptError(
+                f"only one image can be repeated, and these are {len(self)}; encode them as the batch shows them"
+            )
+        [image] = self.images["image"]
+        visuals = {name: _rows(value, times) for name, value in self.visuals["image"].items()}
+        return replace(self, images={"image": [image] * times}, visuals={"image": visuals}, pixels={})
+
+
+def encode(
+    model: Any, inputs: Mapping[str, Any], *, method: str | Method | Iterable[str | Method] = "adafv"
+) -> EncodedImages:
+    """Run vision tower and projector once, for any number of questions, budgets and methods.
+
+        encoded = adafv.encode(model, processor(images=photo, text=prompt, return_tensors="pt"))
+        with AdaFV(keep=64)(model):
+            for question in questions:
+                inputs = processor(images=photo, text=question, return_tensors="pt")
+                model.generate(**inputs, images=encoded)
+
+    Args:
+        model: a supported model, wrapped or not. It is not changed.
+        inputs: what the processor returned; its text does not matter.
+        method: the methods that will choose, by name or as objects: what they need of the tower is read off it.
+
+    Returns:
+        The encoded images, to be passed as `images=` to `generate`, `forward` (inside `AdaFV`) or `compress`, with or without
+        the pixels. They are refused once they are stale: other weights, precision, device, adapters or pixels.
+
+    Raises:
+        PromptError: there is no image in `inputs`.
+    """
+    from adafv.engines.transformers.call import visuals_of
+    from adafv.engines.transformers.devices import host_by_default
+
+    model = stock_model(model)
+    family = family_of(model)
+    listed = [method] if isinstance(method, (str, Method)) else list(method)
+    methods = [method_named(each) if isinstance(each, str) else each for each in listed]
+    signals = frozenset[Signal]().union(*(part.of_tower for each in methods for part in (each, each.without_text())))
+    family.check_signals(model, signals)
+    given = {name: value for name, value in inputs.items() if value is not None}
+    visuals, taken = visuals_of(family, dict(given))
+    if not visuals:
+        raise PromptError(f"there is no image to encode: give {family.images[0]}, as the processor returns it")
+    images, described = {}, {}
+    with torch.no_grad(), host_by_default():
+        for modality, entries in visuals.items():
+            runs: list[Any] = []
+            if given.get("input_ids") is not None:
+                from adafv.engines.transformers.reading import read_prompt
+
+                runs = read_prompt(model, family, {"input_ids": given["input_ids"]}).runs(modality)
+            layouts = family.layouts(model, modality, entries, runs)
+            images[modality] = [
+                image.copy() for image in encode_modality(model, family, modality, entries, layouts, signals)
+            ]
+            described[modality] = {name: _described(name, value) for name, value in entries.items()}
+    hashes = {name: _hash(value) for name, value in taken.items()}
+    return EncodedImages(images, described, signals, family.name, _weights(model, family), hashes)
+
+
+def encode_modality(
+    model: Any,
+    family: Family,
+    modality: str,
+    visuals: Mapping[str, Any],
+    layouts: list[Any],
+    signals: frozenset[Signal],
+) -> list[EncodedImage]:
+    """Run the tower on all images, or all videos, of a call."""
+    made = family.encode(model, modality, visuals, layouts, signals)
+    return [
+        EncodedImage(
+            features,
+            {signal: values[i] for signal, values in made.signals.items()},
+            layout,
+            made.deepstack[i] if made.deepstack else None,
+        )
+        for i, (features, layout) in enumerate(zip(made.features, layouts, strict=True))
+    ]
+
+
+def _weights(model: Any, family: Family) -> tuple[Any, ...]:
+    """(name, version, type, device, where it is) of every parameter outside the language model.
+
+    PyTorch counts a tensor's version up whenever it is written to. Adapters add parameters, or wrap modules.
+    """
+    language = {id(parameter) for parameter in _language_model(model).parameters()}
+    return tuple(
+        (name, parameter._version, parameter.dtype, str(parameter.device), parameter.data_ptr(), tuple(parameter.shape))
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in language
+    )
+
+
+def _language_model(model: Any) -> Any:
+    return getattr(getattr(model, "model", model), "language_model", None) or torch.nn.Module()
+
+
+def _described(name: str, value: Any) -> Any:
+    """Without the pixels, of which the shape says how images lie."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to("meta")
+    if isinstance(value, (list, tuple)) and value and all(isinstance(part, Tensor) for part in value):
+        return [_described(name, part) for part in value]
+    return value
+
+
+def _hash(value: Any) -> str:
+    digest = hashlib.sha256()
+    for part in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(part, Tensor):
+            digest.update(repr((part.dtype, tuple(part.shape))).encode())
+            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()
+
+
+def _rows(value: Any, times: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.repeat(times, *[1] * (value.dim() - 1)) if value.dim() else value
+    return list(value) * times if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,58 @@
+"""From the patches that a tower sees to the tokens that a projector makes of them, for values of any width.
+
+A tap gives values per patch, [all patches, C] over all images of a call; every family says once where its patches go,
+by one of these, and that holds for the saliency (C = 1), for keys and for hidden states alike. A token that is made of
+several patches has their mean.
+"""
+
+import torch
+from torch import Tensor
+
+from adafv.core import ImageLayout
+
+
+def by_image(tokens: Tensor, layouts: list[ImageLayout]) -> list[Tensor]:
+    """[all tokens, C], image after image -> per image [N, C]."""
+    return list(tokens.split([layout.tokens for layout in layouts]))
+
+
+def by_crops(patches: Tensor, layouts: list[ImageLayout]) -> list[Tensor]:
+    """[all patches, C] of crops of one size -> per image [its crops, patches of a crop, C]."""
+    crops = patches.unflatten(0, (sum(layout.crops for layout in layouts), -1))
+    return list(crops.split([layout.crops for layout in layouts]))
+
+
+def neighbours(patches: Tensor, count: int) -> Tensor:
+    """[tokens * count, C] -> [tokens, C]: the `count` patches of a token follow one another."""
+    return patches.unflatten(0, (-1, count)).mean(1)
+
+
+def numbered(patches: Tensor, squares: Tensor) -> Tensor:
+    """[patches, C] -> [tokens, C], where `squares` ([..., count] long) names the patches of every token.
+
+    Found by sending the numbers of the patches through the model's own shuffle of them.
+    """
+    return patches[squares.flatten(0, -2).to(patches.device)].mean(1)
+
+
+def pooled(patches: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """[crops * rows * columns, C], each crop in rows from left to right -> [tokens, C], squares of side x side patches.
+
+    What is left over at the right and the bottom is dropped.
+    """
+    crops = patches.unflatten(0, (-1, *grid)).movedim(-1, 1)
+    return torch.nn.functional.avg_pool2d(crops, side).movedim(1, -1).flatten(0, 2)
+
+
+def blocks(patches: Tensor, layouts: list[ImageLayout], block: tuple[int, int]) -> list[Tensor]:
+    """Per image [N, C], of images of any size, each in rows from left to right, frame after frame.
+
+    Args:
+        block: (rows, columns) of patches that make a token.
+    """
+    height, width = block
+    parts = patches.split([layout.tokens * height * width for layout in layouts])
+    return [
+        part.unflatten(0, (layout.crops, layout.rows, height, layout.columns, width)).mean((2, 4)).flatten(0, 2)
+        for part, layout in zip(parts, layouts, strict=True)
+    ]

@@ -1,0 +1,80 @@
+"""Step 2 of `compress`: what is to become of every image, decided on the host before the tower runs."""
+
+import warnings
+
+from adafv.core.select import check_method, plan_of
+from adafv.core.tokens import STRINGS, WORDS
+from adafv.engines.transformers.call import Call, ImageJob
+from adafv.engines.transformers.columns import refuse_unknown_columns
+from adafv.engines.transformers.families import CallWithImages
+from adafv.engines.transformers.releases import cache_of
+from adafv.errors import NoWordsError, UnsupportedCallError
+from adafv.methods.base import IMAGE, TOKENS
+from adafv.prompts.text import text_columns
+
+
+def plan_images(call: Call) -> None:
+    """Give every image its budget, and those that lose tokens their words, their method and its plan."""
+    for job in call.jobs:
+        job.keep = call.settings.budget.tokens(job.image.layout.tokens)
+    losing = [job for job in call.jobs if job.lost]
+    if call.jobs:
+        cached, packed = call.prefix.length > 0, bool(losing) and call.packed
+        call.family.check_call(
+            call.model,
+            CallWithImages(call.inputs, tuple(call.visuals), cache_of(call.inputs), cached, call.generates, packed),
+        )
+    for job in losing:
+        if call.settings.method.needs_words:
+            _find_words(call, job)
+        _check_method(call, job)
+        job.plan = plan_of(job.method, job.image.layout, job.keep)
+        job.keep = job.keep if job.plan.keep is None else job.plan.keep
+        _follow(call, job)
+    if losing or call.prefix.changed:
+        refuse_unknown_columns(call.inputs, (call.prompt.length, call.prefix.length + call.prompt.length))
+
+
+def _find_words(call: Call, job: ImageJob) -> None:
+    """The columns of the text that counts for an image. Where no word does, another method chooses, and a warning says so:
+    "hello" may be all template."""
+    settings, image = call.settings, job.image
+    try:
+        job.text = text_columns(call.prompt, image, settings.scope, settings.template)
+    except NoWordsError as error:
+        job.method = settings.method_without_text
+        if job.method.needs_words:
+            raise
+        warnings.warn(
+            f"no word of the prompt counts for {image.modality} {image.number}, so its tokens were chosen by "
+            f"{job.method.name} alone ({error})",
+            stacklevel=2,
+        )
+
+
+def _check_method(call: Call, job: ImageJob) -> None:
+    """Refuse what this call, this family or this model cannot give the method."""
+    has = {WORDS, STRINGS} if call.settings.tokenizer is not None and call.tokens is not None else {WORDS}
+    check_method(job.method, "transformers", frozenset({IMAGE, TOKENS}), has.__contains__)
+    call.family.check_signals(call.model, job.method.of_tower)
+
+
+def _follow(call: Call, job: ImageJob) -> None:
+    """Lay the image out as the plan says, where the family can."""
+    plan, family, modality = job.plan, call.family, job.image.modality
+    assert plan is not None
+    if plan.grid is not None and not (family.downsamples and modality == "image" and call.encoded is None):
+        where = (
+            f"for the {modality}s of {family.name}" if call.encoded is None else "for images that are encoded already"
+        )
+        raise UnsupportedCallError(
+            f"images at lower resolution are not supported {where}; use another method, or scale the images before the "
+            "processor"
+        )
+    if plan.arranged is not None and family.arranges and modality == "image":
+        if call.encoded is not None:
+            raise UnsupportedCallError(
+                f"the method {job.method.name} lays tokens out in another way than encoded images hold them; pass the "
+                "images themselves"
+            )
+        job.layout = plan.arranged

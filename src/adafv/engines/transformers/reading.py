@@ -1,0 +1,72 @@
+"""Reading the prompt of a call, on the host: the one wait for the device of a call.
+
+A prompt is [batch, length]: rows of tokens, one column per token.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafv.engines.transformers.families import Family
+from adafv.errors import PromptError, UnsupportedCallError
+from adafv.prompts.prompt import Prompt, any_of, special_tokens
+
+
+def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt:
+    """Read `input_ids` (or `inputs_embeds`) and `attention_mask`.
+
+    In `inputs_embeds` the special tokens are found as the stock models find placeholders: by their embedding.
+
+    Raises:
+        UnsupportedCallError: the attention mask is not [batch, length].
+        PromptError: ids and mask differ in shape.
+    """
+    visual = {family.placeholder(model, modality) for modality in family.modalities}
+    ends, specials = special_tokens(model.config, getattr(model, "generation_config", None), visual)
+    given = given_prompt(inputs)
+    if given.dim() == 2:
+        tokens = given.cpu()
+    else:
+        tokens = torch.full(given.shape[:2], -1)
+        table = model.get_input_embeddings()
+        for token in visual | specials:
+            if token >= table.weight.shape[0]:
+                continue  # configs name tokens that the model lacks
+            embedding = table(torch.tensor([[token]], device=given.device))[0, 0].to(given.dtype)
+            tokens[(given == embedding).all(-1).cpu()] = token
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        attended = torch.ones_like(tokens, dtype=torch.bool)
+    elif check_mask(mask).shape != tokens.shape:
+        raise PromptError(f"attention_mask is {list(mask.shape)}, but the prompt is {list(tokens.shape)}")
+    else:
+        attended = mask.cpu() != 0
+    is_special, is_end = any_of(tokens, specials), any_of(tokens, ends)
+    prompt = Prompt(tokens, attended, family.placeholders(model, tokens), is_end, is_special)
+    for modality in family.modalities:
+        for row, start, stop in family.markers(prompt.runs(modality)):
+            is_special[row, start:stop] = True
+    return prompt
+
+
+def given_prompt(inputs: Mapping[str, Any]) -> Tensor:
+    """`input_ids` [B, S], or where there are none `inputs_embeds` [B, S, D].
+
+    Raises:
+        PromptError: there is neither.
+    """
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if ids is not None and ids.shape[1] > 0:
+        return ids
+    if embeds is None:
+        raise PromptError("there is no prompt: give input_ids or inputs_embeds beside the images")
+    return embeds
+
+
+def check_mask(mask: Any) -> Tensor:
+    """Return `mask`, or raise UnsupportedCallError where it is not [batch, length]."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise UnsupportedCallError("attention_mask must be a tensor [batch, length]; custom 4-D masks cannot be pruned")
+    return mask

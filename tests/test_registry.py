@@ -1,0 +1,302 @@
+"""The registry: what is broken takes down itself alone and is named; other distributions bring methods and families."""
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import refused, run
+from models import make_inputs
+from rows import llava, llava_next
+
+from adafv import AdaFV
+from adafv.bundled import sample_pictures
+from adafv.engines.serving.settings import ServerSettings
+from adafv.engines.transformers.families import base, family_of, found_families, known_families
+from adafv.environment import as_text, environment
+from adafv.errors import OptionError, UnsupportedModelError
+from adafv.methods import found_methods, known_methods, method_named
+from adafv.methods.base import Method
+from adafv.registry import Found, cause, find
+
+FAMILIES = "adafv.engines.transformers.families"
+METHOD = """\
+from dataclasses import dataclass
+
+from adafv.core import top_tokens
+from adafv.methods import Kept, Method
+
+
+@dataclass(frozen=True)
+class Outliers(Method):
+    power: float = 1.0
+    name = "outliers"
+    summary = "distance from the mean token"
+
+    def select(self, tokens, keep):
+        distance = (tokens.features - tokens.features.mean(1, keepdim=True)).norm(dim=-1) ** self.power
+        return Kept(top_tokens(distance, keep, tokens.shows_patch))
+"""
+FAMILY = """\
+from adafv.engines.transformers.families.llava import Llava
+
+
+class Foreign(Llava):
+    name = "Foreign"
+    model_classes = ("ForeignForConditionalGeneration",)
+"""
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """install(distribution, {module: source}, {group: {name: value}}), as pip leaves a distribution behind."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules: list[str] = []
+
+    def forget() -> None:
+        for cached in (found_methods, found_families, known_families):
+            cached.cache_clear()
+        for name in modules:
+            sys.modules.pop(name, None)
+
+    def installed(distribution: str, sources: dict[str, str], entries: dict[str, dict[str, str]]) -> None:
+        for name, source in sources.items():
+            (tmp_path / f"{name}.py").write_text(source)
+            modules.append(name)
+        folder = tmp_path / f"{distribution}-1.5.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.5\n")
+        (folder / "entry_points.txt").write_text(
+            "\n".join(
+                f"[{group}]\n" + "\n".join(f"{name} = {value}" for name, value in lines.items())
+                for group, lines in entries.items()
+            )
+        )
+        importlib.invalidate_caches()
+        forget()
+
+    yield installed
+    forget()
+
+
+class TestOtherDistributions:
+    def test_a_method_is_found_wherever_methods_are_named(self, install: Install) -> None:
+        install("outliers", {"outlying": METHOD}, {"adafv.methods": {"outliers": "outlying:Outliers"}})
+        assert "outliers" in known_methods()
+        assert method_named("outliers", power=2.0).power == 2.0  # type: ignore[attr-defined]
+        assert found_methods().homes["outliers"] == "outlying:Outliers (outliers 1.5)"
+        assert found_methods().broken == ()
+        listed = run("methods")
+        assert listed.exit_code == 0
+        assert "outliers" in listed.stdout
+        assert "distance from the mean token" in listed.stdout
+        served = ServerSettings.of({"keep": 8, "method": "outliers", "parameters": {"power": 3.0}})
+        assert served.method == method_named("outliers", power=3.0)
+        assert "outliers" in environment()["methods"]["known"]
+
+    def test_a_method_answers_on_the_command_line(self, install: Install) -> None:
+        install("outliers", {"outlying": METHOD}, {"adafv.methods": {"outliers": "outlying:Outliers"}})
+        [sample, *_] = sorted(sample_pictures())
+        result = run("ask", sample, "What is in the picture?", "--method", "outliers", "--keep", "10%", "--json")
+        assert result.exit_code == 0, result.output
+        said = json.loads(result.stdout)
+        assert said["method"] == "outliers"
+
+    def test_a_family_serves_its_model(self, install: Install) -> None:
+        install("foreign", {"foreign_models": FAMILY}, {"adafv.families": {"foreign": "foreign_models:Foreign"}})
+        model = llava.ROW.build()
+        assert family_of(model).name == "LLaVA-1.5"
+        model.__class__ = type("ForeignForConditionalGeneration", (type(model),), {})
+        assert family_of(model).name == "Foreign"
+        inputs = make_inputs(llava.ROW, model, [1])
+        with torch.no_grad(), AdaFV(keep=3)(model) as adafv:
+            model(**inputs)
+        assert adafv.last.tokens_after == [3]
+        assert "Foreign" in run("families").stdout
+
+    @pytest.mark.parametrize(
+        ("source", "why"),
+        [
+            ("raise RuntimeError('no kernel')", "RuntimeError: no kernel"),
+            ("from transformers import Renamed as Outliers", "cannot import name 'Renamed'"),
+            ("raise SystemExit(3)", "SystemExit: 3"),
+            ("Outliers = print", "no class derived from adafv.methods.base.Method"),
+            ("class Outliers: pass", "no class derived from adafv.methods.base.Method"),
+            (METHOD.replace("def select", "def choose"), "is abstract: it lacks select"),
+            (METHOD.replace("@dataclass(frozen=True)", ""), "is no dataclass"),
+            (
+                METHOD.replace("    power: float = 1.0", "    def __init__(self, power): pass\n    power = 1"),
+                "takes power without fields of that name",
+            ),
+            (METHOD.replace('name = "outliers"', 'name = "inliers"'), "class is named 'inliers'"),
+            (METHOD.replace('    name = "outliers"\n', ""), "has no name"),
+            (METHOD.replace("    summary", "    other"), "has no summary"),
+        ],
+    )
+    def test_what_is_wrong_with_a_method_is_said(self, install: Install, source: str, why: str) -> None:
+        install("outliers", {"outlying": source}, {"adafv.methods": {"outliers": "outlying:Outliers"}})
+        assert method_named("uniform").name == "uniform"
+        [broken] = found_methods().broken
+        assert broken.home == "outlying:Outliers (outliers 1.5)"
+        assert why in broken.why
+        with pytest.raises(OptionError, match="'outliers' could not be loaded: outlying:Outliers"):
+            method_named("outliers")
+        with pytest.raises(OptionError, match=r"no method 'other'.*not loaded: outlying:Outliers \(outliers 1.5\)"):
+            method_named("other")
+        assert f"not loaded: {broken}" in run("methods").stdout
+        facts = environment()
+        assert facts["methods"]["broken"] == [str(broken)]
+        assert f"methods not loaded  {broken}" in as_text(facts)
+        refused(run("ask", "photo.png", "What?", "--method", "outliers"), 1, "photo.png")
+
+    @pytest.mark.parametrize(
+        ("source", "why"),
+        [
+            ("import nowhere_to_be_found", "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+            (FAMILY.replace('("ForeignForConditionalGeneration",)', '"Foreign"'), "has no model_classes"),
+            (FAMILY + "    def __init__(self, size): pass\n", "cannot be made without arguments: TypeError"),
+            (FAMILY.replace("Llava):", "object):").replace("Llava", "Family"), "cannot import name 'Family'"),
+        ],
+    )
+    def test_what_is_wrong_with_a_family_is_said(self, install: Install, source: str, why: str) -> None:
+        install("foreign", {"foreign_models": source}, {"adafv.families": {"foreign": "foreign_models:Foreign"}})
+        assert family_of(llava.ROW.build()).name == "LLaVA-1.5"
+        [broken] = found_families().broken
+        assert why in broken.why
+        with pytest.raises(UnsupportedModelError, match=r"not loaded: foreign_models:Foreign \(foreign 1.5\)"):
+            family_of(torch.nn.Linear(2, 2))
+        assert f"not loaded: {broken}" in run("families").stdout
+        assert f"families not loaded  {broken}" in as_text(environment())
+
+    def test_the_name_of_a_built_in_method_is_refused(self, install: Install) -> None:
+        source = METHOD.replace('"outliers"', '"random"')
+        install("outliers", {"outlying": source}, {"adafv.methods": {"random": "outlying:Outliers"}})
+        assert known_methods()["random"].__module__ == "adafv.methods.random"
+        [broken] = found_methods().broken
+        assert "outlying:Outliers (outliers 1.5)" in str(broken)
+        assert "adafv.methods.random:Random" in str(broken)
+        with pytest.warns(UserWarning, match="adafv.methods.random:Random"):
+            assert type(method_named("random")).__module__ == "adafv.methods.random"
+
+    def test_of_two_with_one_name_neither_is_taken(self, install: Install) -> None:
+        install("one", {"of_one": METHOD}, {"adafv.methods": {"outliers": "of_one:Outliers"}})
+        install("two", {"of_two": METHOD}, {"adafv.methods": {"outliers": "of_two:Outliers"}})
+        assert "outliers" not in known_methods()
+        with pytest.raises(OptionError) as refusal:
+            method_named("outliers")
+        assert "of_one:Outliers (one 1.5)" in str(refusal.value)
+        assert "of_two:Outliers (two 1.5)" in str(refusal.value)
+
+    def test_two_families_for_one_class_are_refused(self, install: Install) -> None:
+        source = FAMILY.replace("ForeignForConditionalGeneration", "LlavaForConditionalGeneration")
+        install("foreign", {"foreign_models": source}, {"adafv.families": {"foreign": "foreign_models:Foreign"}})
+        with pytest.raises(
+            UnsupportedModelError, match=r"claimed by Foreign .*foreign 1.5.* and LLaVA-1.5 .*llava:Llava"
+        ):
+            family_of(llava.ROW.build())
+        assert family_of(llava_next.ROW.build()).name == "LLaVA-NeXT"
+
+    def test_an_option_without_a_default_is_asked_for(self, install: Install) -> None:
+        source = METHOD.replace("power: float = 1.0", "power: float")
+        install("outliers", {"outlying": source}, {"adafv.methods": {"outliers": "outlying:Outliers"}})
+        with pytest.raises(OptionError, match="no default for power"):
+            method_named("outliers")
+        assert method_named("outliers", power=1.0).name == "outliers"
+
+
+class TestOneThatIsBroken:
+    def test_a_renamed_function_of_transformers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from transformers.models.llava_next import modeling_llava_next
+
+        monkeypatch.delattr(modeling_llava_next, "image_size_to_num_patches")
+        model = llava.ROW.build()
+        with torch.no_grad(), AdaFV(keep=3)(model) as adafv:
+            model(**make_inputs(llava.ROW, model, [1]))
+        assert adafv.last.tokens_after == [3]
+        model = llava_next.ROW.build()
+        inputs = make_inputs(llava_next.ROW, model, [1])
+        with torch.no_grad(), AdaFV(keep=3)(model), pytest.raises(UnsupportedModelError) as refusal:
+            model(**inputs)
+        assert "image_size_to_num_patches" in str(refusal.value)
+        assert "transformers<=" in str(refusal.value)
+
+    def test_a_family_that_cannot_be_imported_takes_down_those_derived_from_it_alone(self) -> None:
+        """In a process of its own: there, one family's module cannot be imported."""
+        said = in_a_process(f"""
+            sys.modules["{FAMILIES}.llava_next"] = None
+            from adafv.engines.transformers.families import found_families, family_of
+            from adafv.environment import as_text, environment
+            from command_line import run
+            from rows import llava, llava_next
+            found = found_families()
+            try:
+                family_of(llava_next.ROW.build())
+            except TypeError as error:
+                refusal = str(error)
+            print(json.dumps({{
+                "names": list(found.classes), "broken": [str(b) for b in found.broken], "refusal": refusal,
+                "llava": family_of(llava.ROW.build()).name, "families": run("families").stdout,
+                "env": as_text(environment()),
+            }}))
+        """)
+        there = [base.__name__, *(family.__module__ for family in found_families().classes.values())]
+        derived = {
+            family.name
+            for family in found_families().classes.values()
+            if any(cls.__module__ == f"{FAMILIES}.llava_next" for cls in family.__mro__)
+        }
+        assert "LLaVA-NeXT" in derived
+        assert len(there) > 30
+        assert set(found_families().classes) - set(said["names"]) >= derived
+        lost = set(found_families().classes) - set(said["names"])
+        assert {found_families().classes[name].__module__ for name in lost} == {
+            broken.split(":")[0] for broken in said["broken"]
+        }
+        assert len(lost) <= 4  # LLaVA-NeXT, and what reads its files: its videos and LLaVA-OneVision
+        assert said["llava"] == "LLaVA-1.5"
+        for text in (said["refusal"], said["families"], said["env"]):
+            assert f"{FAMILIES}.llava_next: ModuleNotFoundError" in text
+
+    def test_a_broken_module_of_methods(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        package = tmp_path / "some_methods"
+        package.mkdir()
+        (package / "__init__.py").write_text("")
+        (package / "outliers.py").write_text(METHOD)
+        (package / "broken.py").write_text("1 / 0")
+        (package / "bases.py").write_text(METHOD.replace('    name = "outliers"\n', "").replace("Outliers", "Nameless"))
+        monkeypatch.syspath_prepend(str(tmp_path))
+        found: Found[Any] = find("some_methods", "nobody.registers.this", Method, lambda cls: None)  # type: ignore[type-abstract]
+        assert list(found.classes) == ["outliers"]
+        assert [str(broken) for broken in found.broken] == ["some_methods.broken: ZeroDivisionError: division by zero"]
+
+
+def test_causes_hold_no_paths() -> None:
+    """What is put into bug reports is nobody's own."""
+    assert cause(ImportError("cannot import name 'x' from 'y' (/home/anna/y.py)")) == (
+        "ImportError: cannot import name 'x' from 'y'"
+    )
+    assert cause(OSError("no file /home/anna/secret")) == "OSError"
+    assert cause(OSError("C:\\anna\\secret.dll")) == "OSError"
+    assert cause(ValueError("two\nlines \x1b[2J")) == "ValueError: two lines \\x1b[2J"
+
+
+def test_everything_of_ours_loads() -> None:
+    assert found_methods().broken == ()
+    assert found_families().broken == ()
+
+
+def in_a_process(source: str) -> Any:
+    """What a script prints as JSON."""
+    lines = ["import json, sys", *(line[12:] for line in source.splitlines())]
+    folder = Path(__file__).parent
+    script = "\n".join([f"import sys; sys.path[:0] = {[str(folder), str(folder.parent)]!r}", *lines])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
