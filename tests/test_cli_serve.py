@@ -169,7 +169,7 @@ class TestRefusals:
             (["--keep", "1.5"], "a share lies above 0"),
             (["--keep", "many"], "is not a budget"),
             (["--keep", "64", "--method", "best"], "there is no method 'best'"),
-            (["--keep", "64", "--method", "downsample"], "not supported in vLLM"),
+            (["--keep", "64", "--method", "downsample"], "which vLLM does not have here"),
             (
                 ["--keep", "64", "--method", "random", "--objective", "split"],
                 "no option 'objective'; it has seed",

@@ -69,7 +69,7 @@ def test_a_bad_budget_is_refused_wherever_it_stands(keep: Any) -> None:
         ({"keep": 64, "method": "best"}, "known are: adafv"),
         ({"keep": 64, "method": None}, "name"),
         ({"keep": 64, "method": ["adafv"]}, "name"),
-        ({"keep": 64, "method": "downsample"}, "scales images down"),
+        ({"keep": 64, "method": "downsample"}, "which vLLM does not have here"),
         ({"keep": 64, "parameters": {"variant": "published"}}, "corrected"),
         ({"keep": 64, "parameters": {"variant": "old"}}, "known are: corrected"),
         ({"keep": 64, "parameters": {"objective": ["joint"]}}, "'joint'"),
