@@ -213,8 +213,13 @@ def _language_model(model: Any) -> Any:
 
 
 def _described(name: str, value: Any) -> Any:
-    """Without the pixels, of which the shape says how images lie."""
+    """Without the pixels, of which the shape says how images lie, and which tiles of a row that is filled up are there."""
+    if not name.startswith("pixel"):
+        return value
     if isinstance(value, Tensor) and value.is_floating_point():
+        if value.dim() == 5:
+            there = (value != 0).flatten(2).any(2).to(value.dtype)
+            return there.view(*there.shape, 1, 1, 1).expand_as(value)
         return value.to("meta")
     if isinstance(value, (list, tuple)) and value and all(isinstance(part, Tensor) for part in value):
         return [_described(name, part) for part in value]
