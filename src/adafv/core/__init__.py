@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adafv.core.budget import Budget, tokens_to_keep
+    from adafv.core.budget import Budget
     from adafv.core.layout import ImageLayout, anyres_layout, anyres_places
     from adafv.core.received import patch_saliency
     from adafv.core.scores import class_attention, text_to_image_attention
@@ -46,7 +46,6 @@ _HOMES = {
     "published_tokens": "selection",
     "split_search": "selection",
     "text_to_image_attention": "scores",
-    "tokens_to_keep": "budget",
     "top_tokens": "selection",
 }
 
@@ -65,7 +64,6 @@ __all__ = [
     "published_tokens",
     "split_search",
     "text_to_image_attention",
-    "tokens_to_keep",
     "top_tokens",
 ]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from adafv.core.budget import Budget
 from adafv.core.select import Wanted, select_tokens
 from adafv.core.tokens import STRINGS
 from adafv.engines.transformers.cache import CacheContents, cached_length, contents_of, remember
@@ -35,7 +36,7 @@ from adafv.methods import Method
 def compress(
     model: Any,
     inputs: Mapping[str, Any],
-    keep: int | float,
+    keep: Budget | int | float | str,
     *,
     method: str | Method = "adafv",
     positions: str = "compact",
