@@ -40,6 +40,8 @@ class EncodedImages:
     """What tower and projector were like; see `_weights`."""
     pixels: dict[str, str]
     """A hash of every input."""
+    times: int = 1
+    """How often one image is repeated."""
 
     def __len__(self) -> int:
         """Images and videos."""
@@ -92,7 +94,7 @@ class EncodedImages:
                     f"{mend}"
                 )
         for name, value in taken.items():
-            if name not in self.pixels or self.pixels[name] != _hash(value):
+            if {self.pixels.get(name)} != {_hash(part) for part in _parts(value, self.times)}:
                 raise StaleImagesError(
                     f"{name} is passed beside images= and differs from what was encoded: another picture, or another setting "
                     f"of the processor; leave it out, or {mend}"
@@ -118,7 +120,7 @@ class EncodedImages:
             )
         [image] = self.images["image"]
         visuals = {name: _rows(value, times) for name, value in self.visuals["image"].items()}
-        return replace(self, images={"image": [image] * times}, visuals={"image": visuals}, pixels={})
+        return replace(self, images={"image": [image] * times}, visuals={"image": visuals}, times=times)
 
 
 def encode(
@@ -235,6 +237,16 @@ def _hash(value: Any) -> str:
         else:
             digest.update(repr(part).encode())
     return digest.hexdigest()
+
+
+def _parts(value: Any, times: int) -> list[Any]:
+    """What was repeated, as often as it was."""
+    if times == 1 or (isinstance(value, Tensor) and not value.dim()):
+        return [value]
+    if isinstance(value, Tensor):
+        return list(value.chunk(times))
+    step = max(1, len(value) // times)
+    return [value[start : start + step] for start in range(0, len(value), step)]
 
 
 def _rows(value: Any, times: int) -> Any:
