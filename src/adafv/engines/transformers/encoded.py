@@ -20,6 +20,7 @@ from adafv.engines.transformers.families import Family, family_of
 from adafv.engines.transformers.families.base import stock_model
 from adafv.errors import PromptError, StaleImagesError
 from adafv.methods import Method, method_named
+from adafv.methods.base import TOKENS
 
 ENCODED = "images"
 """Name under which encoded images are passed to `generate`, `forward` and `compress`."""
@@ -100,6 +101,21 @@ class EncodedImages:
                     f"of the processor; leave it out, or {mend}"
                 )
 
+    def holds(self, model: Any, inputs: Mapping[str, Any], method: Method) -> bool:
+        """Whether these are the images of `inputs`, as the model would encode them now for a method."""
+        family = family_of(model)
+        _, taken = _visuals_of(family, inputs)
+        try:
+            self.check(model, family, taken)
+        except StaleImagesError:
+            return False
+        return taken.keys() == self.pixels.keys() and self.serves(method)
+
+    def serves(self, method: Method) -> bool:
+        """Whether a method, and what chooses in its place without words, can do with what was read off the tower."""
+        needed = method.of_tower | method.without_text().of_tower
+        return method.stages == {TOKENS} and not method.may_repeat and needed <= self.signals
+
     def take(self, modality: str, numbers: Sequence[int], device: torch.device) -> list[EncodedImage]:
         """Some of the images of one modality, on the device of the model."""
         found = [self.images[modality][number] for number in numbers]
@@ -146,7 +162,6 @@ def encode(
     Raises:
         PromptError: there is no image in `inputs`.
     """
-    from adafv.engines.transformers.call import visuals_of
     from adafv.engines.transformers.devices import host_by_default
 
     model = stock_model(model)
@@ -156,7 +171,7 @@ def encode(
     signals = frozenset[Signal]().union(*(part.of_tower for each in methods for part in (each, each.without_text())))
     family.check_signals(model, signals)
     given = {name: value for name, value in inputs.items() if value is not None}
-    visuals, taken = visuals_of(family, dict(given))
+    visuals, taken = _visuals_of(family, given)
     if not visuals:
         raise PromptError(f"there is no image to encode: give {family.images[0]}, as the processor returns it")
     images, described = {}, {}
@@ -174,6 +189,12 @@ def encode(
             described[modality] = {name: _described(name, value) for name, value in entries.items()}
     hashes = {name: _hash(value) for name, value in taken.items()}
     return EncodedImages(images, described, signals, family.name, _weights(model, family), hashes)
+
+
+def _visuals_of(family: Family, inputs: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    from adafv.engines.transformers.call import visuals_of  # which knows encoded images
+
+    return visuals_of(family, {name: value for name, value in inputs.items() if value is not None})
 
 
 def encode_modality(
