@@ -1,0 +1,213 @@
+"""The contract of a method, against plain loops: each kind of method through each way in which a model takes images.
+
+What is expected comes from the stock model alone. Its own features of every image are chosen from (and mixed) by loops,
+put back into the full prompt, and the dropped placeholders are masked (oracle.py).
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from contract import FIRST_HIDDEN, METHODS, PLAIN, Far, Looking, Merging, OneImage, far, mixed
+from conftest import shared_model
+from models import FAMILIES, IMAGE, VIDEO, FamilyRow, make_inputs, token_types, words
+from oracle import VISUAL_INPUTS, masked_inputs, same_logits
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from adafv import Pruner, compress
+from adafv.core import ImageLayout, top_tokens
+from adafv.core.tokens import KEYS, SALIENCY, STRINGS, WORDS, Kept, Plan, Signal, VisualTokens, hidden_of, keys_of
+from adafv.engines.transformers.families import family_of
+from adafv.engines.transformers.reading import read_prompt
+from adafv.errors import AdaFVError, BudgetError, MethodError, UnsupportedModelError
+from adafv.methods import Method
+from adafv.methods.base import LAYERS, TOKENS, TOWER
+from adafv.prompts.prompt import frames_of, place_images
+from adafv.prompts.text import text_columns
+
+ROWS = {row.name: row for row in FAMILIES}
+PLACES = [
+    name
+    for name in (
+        "llava",
+        "llava-next",
+        "llava-onevision",
+        "qwen2-vl",
+        "qwen2.5-vl",
+        "qwen3-vl",
+        "llava-pixtral",
+        "mistral3",
+        "idefics3",
+    )
+    if name in ROWS
+]
+SHARE = 0.4
+
+
+@dataclass
+class Expected:
+    """What plain loops make of a call."""
+
+    kept: list[list[int]]
+    members: list[list[list[int]]]
+    stock: dict[str, Any]
+    """Inputs of the stock model: the full prompt, with the mixed features in place."""
+    keep_mask: Tensor
+
+    def forward(self, row: FamilyRow, model: Any, positions: str = "compact", generates: bool = False) -> dict[str, Any]:
+        """The same with the dropped placeholders masked."""
+        where = {"row": row, "model": model} if row.rotary else {}
+        return without_visuals(masked_inputs(self.stock, self.keep_mask, positions, generates=generates, **where))
+
+
+def without_visuals(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in VISUAL_INPUTS}
+
+
+def stock_features(model: Any, inputs: dict[str, Any], modality: str) -> tuple[Tensor, list[Tensor], bool]:
+    """The stock model's own features of all images one after the other, [all, D], its deepstack rows of each layer, and
+    whether it has the features in one tensor."""
+    own = {
+        name: value
+        for name, value in inputs.items()
+        if name in VISUAL_INPUTS and ("video" in name) == (modality == "video")
+    }
+    for name in ("image_sizes_videos", "second_per_grid_ts"):
+        own.pop(name, None)
+    made = getattr(model.model, f"get_{modality}_features")(**own, return_dict=True)
+    features = made.pooler_output
+    one = isinstance(features, Tensor)
+    joined = features.flatten(0, -2) if one else torch.cat([x.flatten(0, -2) for x in features])
+    layers = getattr(made, "deepstack_features", None) or []
+    return joined, [layer if isinstance(layer, Tensor) else torch.cat(list(layer)) for layer in layers], one
+
+
+def expectation(
+    row: FamilyRow,
+    model: Any,
+    inputs: dict[str, Any],
+    name: str,
+    keep: float,
+    modality: str = "image",
+    per_frame: bool = False,
+) -> Expected:
+    family, token = family_of(model), IMAGE if modality == "image" else VIDEO
+    prompt = read_prompt(model, family, inputs)
+    visuals = {part: inputs[part] for part in family.inputs(modality) if part in inputs}
+    layouts = family.layouts(model, modality, visuals, prompt.runs(modality))
+    placed = place_images(modality, prompt.placeholders[modality], layouts)
+    needs = METHODS[name].of_tower
+    with torch.no_grad():  # held to the stock tower by test_signals.py
+        signals = family.encode(model, modality, visuals, layouts, needs).signals
+    if per_frame:
+        placed = [frame for video in placed for frame in frames_of(video)]
+    joined, layers, one = stock_features(model, inputs, modality)
+    assert len(joined) == int((inputs["input_ids"] == token).sum())
+    places = (inputs["input_ids"] == token).nonzero()
+    pairs = {(int(r), int(c)): number for number, (r, c) in enumerate(places)}
+    mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    kept, members = [], []
+    written, stacked = joined.clone(), [layer.clone() for layer in layers]
+    for image in placed:
+        tokens = [pairs[image.row, int(column)] for column in image.columns]
+        layout, own = image.layout, joined[tokens]
+        budget = max(1, int(keep * layout.tokens + 0.5)) if isinstance(keep, float) else keep
+        part = slice(None) if image.part is None else image.part
+        seen = OneImage(
+            own.detach(), layout, budget, {signal: values[image.number][part] for signal, values in signals.items()}
+        )
+        if METHODS[name].needs_words:
+            ids = inputs["input_ids"][image.row, text_columns(prompt, image, "turn", None)]
+            seen.words = model.get_input_embeddings()(ids).detach()
+        chosen, mixes = PLAIN[name](seen)
+        kept.append(chosen)
+        members.append(mixes)
+        mask[image.row, image.columns] = False
+        mask[image.row, image.columns[chosen]] = True
+        at = [tokens[place] for place in chosen]
+        written[at] = mixed(own, mixes)
+        for layer, target in zip(layers, stacked, strict=True):
+            target[at] = mixed(layer[tokens], mixes)
+    counts = [count for count in (int(r.sum()) for r in inputs["input_ids"] == token) if count]
+    parts: Any = list(written.split(counts))
+    made = BaseModelOutputWithPooling(pooler_output=torch.stack(parts) if one and len(set(counts)) == 1 else parts)
+    if layers:
+        made.deepstack_features = [list(layer.split(counts)) for layer in stacked]
+    return Expected(kept, members, {**inputs, "mm_encoder_outputs": {modality: made}}, mask)
+
+
+def check(
+    row: FamilyRow,
+    model: Any,
+    inputs: dict[str, Any],
+    name: str,
+    modality: str = "image",
+    keep: float = SHARE,
+    tolerance: float = 2e-5,
+    **options: Any,
+) -> Expected:
+    """One call of `forward`, kept tokens, weights and logits."""
+    expected = expectation(row, model, inputs, name, keep, modality, options.get("video") == "frame")
+    with torch.no_grad():
+        logits = model(**expected.forward(row, model, options.get("positions", "compact"))).logits
+        with Pruner(METHODS[name], keep=keep, **options)(model) as pruner:
+            found = model(**inputs).logits
+    assert [tokens.tolist() for tokens in pruner.last.kept] == expected.kept
+    for image, mixes in zip(pruner.last.images, expected.members, strict=True):
+        assert image.merged == (name == "merging")
+        if image.merged:
+            weights = torch.zeros(len(mixes), image.tokens_before)
+            for place, tokens in enumerate(mixes):
+                weights[place, tokens] = 1 / len(tokens)
+            torch.testing.assert_close(image.weights, weights)
+    attended = inputs["attention_mask"].bool()
+    assert torch.equal(pruner.last.keep_mask[attended], expected.keep_mask[attended])
+    same_logits(found, logits, inputs["attention_mask"], expected.keep_mask, tolerance, tolerance)
+    return expected
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> Any:
+    row = ROWS[request.param]
+    with shared_model(row) as model:
+        yield row, model
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+def test_images(place: Any, name: str) -> None:
+    """Prompts with different numbers of images of different sizes, whose budgets are shares."""
+    row, model = place
+    expected = check(row, model, make_inputs(row, model, [2, 1], seed=3), name)
+    if name == "merging":
+        assert any(len(tokens) > 1 for mixes in expected.members for tokens in mixes)
+
+
+@pytest.mark.parametrize("video", ["clip", "frame"])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "place", [name for name in PLACES if ROWS[name].videos is not None and not ROWS[name].one_placeholder], indirect=True
+)
+def test_videos(place: Any, name: str, video: str) -> None:
+    row, model = place
+    check(row, model, make_inputs(row, model, [0], videos_per_prompt=[2], seed=4), name, "video", video=video)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("place", ["llava", "llava-next", "mistral3"], indirect=True)
+def test_original_positions(place: Any, name: str) -> None:
+    row, model = place
+    check(row, model, make_inputs(row, model, [1, 2], seed=6), name, positions="original")
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("place", ["llava", "qwen3-vl"], indirect=True)
+def test_a_few_tokens_of_every_image(place: Any, name: str) -> None:
+    """A number in place of a share; the prompts padded on the right."""
+    row, model = place
+    check(row, model, make_inputs(row, model, [1, 3], "right", seed=7), name, keep=5)
