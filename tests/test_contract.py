@@ -211,3 +211,107 @@ def test_a_few_tokens_of_every_image(place: Any, name: str) -> None:
     """A number in place of a share; the prompts padded on the right."""
     row, model = place
     check(row, model, make_inputs(row, model, [1, 3], "right", seed=7), name, keep=5)
+
+
+# ------------------------------------------------------------------------------------------------ ways of calling
+
+DECODED = {
+    "max_new_tokens": 4,
+    "min_new_tokens": 4,
+    "do_sample": False,
+    "suppress_tokens": list(range(110, 120)),
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
+TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
+
+
+def same_generation(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **TOLERANCE)
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+def test_generate(place: Any, name: str) -> None:
+    row, model = place
+    inputs = make_inputs(row, model, [1, 1], seed=8)
+    expected = expectation(row, model, inputs, name, SHARE)
+    with Pruner(METHODS[name], keep=SHARE)(model):
+        found = model.generate(**inputs, **DECODED)
+    same_generation(found, model.generate(**expected.forward(row, model, generates=True), **DECODED))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "looking"])
+@pytest.mark.parametrize("place", ["llava", "llava-next", "qwen2.5-vl", "qwen3-vl"], indirect=True)
+def test_a_second_image_in_a_second_turn(place: Any, name: str) -> None:
+    """Behind what is cached of the first, whose merged tokens are in the cache."""
+    row, model = place
+    if not row.continued_with_images:
+        pytest.skip("this release of transformers cannot be shown an image behind what is cached")
+    first, second = row.sizes[:2]
+    [seen, [one]], [new, [two]] = row.images(model, [[first]], 0), row.images(model, [[second]], 1)
+    start = torch.tensor([[1, *words(3, 0), *one, *words(2, 1)]])
+    with Pruner(METHODS[name], keep=SHARE)(model) as pruner:
+        turn = model.generate(input_ids=start, **token_types(row, start), **seen, **DECODED)
+        kept = pruner.last.kept
+        whole = torch.cat((turn.sequences, torch.tensor([[*words(3, 7), *two, *words(4, 8)]])), 1)
+        types = token_types(row, whole)
+        found = model.generate(input_ids=whole, **types, **new, past_key_values=turn.past_key_values, **DECODED)
+        kept += pruner.last.kept
+    wide = max(value.shape[1] for value in (seen["pixel_values"], new["pixel_values"]))
+    both = {part: torch.cat((seen[part], new[part])) for part in seen if part != "pixel_values"}
+    both["pixel_values"] = torch.cat([widened(part["pixel_values"], wide) for part in (seen, new)])
+    inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole), **types, **both}
+    expected = expectation(row, model, inputs, name, SHARE)
+    assert [tokens.tolist() for tokens in kept] == expected.kept
+    same_generation(found, model.generate(**expected.forward(row, model, generates=True), **DECODED))
+
+
+def widened(pixels: Tensor, crops: int) -> Tensor:
+    """With as many crops as another image has."""
+    if pixels.dim() < 5:
+        return pixels
+    return torch.cat((pixels, pixels.new_zeros(len(pixels), crops - pixels.shape[1], *pixels.shape[2:])), 1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("place", ["llava", "llava-next", "qwen2.5-vl", "qwen3-vl", "mistral3"], indirect=True)
+def test_gradients_go_through_what_stays(place: Any, name: str) -> None:
+    """Of merged tokens through every token that is in the mix."""
+    row, model = place
+    inputs = make_inputs(row, model, [1, 1], seed=2)
+    aside = (inputs["input_ids"] == IMAGE) | (inputs["attention_mask"] == 0)
+    labels = inputs["input_ids"].masked_fill(aside | aside.roll(1, 1), -100)
+    model.zero_grad()
+    with Pruner(METHODS[name], keep=SHARE)(model):
+        loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    found = {part: weight.grad.clone() for part, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    expected = expectation(row, model, inputs, name, SHARE)
+    wanted = model(**expected.forward(row, model), labels=labels).loss
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted, **TOLERANCE)
+    assert any("vis" in part and gradient.abs().sum() > 0 for part, gradient in found.items())
+    theirs = {part: weight.grad for part, weight in model.named_parameters() if weight.grad is not None}
+    for part, gradient in found.items():
+        torch.testing.assert_close(gradient, theirs[part], atol=1e-4, rtol=1e-3, msg=part)
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", ["llava", "llava-next", "qwen3-vl"])
+def test_half_precision(family: str, name: str) -> None:
+    """What is mixed is mixed in float32, and rounded once."""
+    row = ROWS[family]
+    with shared_model(row, torch.bfloat16) as model:
+        inputs = make_inputs(row, model, [1], seed=1)
+        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+        expected = expectation(row, model, inputs, name, SHARE)
+        short = compress(model, inputs, SHARE, method=METHODS[name])
+    assert [tokens.tolist() for tokens in short.record.kept] == expected.kept
+    handed = short["mm_encoder_outputs"]["image"].pooler_output[0]
+    full = expected.stock["mm_encoder_outputs"]["image"].pooler_output[0]
+    assert handed.dtype == torch.bfloat16
+    torch.testing.assert_close(handed, full[expected.kept[0]], atol=0, rtol=2**-7)  # of the last bit
