@@ -315,3 +315,196 @@ def test_half_precision(family: str, name: str) -> None:
     full = expected.stock["mm_encoder_outputs"]["image"].pooler_output[0]
     assert handed.dtype == torch.bfloat16
     torch.testing.assert_close(handed, full[expected.kept[0]], atol=0, rtol=2**-7)  # of the last bit
+
+
+# ------------------------------------------------------------------------------------------- breaking the contract
+
+
+@dataclass(frozen=True)
+class Breaking(Method):
+    """A method out of parts, each of which may be wrong."""
+
+    name = "breaking"
+    summary = "does not keep its contract"
+    plans: Callable[[ImageLayout, int], Any] = lambda layout, keep: Plan(keep)
+    counts: Callable[[VisualTokens, int], Any] | None = None
+    selects: Callable[[VisualTokens, int], Any] = lambda tokens, keep: Far().select(tokens, keep)
+
+    def plan(self, layout: ImageLayout, keep: int) -> Plan:
+        return self.plans(layout, keep)
+
+    def count(self, tokens: VisualTokens, keep: int) -> Tensor:
+        return super().count(tokens, keep) if self.counts is None else self.counts(tokens, keep)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        return self.selects(tokens, keep)
+
+
+def good(tokens: VisualTokens, keep: int) -> Tensor:
+    return top_tokens(far(tokens), keep, tokens.candidates)
+
+
+def weights(tokens: VisualTokens, keep: int) -> Tensor:
+    kept = Merging().select(tokens, keep)
+    assert kept.weights is not None
+    return kept.weights
+
+
+SELECTS: dict[str, tuple[Callable[[VisualTokens, int], Any], str]] = {
+    "order": (lambda t, k: Kept(good(t, k).flip(-1)), "ascending, distinct and in 0 to 15; sort them"),
+    "duplicates": (lambda t, k: Kept(good(t, k)[:, :1].expand(-1, k)), "ascending, distinct"),
+    "outside": (lambda t, k: Kept(good(t, k) + 16), "in 0 to 15"),
+    "negative": (lambda t, k: Kept(good(t, k) - 16), "in 0 to 15"),
+    "fewer": (lambda t, k: Kept(good(t, k - 1)), r"\[1, 3\], not long \[1, 4\]"),
+    "more": (lambda t, k: Kept(good(t, k + 1)), r"\[1, 5\], not long \[1, 4\]"),
+    "of one image": (lambda t, k: Kept(good(t, k)[0]), r"\[4\], not long \[1, 4\]"),
+    "int32": (lambda t, k: Kept(good(t, k).int()), "torch.int32"),
+    "list": (lambda t, k: Kept(good(t, k).tolist()), "indices is a list, not a tensor"),
+    "nothing": (lambda t, k: None, "returned a NoneType; return Kept"),
+    "bare tensor": (lambda t, k: good(t, k), "returned a Tensor; return Kept"),
+    "device": (lambda t, k: Kept(good(t, k).to("meta")), "indices is on meta, not on cpu"),
+    "NaN": (lambda t, k: Kept(good(t, k), weights(t, k) * float("nan")), "weights are not finite"),
+    "infinite": (lambda t, k: Kept(good(t, k), weights(t, k) / 0), "weights are not finite"),
+    "integers": (lambda t, k: Kept(good(t, k), weights(t, k).long()), "weights are torch.int64"),
+    "turned weights": (lambda t, k: Kept(good(t, k), weights(t, k).mT), r"not floating-point \[1, 4, 16\]"),
+    "weights elsewhere": (lambda t, k: Kept(good(t, k), weights(t, k).to("meta")), "weights is on meta"),
+    "objective": (lambda t, k: Kept(good(t, k), objective=torch.ones(1, 1)), r"objective is \[1, 1\], not \[1\]"),
+    "attention": (lambda t, k: Kept(good(t, k), text_attention=far(t)[:, 1:]), r"text_attention is \[1, 15\]"),
+}
+PLANS: dict[str, tuple[Callable[[ImageLayout, int], Any], str]] = {
+    "above": (lambda layout, keep: Plan(keep + 1), "5 tokens where the budget leaves 4; it may keep fewer"),
+    "none": (lambda layout, keep: Plan(0), "0 tokens where the budget leaves 4"),
+    "negative": (lambda layout, keep: Plan(-1), "-1 tokens where"),
+    "fraction": (lambda layout, keep: Plan(2.0), "2.0 tokens, which is no whole number"),  # type: ignore[arg-type]
+    "flag": (lambda layout, keep: Plan(True), "True tokens, which is no whole number"),
+    "number": (lambda layout, keep: keep, "returned a int; return a Plan"),
+    "no such crop": (lambda layout, keep: Plan(keep, crops=(7,)), r"crops \(7,\) alone, which show none"),
+    "no crop": (lambda layout, keep: Plan(keep, crops=()), r"crops \(\) alone, which show none"),
+}
+COUNTS: dict[str, tuple[Callable[[VisualTokens, int], Any] | None, str]] = {
+    "above": (lambda t, k: torch.tensor([k + 1]), r"counts \[5\] tokens where the budget leaves 4"),
+    "none": (lambda t, k: torch.tensor([0]), r"counts \[0\] tokens"),
+    "fraction": (lambda t, k: torch.tensor([2.0]), "one whole number per image"),
+    "of others": (lambda t, k: torch.tensor([2, 2]), "one whole number per image"),
+    "list": (lambda t, k: [2], "gave list; give one whole number per image"),
+    "missing": (None, "has no `count`; write it, or plan a number"),
+}
+
+
+def is_refused(method: Method, message: str, error: type[AdaFVError] = MethodError, **more: Any) -> None:
+    with shared_model(ROWS["llava"]) as model:
+        inputs = make_inputs(ROWS["llava"], model, [1])
+        with pytest.raises(error, match=message) as raised:
+            compress(model, inputs, 4, method=method, **more)
+        assert method.name in str(raised.value)
+        with torch.no_grad():  # and nothing is left behind
+            assert len(compress(model, inputs, 4, method=Far()).record.kept[0]) == 4
+
+
+@pytest.mark.parametrize("fault", SELECTS)
+def test_what_select_must_not_return(fault: str) -> None:
+    is_refused(Breaking(selects=SELECTS[fault][0]), SELECTS[fault][1])
+
+
+@pytest.mark.parametrize("fault", PLANS)
+def test_what_plan_must_not_return(fault: str) -> None:
+    is_refused(Breaking(plans=PLANS[fault][0]), PLANS[fault][1])
+
+
+@pytest.mark.parametrize("fault", COUNTS)
+def test_what_count_must_not_return(fault: str) -> None:
+    is_refused(Breaking(plans=lambda layout, keep: Plan(None), counts=COUNTS[fault][0]), COUNTS[fault][1])
+
+
+def test_more_than_the_crops_have() -> None:
+    row = ROWS["llava-next"]
+    with shared_model(row) as model:
+        inputs = make_inputs(row, model, [1])
+        with pytest.raises(BudgetError, match="method breaking looks at 1 of . crops, which have 16 tokens; give at most"):
+            compress(model, inputs, 17, method=Breaking(plans=lambda layout, keep: Plan(keep, crops=(0,))))
+        counting = Breaking(lambda layout, keep: Plan(None, crops=(0,)), lambda tokens, keep: torch.tensor([keep]))
+        [image] = compress(model, inputs, 17, method=counting).record.images
+        assert image.tokens_after == 16
+        assert image.crop.tolist() == [0] * 16
+
+
+def needing(*signals: Signal, stage: str = TOKENS) -> Method:
+    @dataclass(frozen=True)
+    class Needing(Breaking):
+        needs: ClassVar[frozenset[Signal]] = frozenset(signals)
+        stages: ClassVar[frozenset[str]] = frozenset({stage})
+
+    return Needing()
+
+
+@pytest.mark.parametrize("stage", [LAYERS, TOWER, "anywhere"])
+def test_stages_that_no_engine_has(stage: str) -> None:
+    is_refused(needing(stage=stage), f"acts at the stage '{stage}', which transformers does not have here.*use another")
+
+
+def test_signals_that_are_not_there() -> None:
+    is_refused(needing(hidden_of(99)), "hidden of layer 99 cannot be read.*ask for one of", UnsupportedModelError)
+    is_refused(needing(keys_of(0)), "keys of layer 0 cannot be read", UnsupportedModelError)
+    is_refused(needing(Signal("gradients")), "needs gradients of the prompt.*use another method")
+    is_refused(needing(WORDS, STRINGS), "needs strings of the prompt, .*give the processor")
+
+
+class Letters:
+    """A tokenizer that spells tokens."""
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [f"<{number}>" for number in ids]
+
+
+def test_words_come_with_ids_and_strings() -> None:
+    """One image at a time and padded, in two prompts of different lengths."""
+    seen: list[Any] = []
+
+    def selects(tokens: VisualTokens, keep: int) -> Kept:
+        seen.append(tokens.text)
+        return Far().select(tokens, keep)
+
+    method = replace(needing(WORDS, STRINGS), selects=selects)  # type: ignore[type-var]
+    row = ROWS["llava"]
+    with shared_model(row) as model:
+        inputs = make_inputs(row, model, [1, 1])
+        compress(model, inputs, 4, method=method, text="turn", processor=Letters())
+        [text] = seen
+        table = model.get_input_embeddings()
+        for number, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
+            expected = [token for token in ids[mask.bool()].tolist() if token not in (IMAGE, 1)]
+            count = len(expected)
+            assert text.ids[number].tolist() == expected + [-1] * (text.ids.shape[1] - count)
+            assert text.mask[number].tolist() == [place < count for place in range(text.ids.shape[1])]
+            assert text.strings[number] == [f"<{token}>" for token in expected]
+            assert torch.equal(text.embeddings[number, :count], table(torch.tensor(expected)))
+        embedded = {**inputs, "inputs_embeds": table(inputs["input_ids"])}
+        del embedded["input_ids"]
+        with pytest.raises(MethodError, match="breaking needs strings .*input_ids rather than embeddings"):
+            compress(model, embedded, 4, method=method, text="turn", processor=Letters())
+
+
+def test_weights_and_another_grid() -> None:
+    def selects(tokens: VisualTokens, keep: int) -> Kept:
+        return Kept(torch.arange(keep).unsqueeze(0), torch.ones(1, keep, tokens.source.shape[1]))
+
+    is_refused(
+        Breaking(plans=lambda layout, keep: Plan(4, grid=(2, 2)), selects=selects),
+        "weights mix the tokens of the image, but it plans another grid",
+    )
+
+
+def test_nothing_that_no_method_needs_is_computed() -> None:
+    seen: list[VisualTokens] = []
+
+    def selects(tokens: VisualTokens, keep: int) -> Kept:
+        seen.append(tokens)
+        return Far().select(tokens, keep)
+
+    with shared_model(ROWS["llava"]) as model:
+        inputs = make_inputs(ROWS["llava"], model, [1])
+        for wanted in ((), (SALIENCY,), (KEYS, FIRST_HIDDEN)):
+            compress(model, inputs, 4, method=replace(needing(*wanted), selects=selects))  # type: ignore[type-var]
+            assert seen[-1].signals.keys() == set(wanted)
+            assert seen[-1].words is None
+    assert isinstance(METHODS["looking"], Looking)
