@@ -58,6 +58,13 @@ def plan_of(method: "Method", layout: Any, keep: int) -> Plan:
         MethodError: it plans more tokens than that, or none.
     """
     plan = method.plan(layout, keep)
+    if not isinstance(plan, Plan):
+        raise MethodError(f"`plan` of the method {method.name} returned a {type(plan).__name__}; return a Plan")
+    if plan.keep is not None and (isinstance(plan.keep, bool) or not isinstance(plan.keep, int)):
+        raise MethodError(
+            f"the method {method.name} plans to keep {plan.keep!r} tokens, which is no whole number; give an int, or None to "
+            "count after the scores"
+        )
     if plan.keep is not None and not 1 <= plan.keep <= keep:
         raise MethodError(
             f"the method {method.name} plans to keep {plan.keep} tokens where the budget leaves {keep}; it may keep fewer, "
@@ -67,9 +74,10 @@ def plan_of(method: "Method", layout: Any, keep: int) -> Plan:
         allowed = plan.allowed(layout)
         if not allowed:
             raise MethodError(
-                f"the method {method.name} plans to keep tokens of the crops {plan.crops} alone, which show none"
+                f"the method {method.name} plans to keep tokens of the crops {plan.crops} alone, which show none; there are "
+                f"crops 0 to {layout.crops - 1}"
             )
-        if plan.keep is None or plan.keep > allowed:
+        if plan.keep is not None and plan.keep > allowed:
             raise BudgetError(
                 f"keep={keep}: the method {method.name} looks at {len(plan.crops)} of {layout.crops} crops, which have "
                 f"{allowed} tokens; give at most that"
@@ -95,8 +103,15 @@ def check_method(method: "Method", engine: str, stages: frozenset[str], signals:
     for signal in sorted(method.needs):
         if not signal.of_tower and not signals(signal):
             raise MethodError(
-                f"the method {method.name} needs {signal} of the prompt, which {engine} does not have here"
+                f"the method {method.name} needs {signal} of the prompt, which {engine} does not have here: {mends(signal)}"
             )
+
+
+def mends(signal: Signal) -> str:
+    """What to do where a signal of the prompt is not there."""
+    if signal != STRINGS:
+        return "use another method"
+    return "give the processor, and input_ids rather than embeddings, or use another method"
 
 
 def select_tokens(images: Sequence[Wanted], agree: Callable[[Kept], Kept] = lambda kept: kept) -> list[Selected]:
@@ -183,12 +198,18 @@ def _counted(
     """(images, K, what the method sees of them): all together, or by the number that the method counts after the scores."""
     if image.plan.keep is not None:
         return [(tuple(members), image.plan.keep, tokens)]
-    counts = image.method.count(tokens, image.most).tolist()  # one wait for the device
-    if len(counts) != len(members) or any(not isinstance(count, int) for count in counts):
-        raise MethodError(f"`count` of the method {image.method.name} must give one whole number per image")
-    if any(not 1 <= count <= image.most for count in counts):
+    # No more than there are in the crops that the method looks at: what it keeps beyond them would be of other crops.
+    most = min(image.most, image.plan.allowed(image.encoded.layout))
+    counted = image.method.count(tokens, most)
+    if not isinstance(counted, Tensor) or counted.shape != (len(members),) or counted.dtype != torch.long:
+        given = f"{counted.dtype} {list(counted.shape)}" if isinstance(counted, Tensor) else type(counted).__name__
         raise MethodError(
-            f"the method {image.method.name} counts {counts} tokens where the budget leaves {image.most}; it may keep fewer, "
+            f"`count` of the method {image.method.name} gave {given}; give one whole number per image, long [{len(members)}]"
+        )
+    counts = counted.tolist()  # one wait for the device
+    if any(not 1 <= count <= most for count in counts):
+        raise MethodError(
+            f"the method {image.method.name} counts {counts} tokens where the budget leaves {most}; it may keep fewer, "
             "and at least one, but never more"
         )
     parts = []
@@ -223,11 +244,21 @@ def check_kept(method: "Method", tokens: VisualTokens, keep: int, kept: Kept) ->
     accelerator for methods that are not adafv's own.
     """
     images, available = tokens.source.shape
-    indices, weights = kept.indices, kept.weights
 
     def refuse(what: str) -> None:
         raise MethodError(f"the method {method.name} does not keep its contract: {what}")
 
+    if not isinstance(kept, Kept):
+        refuse(f"`select` returned a {type(kept).__name__}; return Kept(indices)")
+    indices, weights = kept.indices, kept.weights
+    for name in ("indices", "weights", "text_attention", "objective", "certificate"):
+        value = getattr(kept, name)
+        if value is None and name != "indices":
+            continue
+        if not isinstance(value, Tensor):
+            refuse(f"{name} is a {type(value).__name__}, not a tensor")
+        if value.device != tokens.source.device:
+            refuse(f"{name} is on {value.device}, not on {tokens.source.device}, where the tokens are")
     if indices.dtype != torch.long or indices.shape != (images, keep):
         refuse(f"indices are {indices.dtype} {list(indices.shape)}, not long [{images}, {keep}]")
     if weights is not None and (not weights.is_floating_point() or weights.shape != (images, keep, available)):
@@ -246,7 +277,7 @@ def check_kept(method: "Method", tokens: VisualTokens, keep: int, kept: Kept) ->
         return
     before = torch.nn.functional.pad(indices, (1, 0), value=-1)
     if not bool((before.diff(dim=-1) > 0).all() & (indices[:, -1] < available).all()):
-        refuse(f"indices must be ascending, distinct and in 0 to {available - 1}")
+        refuse(f"indices must be ascending, distinct and in 0 to {available - 1}; sort them, as `top_tokens` does")
     if weights is not None and not bool(weights.isfinite().all()):
         refuse("weights are not finite")
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.core.tokens import Kept, Plan, Signal, VisualTokens
-from adafv.errors import OptionError
+from adafv.errors import MethodError, OptionError
 from adafv.registry import Found, find
 
 IMAGE, TOWER, TOKENS, LAYERS = "image", "tower", "tokens", "layers"
@@ -75,7 +75,9 @@ class Method(ABC):
         Args:
             keep: what the budget leaves at most.
         """
-        raise NotImplementedError(f"{self.name} plans to count tokens after the scores, but has no `count`")
+        raise MethodError(
+            f"the method {self.name} plans to count tokens after the scores, but has no `count`; write it, or plan a number"
+        )
 
     def without_text(self) -> "Method":
         """What chooses in this method's place for an image that no word counts for: a method that needs no text.

@@ -3,12 +3,12 @@
 import warnings
 
 from adafv.core.select import check_method, plan_of
-from adafv.core.tokens import STRINGS, WORDS
+from adafv.core.tokens import STRINGS, WORDS, Signal
 from adafv.engines.transformers.call import Call, ImageJob
 from adafv.engines.transformers.columns import refuse_unknown_columns
 from adafv.engines.transformers.families import CallWithImages
 from adafv.engines.transformers.releases import cache_of
-from adafv.errors import NoWordsError, UnsupportedCallError
+from adafv.errors import NoWordsError, UnsupportedCallError, UnsupportedModelError
 from adafv.methods.base import IMAGE, TOKENS
 from adafv.prompts.text import text_columns
 
@@ -54,9 +54,22 @@ def _find_words(call: Call, job: ImageJob) -> None:
 
 def _check_method(call: Call, job: ImageJob) -> None:
     """Refuse what this call, this family or this model cannot give the method."""
-    has = {WORDS, STRINGS} if call.settings.tokenizer is not None and call.tokens is not None else {WORDS}
-    check_method(job.method, "transformers", frozenset({IMAGE, TOKENS}), has.__contains__)
-    call.family.check_signals(call.model, job.method.of_tower)
+
+    def has(signal: Signal) -> bool:
+        if signal == STRINGS:
+            return call.settings.tokenizer is not None and _ids_known(call, job)
+        return signal == WORDS
+
+    check_method(job.method, "transformers", frozenset({IMAGE, TOKENS}), has)
+    try:
+        call.family.check_signals(call.model, job.method.of_tower)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"the method {job.method.name} does not fit this model: {error}") from error
+
+
+def _ids_known(call: Call, job: ImageJob) -> bool:
+    """Whether the words of an image came as ids; in embeddings, special tokens alone are found."""
+    return job.text is None or bool((call.prompt.tokens[job.image.row, job.text] >= 0).all())
 
 
 def _follow(call: Call, job: ImageJob) -> None:
