@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,10 +137,12 @@ def _disturb(model: Any) -> None:
     import torch
     from vllm.distributed import get_tensor_model_parallel_rank
 
+    from adafv.methods import Kept
+
     if get_tensor_model_parallel_rank() == 1:
 
         def first_ones(method: Any, tokens: Any, keep: int) -> Any:
-            return SimpleNamespace(indices=torch.arange(keep).unsqueeze(0), features=None)
+            return Kept(torch.arange(keep).unsqueeze(0))
 
         model.adafv_patch.setattr(type(model.adafv.method), "select", first_ones)
 
