@@ -84,6 +84,12 @@ def test_the_question_may_stand_in_front(both: Both) -> None:
     both.agree(["What color is the banana?", picture("bird")], 12)
 
 
+def test_without_words_saliency_chooses(both: Both) -> None:
+    for keep in (12, 0.2):
+        both.agree([picture("cars").resize((500, 260))], keep, "saliency")
+        both.agree([picture("bird"), " ", picture("key").resize((60, 130)), "hello"], keep, "saliency")
+
+
 def test_the_prompt_holds_as_many_placeholders_as_tokens_stay(both: Both) -> None:
     small, large = picture("bird").resize((150, 60)), picture("cars")
     two = [small, "Is there a bird, or are there", large, "cars?"]
