@@ -4,19 +4,17 @@ What is expected comes from the stock model alone. Its own features of every ima
 put back into the full prompt, and the dropped placeholders are masked (oracle.py).
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from contract import FIRST_HIDDEN, METHODS, PLAIN, Far, Looking, Merging, OneImage, far, mixed
 from conftest import shared_model
+from contract import FIRST_HIDDEN, METHODS, PLAIN, Far, Looking, Merging, OneImage, far, mixed
 from models import FAMILIES, IMAGE, VIDEO, FamilyRow, make_inputs, token_types, words
 from oracle import VISUAL_INPUTS, masked_inputs, same_logits
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv import Pruner, compress
@@ -59,7 +57,9 @@ class Expected:
     """Inputs of the stock model: the full prompt, with the mixed features in place."""
     keep_mask: Tensor
 
-    def forward(self, row: FamilyRow, model: Any, positions: str = "compact", generates: bool = False) -> dict[str, Any]:
+    def forward(
+        self, row: FamilyRow, model: Any, positions: str = "compact", generates: bool = False
+    ) -> dict[str, Any]:
         """The same with the dropped placeholders masked."""
         where = {"row": row, "model": model} if row.rotary else {}
         return without_visuals(masked_inputs(self.stock, self.keep_mask, positions, generates=generates, **where))
@@ -191,7 +191,9 @@ def test_images(place: Any, name: str) -> None:
 @pytest.mark.parametrize("video", ["clip", "frame"])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
-    "place", [name for name in PLACES if ROWS[name].videos is not None and not ROWS[name].one_placeholder], indirect=True
+    "place",
+    [name for name in PLACES if ROWS[name].videos is not None and not ROWS[name].one_placeholder],
+    indirect=True,
 )
 def test_videos(place: Any, name: str, video: str) -> None:
     row, model = place
@@ -420,7 +422,9 @@ def test_more_than_the_crops_have() -> None:
     row = ROWS["llava-next"]
     with shared_model(row) as model:
         inputs = make_inputs(row, model, [1])
-        with pytest.raises(BudgetError, match="method breaking looks at 1 of . crops, which have 16 tokens; give at most"):
+        with pytest.raises(
+            BudgetError, match="method breaking looks at 1 of . crops, which have 16 tokens; give at most"
+        ):
             compress(model, inputs, 17, method=Breaking(plans=lambda layout, keep: Plan(keep, crops=(0,))))
         counting = Breaking(lambda layout, keep: Plan(None, crops=(0,)), lambda tokens, keep: torch.tensor([keep]))
         [image] = compress(model, inputs, 17, method=counting).record.images

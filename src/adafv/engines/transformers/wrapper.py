@@ -118,8 +118,8 @@ class AdaFV(Pruner):
 
     Args:
         keep, positions, text, processor, video, logits: see `Pruner`.
-        objective: how the geometric mean is maximised: "joint" (the best set that can be found, with a certificate) or "split"
-            (the paper's search).
+        objective: how the geometric mean is maximised: "joint" (the best set that can be found, with a certificate), "split"
+            (the paper's search) or "frank-wolfe" (what "joint" was before).
         variant: "corrected", or "published" for the published code to the letter, bugs and token layout included; then
             `text` defaults to "after", as there.
     """
