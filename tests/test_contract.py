@@ -423,7 +423,7 @@ def test_more_than_the_crops_have() -> None:
     with shared_model(row) as model:
         inputs = make_inputs(row, model, [1])
         with pytest.raises(
-            BudgetError, match="method breaking looks at 1 of . crops, which have 16 tokens; give at most"
+            BudgetError, match=r"method breaking looks at 1 of . crops, which have 16 tokens; give at most"
         ):
             compress(model, inputs, 17, method=Breaking(plans=lambda layout, keep: Plan(keep, crops=(0,))))
         counting = Breaking(lambda layout, keep: Plan(None, crops=(0,)), lambda tokens, keep: torch.tensor([keep]))
@@ -484,7 +484,7 @@ def test_words_come_with_ids_and_strings() -> None:
             assert torch.equal(text.embeddings[number, :count], table(torch.tensor(expected)))
         embedded = {**inputs, "inputs_embeds": table(inputs["input_ids"])}
         del embedded["input_ids"]
-        with pytest.raises(MethodError, match="breaking needs strings .*input_ids rather than embeddings"):
+        with pytest.raises(MethodError, match=r"breaking needs strings .*input_ids rather than embeddings"):
             compress(model, embedded, 4, method=method, text="turn", processor=Letters())
 
 
