@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.patches import by_crops, of_images
 from adafv.engines.transformers.families.base import Encoded, Signals, in_order
 from adafv.engines.transformers.families.llava import Llava
-from adafv.engines.transformers.patches import by_crops, of_images
 from adafv.engines.transformers.releases import of_stock
 from adafv.engines.transformers.towers import TappedTower, patch_grid, scale_down, with_tower
 from adafv.errors import UnsupportedModelError

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adafv.core import ImageLayout, anyres_layout, anyres_places
+from adafv.core.patches import by_crops, of_images
 from adafv.engines.transformers.families.base import Encoded, Signals
 from adafv.engines.transformers.families.llava import Llava, feature_options
 from adafv.engines.transformers.families.llava_next import newline_of
-from adafv.engines.transformers.patches import by_crops, of_images
 from adafv.engines.transformers.towers import TappedTower, patch_grid, with_tower
 from adafv.errors import UnsupportedCallError
 from adafv.prompts.prompt import Run
