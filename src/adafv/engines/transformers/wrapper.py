@@ -27,6 +27,7 @@ from adafv.core import Budget
 from adafv.engines.transformers.cache import holds_pruned, remember
 from adafv.engines.transformers.call import CompressedInputs
 from adafv.engines.transformers.compress import compress_call
+from adafv.engines.transformers.encoded import ENCODED, EncodedImages
 from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
 from adafv.engines.transformers.families.base import family_of, stock_model
 from adafv.engines.transformers.generation import (
@@ -293,7 +294,8 @@ class PrunedModel:
                     f"{name} holds a key/value cache, but adafv knows it as {' or '.join(CACHE_NAMES)} alone, and would not "
                     "see which tokens it lacks; pass it under one of these names"
                 )
-        return self._visuals(arguments) or any(arguments.get(name) is not None for name in CACHE_NAMES)
+        encoded = isinstance(arguments.get(ENCODED), EncodedImages)
+        return encoded or self._visuals(arguments) or any(arguments.get(name) is not None for name in CACHE_NAMES)
 
     def _visuals(self, arguments: Mapping[str, Any]) -> bool:
         """Whether images or videos are among the arguments."""
