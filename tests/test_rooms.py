@@ -1,4 +1,4 @@
-"""The rooms of the package: dependencies point inward, little is imported, and the maps in docstrings are right."""
+"""The rooms of the package: dependencies point inward, and little is imported."""
 
 import ast
 import json

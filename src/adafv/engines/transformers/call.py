@@ -216,7 +216,7 @@ def _new_of(call: Call, modality: str, visuals: dict[str, Any]) -> tuple[list[Pl
         return [], {}, []
     whole = call.given.placeholders[modality]
     if whole.shape[1] > new.shape[1]:
-        layouts = family.layouts(model, modality, visuals, call.given.runs(modality))
+        layouts = _layouts(call, modality, visuals, call.given)
         if sum(layout.tokens for layout in layouts) == int(whole.sum()):
             images = place_images(modality, whole, layouts)
             wanted = [i for i, image in enumerate(images) if image.first >= call.prefix.length]
@@ -225,8 +225,15 @@ def _new_of(call: Call, modality: str, visuals: dict[str, Any]) -> tuple[list[Pl
             visuals = family.take(model, modality, visuals, layouts, wanted)
             layouts = [layouts[i] for i in wanted]
             return place_images(modality, new, layouts), visuals, wanted
-    layouts = family.layouts(model, modality, visuals, call.prompt.runs(modality))
+    layouts = _layouts(call, modality, visuals, call.prompt)
     return place_images(modality, new, layouts), visuals, list(range(len(layouts)))
+
+
+def _layouts(call: Call, modality: str, visuals: dict[str, Any], shown: Prompt) -> list[ImageLayout]:
+    """Of all images that were given; those that are encoded already bring theirs, and no pixels to tell it by."""
+    if call.encoded is not None:
+        return [image.layout for image in call.encoded.images[modality]]
+    return call.family.layouts(call.model, modality, visuals, shown.runs(modality))
 
 
 def visuals_of(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:

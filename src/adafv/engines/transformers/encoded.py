@@ -7,8 +7,10 @@ per image (`adafv.core.encoded`).
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from adafv.core.encoded import EncodedImage
 from adafv.core.tokens import Signal
 from adafv.engines.transformers.families import Family, family_of
 from adafv.engines.transformers.families.base import stock_model
-from adafv.errors import PromptError, StaleImagesError
+from adafv.errors import PromptError, StaleImagesError, UnsupportedCallError
 from adafv.methods import Method, method_named
 from adafv.methods.base import TOKENS
 
@@ -37,10 +39,12 @@ class EncodedImages:
     signals: frozenset[Signal]
     """What was read off the tower."""
     family: str
-    weights: tuple[Any, ...]
-    """What tower and projector were like; see `_weights`."""
+    weights: "Fingerprint"
+    """What tower and projector were like."""
     pixels: dict[str, str]
     """A hash of every input."""
+    guard: Any = field(default=None, repr=False, compare=False)
+    """See `_Guard`."""
     times: int = 1
     """How often one image is repeated."""
 
@@ -83,17 +87,8 @@ class EncodedImages:
             raise StaleImagesError(
                 f"these images were encoded for {self.family}, but the model is {family.name}; {mend}"
             )
-        now = _weights(model, family)
-        if len(now) != len(self.weights):
-            raise StaleImagesError(
-                f"the vision tower has other parameters or adapters than when these images were encoded; {mend}"
-            )
-        for before, after in zip(self.weights, now, strict=True):
-            if before != after:
-                raise StaleImagesError(
-                    f"{after[0]} of the model has changed since these images were encoded (weights, precision or device); "
-                    f"{mend}"
-                )
+        if difference := self.weights.difference(Fingerprint.of(model, names=False)):
+            raise StaleImagesError(f"{difference}; {mend}")
         for name, value in taken.items():
             if {self.pixels.get(name)} != {_hash(part) for part in _parts(value, self.times)}:
                 raise StaleImagesError(
@@ -188,7 +183,45 @@ def encode(
             ]
             described[modality] = {name: _described(name, value) for name, value in entries.items()}
     hashes = {name: _hash(value) for name, value in taken.items()}
-    return EncodedImages(images, described, signals, family.name, _weights(model, family), hashes)
+    return EncodedImages(images, described, signals, family.name, Fingerprint.of(model), hashes, _Guard.of(model))
+
+
+class _Guard:
+    """Refuses encoded images where nothing reads them, as long as there are any of a model.
+
+    The stock `forward` ignores arguments that it does not know, so outside `AdaFV` it would answer as if there were no
+    image. (`generate` refuses them by itself.)
+    """
+
+    _living: "weakref.WeakKeyDictionary[Any, weakref.ref[_Guard]]" = weakref.WeakKeyDictionary()
+
+    def __init__(self, model: Any) -> None:
+        weakref.finalize(self, model.register_forward_pre_hook(_refuse_unwrapped, with_kwargs=True).remove)
+
+    @classmethod
+    def of(cls, model: Any) -> "_Guard":
+        """The one of this model."""
+        there = cls._living.get(model)
+        guard = None if there is None else there()
+        if guard is None:
+            guard = cls(model)
+            cls._living[model] = weakref.ref(guard)
+        return guard
+
+    def __deepcopy__(self, memo: Any) -> "_Guard":
+        return self
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # elsewhere the images are refused by the model that they are shown to
+
+
+def _refuse_unwrapped(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    from adafv.engines.transformers.wrapper import _HANDLE
+
+    if isinstance(kwargs.get(ENCODED), EncodedImages) and _HANDLE not in model.__dict__:
+        raise UnsupportedCallError(
+            f"{ENCODED}= is read inside `with AdaFV(keep=...)(model):` and by compress() alone; the stock model would ignore it"
+        )
 
 
 def _visuals_of(family: Family, inputs: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -218,21 +251,100 @@ def encode_modality(
     ]
 
 
-def _weights(model: Any, family: Family) -> tuple[Any, ...]:
-    """(name, version, type, device, where it is) of every parameter outside the language model.
+FLAGS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+"""Attributes of PEFT's layers that change what a module makes, with the same parameters."""
 
-    PyTorch counts a tensor's version up whenever it is written to. Adapters add parameters, or wrap modules.
+PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+SAMPLES = 8
+"""Values of every tensor that are looked at."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fingerprint:
+    """What the model's tensors outside its language model were like.
+
+    PyTorch counts a tensor's version up whenever it is written to, but not what is written through `.data`, as when PEFT
+    merges an adapter or an average of weights is swapped in. So some values of each are compared as well: on the device,
+    without reading the rest. What changes a few single values through `.data` alone goes unseen.
     """
-    language = {id(parameter) for parameter in _language_model(model).parameters()}
-    return tuple(
-        (name, parameter._version, parameter.dtype, str(parameter.device), parameter.data_ptr(), tuple(parameter.shape))
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in language
-    )
+
+    names: tuple[str, ...]
+    states: list[Any]
+    """Per tensor: version, type, device, where it is, and shape. Then the flags of adapters."""
+    samples: list[Tensor]
+    """Per device and type, the bytes of the sampled values."""
+
+    @classmethod
+    def of(cls, model: Any, names: bool = True) -> "Fingerprint":
+        """Names are made once: to compare, they are not needed."""
+        found, states, flags = [], [], []
+        samples: dict[Any, list[Tensor]] = defaultdict(list)
+        with torch.no_grad():
+            for path, module in _outside_the_language_model(model, names):
+                inside = module.__dict__
+                for flag in FLAGS:
+                    if flag in inside:
+                        flags.append((flag, repr(inside[flag])))
+                for tensors in (inside["_parameters"], inside["_buffers"]):
+                    for name, tensor in tensors.items():
+                        if tensor is None:
+                            continue
+                        if names:
+                            found.append(f"{path}{name}")
+                        states.append(state := _state(tensor))
+                        if (sampled := _sampled(tensor)) is not None:
+                            samples[state[2:4]].append(sampled)
+            together = [torch.cat(parts).view(torch.uint8) for parts in samples.values()]
+        return cls(tuple(found), [*states, *flags], together)
+
+    def difference(self, now: "Fingerprint") -> str | None:
+        """What is otherwise now, for a message; None: nothing."""
+        if len(now.states) != len(self.states):
+            return "the vision tower has other parameters or adapters than when these images were encoded"
+        for number, (before, after) in enumerate(zip(self.states, now.states, strict=True)):
+            if before != after:
+                if number >= len(self.names):
+                    return "adapters of the vision tower were switched or merged since these images were encoded"
+                return (
+                    f"{self.names[number]} of the model has changed since these images were encoded (weights, precision or "
+                    "device)"
+                )
+        if not all(torch.equal(before, after) for before, after in zip(self.samples, now.samples, strict=True)):
+            return "weights of the vision tower or the projector have changed since these images were encoded"
+        return None
+
+    def __reduce__(self) -> Any:
+        # Tensors of another process lie elsewhere, so what is unpickled there is refused; samples need not travel.
+        return type(self), (self.names, self.states, [part.cpu() for part in self.samples])
 
 
-def _language_model(model: Any) -> Any:
-    return getattr(getattr(model, "model", model), "language_model", None) or torch.nn.Module()
+def _outside_the_language_model(model: Any, names: bool) -> Iterator[tuple[str, Any]]:
+    """(path, module) of all but the language model and its head."""
+    aside = {id(getattr(getattr(model, "model", model), "language_model", None)), id(model.get_output_embeddings())}
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        yield path, module
+        for name, child in module.__dict__["_modules"].items():
+            if child is not None and id(child) not in aside:
+                waiting.append((f"{path}{name}." if names else "", child))
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    version = -1 if tensor.is_inference() else tensor._version
+    # Quantised or distributed tensors have no memory of their own.
+    place = tensor.data_ptr() if type(tensor) in PLAIN else id(tensor)
+    return place, version, tensor.dtype, tensor.device, tensor.shape
+
+
+def _sampled(tensor: Tensor) -> Tensor | None:
+    """[at most SAMPLES], from all over the tensor; None where its values cannot be looked at just so."""
+    count = tensor.numel()
+    if type(tensor) not in PLAIN or not count or tensor.is_meta or not tensor.is_contiguous():
+        return None
+    size = SAMPLES if count > SAMPLES else count
+    return tensor.as_strided((size,), (count // size,))
 
 
 def _described(name: str, value: Any) -> Any:

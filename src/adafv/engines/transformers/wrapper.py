@@ -294,7 +294,8 @@ class PrunedModel:
                     f"{name} holds a key/value cache, but adafv knows it as {' or '.join(CACHE_NAMES)} alone, and would not "
                     "see which tokens it lacks; pass it under one of these names"
                 )
-        return self._visuals(arguments) or any(arguments.get(name) is not None for name in CACHE_NAMES)
+        encoded = isinstance(arguments.get(ENCODED), EncodedImages)
+        return encoded or self._visuals(arguments) or any(arguments.get(name) is not None for name in CACHE_NAMES)
 
     def _visuals(self, arguments: Mapping[str, Any]) -> bool:
         """Whether images or videos are among the arguments, as pixels or encoded."""

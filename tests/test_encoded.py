@@ -1,0 +1,344 @@
+"""`adafv.encode`: images that went through the tower once answer as their pixels do, and are refused once they are stale."""
+
+import copy
+import functools
+import gc
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from conftest import state_of
+from contract import Looking, Merging
+from models import FAMILIES, make_inputs, token_types, words
+from oracle import VISUAL_INPUTS
+
+import adafv
+from adafv import AdaFV, EncodedImages, Pruner, compress
+from adafv.engines.transformers.families import family_of
+from adafv.errors import AdaFVError, PromptError, StaleImagesError, UnsupportedCallError
+
+ROWS = {row.name: row for row in FAMILIES}
+PLACES = [
+    name
+    for name in (
+        "llava",
+        "llava-next",
+        "llava-onevision",
+        "qwen2.5-vl",
+        "qwen3-vl",
+        "internvl",
+        "mistral3",
+        "gemma3",
+        "idefics3",
+    )
+    if name in ROWS
+]
+DECODED = {
+    "max_new_tokens": 4,
+    "min_new_tokens": 4,
+    "do_sample": False,
+    "suppress_tokens": list(range(110, 120)),
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
+METHODS = ["adafv", "saliency", Merging(), Looking()]
+
+
+def text_of(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in VISUAL_INPUTS}
+
+
+@contextmanager
+def tower_runs(model: Any) -> Iterator[list[int]]:
+    """How often the tower is run meanwhile."""
+    runs: list[int] = []
+    towers = {id(tower): tower for tower in family_of(model).towers(model)}.values()
+    handles = [tower.register_forward_hook(lambda *_: runs.append(1)) for tower in towers]
+    try:
+        yield runs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@functools.cache
+def small(name: str) -> Any:
+    """A model of this row, for tests that do not change it. As long as images of it live, it has a hook."""
+    return ROWS[name].build()
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> Any:
+    return ROWS[request.param], small(request.param)
+
+
+def agree(model: Any, inputs: dict[str, Any], encoded: EncodedImages, method: Any, keep: float, **options: Any) -> None:
+    """The same answers and kept tokens, bit by bit, in `generate`, `forward` and `compress`; the tower is not run."""
+    with torch.no_grad(), Pruner(method, keep, **options)(model) as pruner:
+        stock = model.generate(**inputs, **DECODED)
+        logits, kept = model(**inputs).logits, pruner.last.kept
+    for given in (text_of(inputs), inputs):
+        with torch.no_grad(), tower_runs(model) as runs, Pruner(method, keep, **options)(model) as pruner:
+            found = model.generate(**given, images=encoded, **DECODED)
+            assert all(map(torch.equal, pruner.last.kept, kept))
+            again = model(**given, images=encoded).logits
+            assert all(map(torch.equal, pruner.last.kept, kept))
+            short = compress(model, {**given, "images": encoded}, keep, method=method, **options)
+        assert runs == []
+        assert torch.equal(found.sequences, stock.sequences)
+        assert torch.equal(torch.stack(found.logits), torch.stack(stock.logits))
+        assert torch.equal(again.nan_to_num(), logits.nan_to_num())
+        assert all(map(torch.equal, short.record.kept, kept))
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+def test_as_the_pixels(place: Any) -> None:
+    row, model = place
+    inputs = make_inputs(row, model, [2, 1], seed=3)
+    before = state_of(model)
+    encoded = adafv.encode(model, inputs, method=METHODS)
+    for method, keep in zip([*METHODS, "adafv"], [0.3, 4, 0.5, 0.3, 1.0], strict=True):
+        agree(model, inputs, encoded, method, keep)
+    assert len(encoded) == 3
+    assert encoded.bytes > 0
+    del encoded
+    gc.collect()
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("video", ["clip", "frame"])
+@pytest.mark.parametrize("place", ["llava-onevision", "qwen2.5-vl", "qwen3-vl"], indirect=True)
+def test_videos_as_their_pixels(place: Any, video: str) -> None:
+    row, model = place
+    inputs = make_inputs(row, model, [0, 0], videos_per_prompt=[1, 1], seed=4)
+    agree(model, inputs, adafv.encode(model, inputs), "adafv", 0.3, video=video)
+
+
+@pytest.mark.parametrize("place", ["llava", "qwen2.5-vl", "qwen3-vl"], indirect=True)
+@pytest.mark.parametrize("second", ["text", "image"])
+def test_a_chat(place: Any, second: str) -> None:
+    """Encoded images of both turns are given in the second, as a processor gives the pixels of a whole conversation."""
+    row, model = place
+    [seen, [one]], [new, [two]] = row.images(model, [[row.sizes[0]]], 0), row.images(model, [[row.sizes[1]]], 1)
+    if second == "text":
+        two = []
+    start = torch.tensor([[1, *words(3, 0), *one, *words(2, 1)]])
+    tail = torch.tensor([[*words(3, 7), *two, *words(4, 8)]])
+    both = {name: torch.cat((seen[name], new[name])) for name in seen} if two else seen
+    chats = []
+    ways: list[tuple[dict[str, Any], dict[str, Any]]] = [(seen, both)]
+    ways.append(({"images": adafv.encode(model, seen)}, {"images": adafv.encode(model, both)}))
+    for first, whole in ways:
+        with AdaFV(keep=0.4)(model) as pruner:
+            turn = model.generate(input_ids=start, **token_types(row, start), **first, **DECODED)
+            chat = torch.cat((turn.sequences, tail), 1)
+            cache = turn.past_key_values
+            found = model.generate(input_ids=chat, **token_types(row, chat), **whole, past_key_values=cache, **DECODED)
+            kept = pruner.last.kept if two else []
+        chats.append((turn.sequences, found.sequences, torch.stack(found.logits), *kept))
+    assert all(torch.equal(*pair) for pair in zip(*chats, strict=True))
+
+
+def test_one_image_for_many_questions() -> None:
+    model = small("llava")
+    inputs = make_inputs(ROWS["llava"], model, [1, 1, 1])
+    pixels = inputs["pixel_values"][:1]
+    inputs["pixel_values"] = pixels.expand(3, -1, -1, -1)
+    encoded = adafv.encode(model, {"pixel_values": pixels})
+    many = encoded.repeated(3)
+    assert many.images["image"][0].features.data_ptr() == many.images["image"][2].features.data_ptr()
+    with torch.no_grad(), AdaFV(keep=5)(model) as pruner:
+        expected, kept = model(**inputs).logits, pruner.last.kept
+        found = model(**text_of(inputs), images=many).logits
+        assert all(map(torch.equal, pruner.last.kept, kept))
+        torch.testing.assert_close(found, expected, equal_nan=True)  # the tower ran on one, not on three
+        for count in (2, 4):
+            with pytest.raises(PromptError):
+                model(**text_of(inputs), images=encoded.repeated(count))
+    with pytest.raises(PromptError, match="only one image can be repeated, and these are 3"):
+        many.repeated(2)
+
+
+@pytest.mark.parametrize("made", [copy.copy, copy.deepcopy, lambda encoded: pickle.loads(pickle.dumps(encoded))])
+def test_copies(made: Callable[[Any], Any]) -> None:
+    model = small("qwen3-vl")
+    inputs = make_inputs(ROWS["qwen3-vl"], model, [1])
+    encoded = adafv.encode(model, inputs)
+    agree(model, inputs, made(encoded), "adafv", 5)
+    agree(model, inputs, encoded.to("cpu"), "adafv", 5)
+    elsewhere = encoded.to("meta")
+    assert {image.features.device.type for image in elsewhere.images["image"]} == {"meta"}
+
+
+# ---------------------------------------------------------------------------------------------------------- stale
+
+
+def optimizer_step(model: Any) -> None:
+    weight = model.model.multi_modal_projector.linear_1.weight
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=0.1).step()
+
+
+def other_weights(model: Any) -> None:
+    model.load_state_dict(ROWS["llava"].build(seed=5).state_dict())
+
+
+def through_data(model: Any) -> None:
+    other = ROWS["llava"].build(seed=5).model.vision_tower
+    for weight, value in zip(model.model.vision_tower.parameters(), other.parameters(), strict=True):
+        weight.data.copy_(value)
+
+
+def one_matrix_through_data(model: Any) -> None:
+    model.model.vision_tower.get_submodule("encoder.layers.1.mlp.fc1").weight.data += 0.01
+
+
+def another_tensor(model: Any) -> None:
+    weight = model.model.multi_modal_projector.linear_2.weight
+    weight.data = weight.data.clone()
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "optimizer": (optimizer_step, "multi_modal_projector.linear_1.weight of the model has changed"),
+    "load_state_dict": (other_weights, "of the model has changed"),
+    "data": (through_data, "weights of the vision tower or the projector have changed"),
+    "one matrix": (one_matrix_through_data, "weights of the vision tower or the projector have changed"),
+    "another tensor": (another_tensor, "linear_2.weight of the model has changed"),
+    "half": (lambda model: model.to(torch.bfloat16), "has changed since .*precision"),
+    "device": (lambda model: model.to("meta"), "has changed since .*device"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_weights(change: str) -> None:
+    model = ROWS["llava"].build()
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    encoded = adafv.encode(model, inputs)
+    with torch.no_grad():
+        CHANGES[change][0](model)
+    refused(model, inputs, encoded, CHANGES[change][1] + ".*encode the images again")
+
+
+def refused(
+    model: Any, inputs: dict[str, Any], encoded: EncodedImages, message: str, error: type[AdaFVError] = StaleImagesError
+) -> None:
+    with AdaFV(keep=4)(model), tower_runs(model) as runs:
+        for call in (model, lambda **given: model.generate(**given, max_new_tokens=1)):
+            with pytest.raises(error, match=message):
+                call(**text_of(inputs), images=encoded)
+    assert runs == []
+
+
+def test_the_language_model_may_change() -> None:
+    """Encoded images do not depend on it; the words that are compared with them are looked up anew."""
+    model = ROWS["llava"].build()
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    encoded = adafv.encode(model, inputs)
+    with torch.no_grad():
+        for weight in (*model.model.language_model.parameters(), *model.lm_head.parameters()):
+            weight.mul_(1.1)
+    agree(model, inputs, encoded, "adafv", 4)
+
+
+def test_adapters_of_the_tower() -> None:
+    peft = pytest.importorskip("peft")
+    model = ROWS["llava"].build()
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    plain = adafv.encode(model, inputs)
+    options = peft.LoraConfig(r=2, target_modules=r".*vision.*(q_proj|fc1)", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, options)
+    base = adapted.get_base_model()
+    refused(base, inputs, plain, "other parameters or adapters")
+    encoded = adafv.encode(adapted, inputs)
+    agree(base, inputs, encoded, "adafv", 4)
+    with adapted.disable_adapter():
+        refused(base, inputs, encoded, "adapters of the vision tower were switched or merged")
+    agree(base, inputs, encoded, "adafv", 4)
+    adapted.merge_adapter()
+    refused(base, inputs, encoded, "adapters .* merged|has changed|have changed")
+    adapted.unmerge_adapter()
+    adapted.add_adapter("other", options)
+    refused(base, inputs, encoded, "other parameters or adapters")
+
+
+# --------------------------------------------------------------------------------------------------------- refused
+
+
+def test_other_pixels_and_settings() -> None:
+    row = ROWS["llava-next"]
+    model = small(row.name)
+    inputs, other = make_inputs(row, model, [1], seed=0), make_inputs(row, model, [1], seed=3)
+    encoded = adafv.encode(model, inputs)
+    with AdaFV(keep=4)(model):
+        with pytest.raises(StaleImagesError, match="pixel_values is passed beside images= and differs"):
+            model(**{**inputs, "pixel_values": other["pixel_values"]}, images=encoded)
+        with pytest.raises(StaleImagesError, match="image_sizes is passed beside images= and differs.*setting"):
+            model(**{**inputs, "image_sizes": inputs["image_sizes"] + 2}, images=encoded)
+        with pytest.raises(StaleImagesError, match="vision_feature_layer is passed beside"):
+            model(**inputs, images=encoded, vision_feature_layer=-1)
+
+
+def test_another_family() -> None:
+    one, other = small("llava"), small("llava-next")
+    encoded = adafv.encode(one, make_inputs(ROWS["llava"], one, [1]))
+    refused(other, make_inputs(ROWS["llava-next"], other, [1]), encoded, "encoded for LLaVA-1.5, but the model is")
+
+
+def test_another_model_of_the_family() -> None:
+    one, other = ROWS["llava"].build(), ROWS["llava"].build(seed=1)
+    inputs = make_inputs(ROWS["llava"], one, [1])
+    refused(other, inputs, adafv.encode(one, inputs), "has changed since")
+
+
+def test_what_the_method_needs_was_not_read() -> None:
+    model = small("llava")
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    encoded = adafv.encode(model, inputs, method="random")
+    refused(model, inputs, encoded, r"without saliency, which the method adafv needs; .*method='adafv'")
+    agree(model, inputs, encoded, "uniform", 4)
+
+
+def test_lower_resolution() -> None:
+    model = small("llava")
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    encoded = adafv.encode(model, inputs)
+    with Pruner("downsample", keep=4)(model), pytest.raises(UnsupportedCallError, match="encoded already"):
+        model(**text_of(inputs), images=encoded)
+
+
+@pytest.mark.parametrize("shown", [[1, 1], [3], [0]])
+def test_another_number_of_images_than_the_prompt_shows(shown: list[int]) -> None:
+    model = small("llava")
+    encoded = adafv.encode(model, make_inputs(ROWS["llava"], model, [1] if shown != [1, 1] else [3]))
+    inputs = make_inputs(ROWS["llava"], model, shown)
+    refused(model, inputs, encoded, "", PromptError)
+
+
+def test_no_image() -> None:
+    with pytest.raises(PromptError, match="no image to encode: give pixel_values"):
+        adafv.encode(small("llava"), {"input_ids": torch.tensor([[1, 2]])})
+
+
+def test_outside_a_wrapped_model() -> None:
+    """The stock `forward` ignores what it does not know, and would answer as if there were no image."""
+    model = ROWS["llava"].build()
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    encoded = adafv.encode(model, inputs)
+    copied = pickle.loads(pickle.dumps(encoded))
+    with pytest.raises(UnsupportedCallError, match="the stock model would ignore it"):
+        model(**text_of(inputs), images=encoded)
+    with pytest.raises(ValueError, match="images"):
+        model.generate(**text_of(inputs), images=encoded)
+    moved = encoded.to("cpu")
+    del encoded
+    gc.collect()
+    with pytest.raises(UnsupportedCallError, match="the stock model would ignore it"):
+        model(**text_of(inputs), images=moved)
+    del moved
+    gc.collect()
+    assert not model._forward_pre_hooks
+    with torch.no_grad(), AdaFV(keep=4)(model):
+        model(**text_of(inputs), images=copied)
