@@ -275,7 +275,7 @@ def test_other_pixels_and_settings() -> None:
     with AdaFV(keep=4)(model):
         with pytest.raises(StaleImagesError, match="pixel_values is passed beside images= and differs"):
             model(**{**inputs, "pixel_values": other["pixel_values"]}, images=encoded)
-        with pytest.raises(StaleImagesError, match="image_sizes is passed beside images= and differs.*setting"):
+        with pytest.raises(StaleImagesError, match=r"image_sizes is passed beside images= and differs.*setting"):
             model(**{**inputs, "image_sizes": inputs["image_sizes"] + 2}, images=encoded)
         with pytest.raises(StaleImagesError, match="vision_feature_layer is passed beside"):
             model(**inputs, images=encoded, vision_feature_layer=-1)
