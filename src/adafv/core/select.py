@@ -118,7 +118,7 @@ def check_method(method: Chooser, engine: str, stages: frozenset[str], signals: 
             f"the method {method.name} acts at the stage {stage!r}, which {engine} does not have here; it has "
             f"{', '.join(sorted(stages))}: use another method"
         )
-    for signal in sorted(method.needs):
+    for signal in sorted(method.needs, key=str):
         if not signal.of_tower and not signals(signal):
             raise MethodError(
                 f"the method {method.name} needs {signal} of the prompt, which {engine} does not have here: {mends(signal)}"
