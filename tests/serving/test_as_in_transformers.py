@@ -85,9 +85,11 @@ def test_the_question_may_stand_in_front(both: Both) -> None:
 
 
 def test_without_words_saliency_chooses(both: Both) -> None:
+    # A word that the models do not know; the small LLaVA-OneVision has the token of such words for videos.
+    unknown = " " if both.model.config.model_type == "llava_onevision" else "hello"
     for keep in (12, 0.2):
         both.agree([picture("cars").resize((500, 260))], keep, "saliency")
-        both.agree([picture("bird"), " ", picture("key").resize((60, 130)), "hello"], keep, "saliency")
+        both.agree([picture("bird"), " ", picture("key").resize((60, 130)), unknown], keep, "saliency")
 
 
 def test_the_prompt_holds_as_many_placeholders_as_tokens_stay(both: Both) -> None:

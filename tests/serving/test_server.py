@@ -81,6 +81,10 @@ class TestAnswers:
         two = server.ask(picture(BIRD), picture("key"), BANANA, **budget(MOST))
         assert two[1] == 9 + 2 * TOKENS
 
+    def test_a_budget_may_be_text(self, server: Server) -> None:
+        """As on the command line."""
+        assert server.ask(picture(BIRD), BANANA, **budget("36")) == server.ask(picture(BIRD), BANANA, **budget(36))
+
     def test_without_image(self, server: Server) -> None:
         assert server.ask(BANANA)[1] == 9
 
@@ -106,12 +110,13 @@ class TestRefusals:
         [
             (0, "at least one visual token"),
             (-3, "at least one visual token"),
-            (1.5, "a share must lie above 0"),
+            (1.5, "a share lies above 0"),
             (0.1, "do not compare"),
-            ("x", "is text"),
-            (None, "is not a number"),
+            ("x", "'x' is not a budget"),
+            ("10%", "do not compare"),
+            (None, "None is not a budget"),
             (True, "is a truth value"),
-            ([8], "is not a number"),
+            ([8], "[8] is not a budget"),
             (MOST + 1, "this server keeps at most max_keep=200"),
             (10**30, "no image has so many visual tokens"),
         ],
