@@ -4,19 +4,21 @@ What is expected comes from the stock model alone. Its own features of every ima
 put back into the full prompt, and the dropped placeholders are masked (oracle.py).
 """
 
-import copy
+import re
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from contract import FIRST_HIDDEN, METHODS, PLAIN, Far, Looking, Merging, OneImage, far, mixed
 from conftest import shared_model
+from contract import FIRST_HIDDEN, METHODS, PLAIN, Far, Looking, Merging, OneImage, far, mixed
 from models import FAMILIES, IMAGE, VIDEO, FamilyRow, make_inputs, token_types, words
 from oracle import VISUAL_INPUTS, masked_inputs, same_logits
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv import Pruner, compress
@@ -59,7 +61,9 @@ class Expected:
     """Inputs of the stock model: the full prompt, with the mixed features in place."""
     keep_mask: Tensor
 
-    def forward(self, row: FamilyRow, model: Any, positions: str = "compact", generates: bool = False) -> dict[str, Any]:
+    def forward(
+        self, row: FamilyRow, model: Any, positions: str = "compact", generates: bool = False
+    ) -> dict[str, Any]:
         """The same with the dropped placeholders masked."""
         where = {"row": row, "model": model} if row.rotary else {}
         return without_visuals(masked_inputs(self.stock, self.keep_mask, positions, generates=generates, **where))
@@ -191,7 +195,9 @@ def test_images(place: Any, name: str) -> None:
 @pytest.mark.parametrize("video", ["clip", "frame"])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
-    "place", [name for name in PLACES if ROWS[name].videos is not None and not ROWS[name].one_placeholder], indirect=True
+    "place",
+    [name for name in PLACES if ROWS[name].videos is not None and not ROWS[name].one_placeholder],
+    indirect=True,
 )
 def test_videos(place: Any, name: str, video: str) -> None:
     row, model = place
@@ -420,7 +426,9 @@ def test_more_than_the_crops_have() -> None:
     row = ROWS["llava-next"]
     with shared_model(row) as model:
         inputs = make_inputs(row, model, [1])
-        with pytest.raises(BudgetError, match="method breaking looks at 1 of . crops, which have 16 tokens; give at most"):
+        with pytest.raises(
+            BudgetError, match=r"method breaking looks at 1 of . crops, which have 16 tokens; give at most"
+        ):
             compress(model, inputs, 17, method=Breaking(plans=lambda layout, keep: Plan(keep, crops=(0,))))
         counting = Breaking(lambda layout, keep: Plan(None, crops=(0,)), lambda tokens, keep: torch.tensor([keep]))
         [image] = compress(model, inputs, 17, method=counting).record.images
@@ -480,7 +488,7 @@ def test_words_come_with_ids_and_strings() -> None:
             assert torch.equal(text.embeddings[number, :count], table(torch.tensor(expected)))
         embedded = {**inputs, "inputs_embeds": table(inputs["input_ids"])}
         del embedded["input_ids"]
-        with pytest.raises(MethodError, match="breaking needs strings .*input_ids rather than embeddings"):
+        with pytest.raises(MethodError, match=r"breaking needs strings .*input_ids rather than embeddings"):
             compress(model, embedded, 4, method=method, text="turn", processor=Letters())
 
 
@@ -508,3 +516,27 @@ def test_nothing_that_no_method_needs_is_computed() -> None:
             assert seen[-1].signals.keys() == set(wanted)
             assert seen[-1].words is None
     assert isinstance(METHODS["looking"], Looking)
+
+
+def test_the_example_in_the_documentation() -> None:
+    """It runs as it stands, and does what is written beside it."""
+    text = (Path(__file__).parents[1] / "docs/extending.md").read_text()
+    [source] = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Folded" in block]
+    module = types.ModuleType("documented")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "documented", module)
+        exec(compile(source, "docs/extending.md", "exec"), vars(module))
+    folding, dropping = module.Folded(), module.Folded(fold=False)
+    row = ROWS["llava-next"]
+    with shared_model(row) as model:
+        inputs = make_inputs(row, model, [2])
+        merged = compress(model, inputs, 6, method=folding).record.images
+        dropped = compress(model, inputs, 6, method=dropping).record.images
+    for one, two in zip(merged, dropped, strict=True):
+        assert one.kept.tolist() == two.kept.tolist()
+        assert not two.merged
+        shown = one.layout.shows_patch
+        assert int((one.weights > 0).sum()) == int(shown.sum())  # every patch is in one mix, newlines in none
+        assert (one.weights[:, ~shown] == 0).all()
+        torch.testing.assert_close(one.weights.sum(1), torch.ones(6))
+        assert (one.weights[range(6), one.kept] > 0).all()

@@ -27,8 +27,8 @@ from adafv.core import Budget
 from adafv.engines.transformers.cache import holds_pruned, remember
 from adafv.engines.transformers.call import CompressedInputs
 from adafv.engines.transformers.compress import compress_call
-from adafv.engines.transformers.encoded import ENCODED, EncodedImages
 from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
+from adafv.engines.transformers.encoded import ENCODED, EncodedImages
 from adafv.engines.transformers.families.base import family_of, stock_model
 from adafv.engines.transformers.generation import (
     PromptRestorer,
