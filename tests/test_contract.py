@@ -4,8 +4,12 @@ What is expected comes from the stock model alone. Its own features of every ima
 put back into the full prompt, and the dropped placeholders are masked (oracle.py).
 """
 
+import re
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -512,3 +516,27 @@ def test_nothing_that_no_method_needs_is_computed() -> None:
             assert seen[-1].signals.keys() == set(wanted)
             assert seen[-1].words is None
     assert isinstance(METHODS["looking"], Looking)
+
+
+def test_the_example_in_the_documentation() -> None:
+    """It runs as it stands, and does what is written beside it."""
+    text = (Path(__file__).parents[1] / "docs/extending.md").read_text()
+    [source] = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Folded" in block]
+    module = types.ModuleType("documented")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "documented", module)
+        exec(compile(source, "docs/extending.md", "exec"), vars(module))
+    folding, dropping = module.Folded(), module.Folded(fold=False)
+    row = ROWS["llava-next"]
+    with shared_model(row) as model:
+        inputs = make_inputs(row, model, [2])
+        merged = compress(model, inputs, 6, method=folding).record.images
+        dropped = compress(model, inputs, 6, method=dropping).record.images
+    for one, two in zip(merged, dropped, strict=True):
+        assert one.kept.tolist() == two.kept.tolist()
+        assert not two.merged
+        shown = one.layout.shows_patch
+        assert int((one.weights > 0).sum()) == int(shown.sum())  # every patch is in one mix, newlines in none
+        assert (one.weights[:, ~shown] == 0).all()
+        torch.testing.assert_close(one.weights.sum(1), torch.ones(6))
+        assert (one.weights[range(6), one.kept] > 0).all()

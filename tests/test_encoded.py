@@ -273,7 +273,7 @@ def test_other_pixels_and_settings() -> None:
     inputs, other = make_inputs(row, model, [1], seed=0), make_inputs(row, model, [1], seed=3)
     encoded = adafv.encode(model, inputs)
     with AdaFV(keep=4)(model):
-        with pytest.raises(StaleImagesError, match="pixel_values is passed beside images= and differs"):
+        with pytest.raises(StaleImagesError, match=r"pixel_values is passed beside images= and differs"):
             model(**{**inputs, "pixel_values": other["pixel_values"]}, images=encoded)
         with pytest.raises(StaleImagesError, match=r"image_sizes is passed beside images= and differs.*setting"):
             model(**{**inputs, "image_sizes": inputs["image_sizes"] + 2}, images=encoded)

@@ -70,13 +70,16 @@ def llava(tower: str, folder: Path) -> Path:
 
 @contextmanager
 def several_workers(
-    folder: Path, architecture: str = "LlavaForConditionalGeneration", **arguments: Any
+    folder: Path,
+    architecture: str = "LlavaForConditionalGeneration",
+    options: dict[str, Any] | None = None,
+    **arguments: Any,
 ) -> Iterator[Any]:
     """An engine, `tensor_parallel_size` or `pipeline_parallel_size` of which is above 1; see `kept_by_each`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # functions of this module travel to the workers
         # Without a cache of encoded images, every question is one run of the tower.
-        options = {"keep": 16, "tower_cache_mb": 0}
+        options = {"keep": 16, "tower_cache_mb": 0} | (options or {})
         llm = engine(folder, architecture, options, distributed_executor_backend="mp", **arguments)
         try:
             llm.apply_model(_watch)

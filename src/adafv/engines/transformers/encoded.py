@@ -221,7 +221,7 @@ def _refuse_unwrapped(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if isinstance(kwargs.get(ENCODED), EncodedImages) and _HANDLE not in model.__dict__:
         raise UnsupportedCallError(
             f"{ENCODED}= is read inside `with AdaFV(keep=...)(model):` and by compress() alone; the stock model would ignore "
-            "it"
+            "it; pass the pixels, or wrap the model"
         )
 
 
