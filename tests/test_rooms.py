@@ -1,4 +1,4 @@
-"""The rooms of the package: dependencies point inward, little is imported, and the maps in docstrings are right."""
+"""The rooms of the package: dependencies point inward, and little is imported."""
 
 import ast
 import json
@@ -156,28 +156,3 @@ print(json.dumps(seen))
     assert seen["families"] >= 36
     # The package of models itself, and perhaps the table of their names; no model.
     assert [name for name in seen["models"] if not re.fullmatch(r"transformers\.models(\.auto.*)?", name)] == []
-
-
-def mapped(docstring: str) -> set[str]:
-    """The files and folders that a docstring maps: indented lines "name.py  what it is", "name/  what it is"."""
-    return set(re.findall(r"^    (\w+(?:\.py|/))  +\S", docstring, re.MULTILINE))
-
-
-MAPS = {
-    module: path
-    for module, path in modules().items()
-    if path.name == "__init__.py" and len(mapped(ast.get_docstring(ast.parse(path.read_text())) or "")) > 1
-}
-
-
-def test_there_are_maps() -> None:
-    assert {"adafv.engines.transformers", "adafv.engines.vllm"} <= set(MAPS)
-
-
-@pytest.mark.parametrize("module", sorted(MAPS))
-def test_maps_are_right(module: str) -> None:
-    """Every file of the package is on its map, and nothing else is."""
-    path = MAPS[module]
-    there = {file.name for file in path.parent.glob("*.py")} - {"__init__.py"}
-    there |= {f"{folder.parent.name}/" for folder in path.parent.glob("*/__init__.py")}
-    assert mapped(ast.get_docstring(ast.parse(path.read_text())) or "") == there

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from adafv.engines.transformers.prompt import read_prompt
 from models import FamilyRow, llava, llava_images, llava_next, llava_next_images, make_inputs
 from torch import Tensor
 from transformers import AttentionInterface
@@ -21,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from adafv.core import ImageLayout, class_attention, patch_saliency
 from adafv.core.tokens import HIDDEN, KEYS, SALIENCY, Signal, hidden_of, keys_of, saliency_of
 from adafv.engines.transformers.families import Family, family_of
+from adafv.engines.transformers.reading import read_prompt
 from adafv.engines.transformers.towers import shape_of
 from adafv.errors import UnsupportedModelError
 
@@ -42,7 +42,7 @@ class Shown:
         family = family_of(model)
         images, clips = ([2, 1], [0, 0]) if modality == "image" else ([0, 0], [1, 1])
         inputs = make_inputs(row, model, images, videos_per_prompt=clips, seed=5)
-        inputs = {family.other_names.get(name, name): value for name, value in inputs.items()}
+        inputs = {family.named(name): value for name, value in inputs.items()}
         visuals = {name: value for name, value in inputs.items() if name in family.inputs(modality)}
         runs = read_prompt(model, family, inputs).runs(modality)
         return cls(model, family, modality, visuals, family.layouts(model, modality, visuals, runs))

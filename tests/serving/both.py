@@ -1,6 +1,5 @@
 """One checkpoint in vLLM and in transformers: the same tokens must stay, and the same be answered."""
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,6 @@ class Both:
     @classmethod
     def of(cls, name: str, folder: Path, options: dict[str, Any], dtype: str = "float32") -> "Both":
         """Let go of one before making the next: one engine at a time."""
-        gc.collect()
         saved = checkpoint(name, folder)
         llm = engine(saved, (NAMES | OTHERS)[name], options, limit_mm_per_prompt={"image": 2}, dtype=dtype)
         model = AutoModelForImageTextToText.from_pretrained(saved, dtype=getattr(torch, dtype)).eval()

@@ -51,8 +51,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_engine_at_a_time() -> Iterator[None]:
-    # What was imported stays: vLLM collects garbage five times for an engine, which goes through all of it.
-    gc.freeze()
     yield
     from vllm.distributed import cleanup_dist_env_and_memory
 

@@ -1,5 +1,6 @@
 """vLLM's engine in this process, and what its workers chose."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from adafv.engines.vllm import architectures
 
 SAMPLES = Path(__file__).parents[2] / "src/adafv/bundled/samples"
 BUNDLED = Path(__file__).parents[2] / "src/adafv/bundled"
-KV_CACHE = 256 * 2**20
+KV_CACHE = 128 * 2**20
 
 
 def picture(name: str) -> Image.Image:
@@ -30,9 +31,17 @@ def chat(*content: Any) -> list[dict[str, Any]]:
 
 
 def engine(folder: Path, architecture: str | None, options: dict[str, Any] | None = None, **arguments: Any) -> Any:
-    """vLLM's `LLM`. `architecture` is a stock one, served pruned with `options`; None: stock vLLM."""
+    """vLLM's `LLM`, once any engine that was let go of is gone.
+
+    Args:
+        architecture: a stock one, served pruned with `options`; None: stock vLLM.
+    """
     from vllm import LLM
 
+    # vLLM collects garbage five times for an engine, each time through all that was imported and is still there.
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "seed": 0, "max_num_seqs": 16}
     defaults["kv_cache_memory_bytes"] = (
         KV_CACHE  # the least that a variable can say is a gigabyte, to be written with zeros

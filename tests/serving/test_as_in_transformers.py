@@ -7,9 +7,11 @@ import pytest
 from both import NAMES, Both, checkpoint
 from engines import alike, answers, chat, picture
 from transformers import AutoConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from adafv.core import Budget
 from adafv.engines.transformers.families.base import family_of
+from adafv.engines.vllm.families.llava_next import anyres_layout_of
 from adafv.errors import UnsupportedModelError
 
 QUESTIONS = [
@@ -51,15 +53,20 @@ def test_a_picture_of_any_shape(both: Both, shape: str) -> None:
 def test_every_token_comes_from_the_same_patch(both: Both) -> None:
     if both.model.config.model_type == "llava":
         pytest.skip("one crop, whose tokens are its patches")
+    front = MULTIMODAL_REGISTRY.create_processor(both.llm.model_config).info
     for size in SIZES.values():
         shown = picture("bird").resize(size)
         inputs = both.processor(images=[shown], text="<image>", return_tensors="pt")
         [theirs] = family_of(both.model).layouts(both.model, "image", inputs, [])
         height_and_width = inputs["image_sizes"][0]
-        [ours] = both.llm.apply_model(lambda model, size=height_and_width: model.layout(size))
-        assert ours.source.tolist() == theirs.source.tolist()
-        assert (ours.crops, ours.rows, ours.columns) == (theirs.crops, theirs.rows, theirs.columns)
-        assert ours.tiling == theirs.tiling
+        [in_worker] = both.llm.apply_model(
+            lambda model, size=height_and_width: anyres_layout_of(model.config, model.packing, size)
+        )
+        in_front = front.layout({"image_sizes": height_and_width})
+        for ours in (in_worker, in_front):
+            assert ours.source.tolist() == theirs.source.tolist()
+            assert (ours.crops, ours.rows, ours.columns) == (theirs.crops, theirs.rows, theirs.columns)
+            assert ours.tiling == theirs.tiling
 
 
 def test_two_pictures_in_one_prompt(both: Both) -> None:
@@ -75,6 +82,12 @@ def test_two_pictures_of_different_shapes_in_one_prompt(both: Both) -> None:
 
 def test_the_question_may_stand_in_front(both: Both) -> None:
     both.agree(["What color is the banana?", picture("bird")], 12)
+
+
+def test_without_words_saliency_chooses(both: Both) -> None:
+    for keep in (12, 0.2):
+        both.agree([picture("cars").resize((500, 260))], keep, "saliency")
+        both.agree([picture("bird"), " ", picture("key").resize((60, 130)), "hello"], keep, "saliency")
 
 
 def test_the_prompt_holds_as_many_placeholders_as_tokens_stay(both: Both) -> None:

@@ -9,36 +9,41 @@ from engines import picture
 
 from adafv import AdaFV
 
+METHODS: dict[str, dict[str, Any]] = {
+    "saliency": {},
+    "random": {"seed": 3},
+    "uniform": {},
+    "text": {"text": "turn"},
+    "adafv": {"text": "after", "objective": "split"},
+}
+"""Method -> its options, and the scope of the text."""
 
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("saliency", {}),
-        ("random", {"seed": 3}),
-        ("uniform", {}),
-        ("text", {"text": "turn"}),
-        ("adafv", {"text": "after", "objective": "split"}),
-    ],
-)
-def test_every_method(method: str, options: dict[str, Any], checkpoints: Path) -> None:
-    scope = {name: value for name, value in options.items() if name == "text"}
-    parameters = {name: value for name, value in options.items() if name != "text"}
-    both = Both.of("llava-next", checkpoints, {"keep": 16, "method": method, "parameters": parameters} | scope)
+
+@pytest.fixture(scope="module")
+def served(request: pytest.FixtureRequest, checkpoints: Path) -> Both:
+    """By the method that is asked for; tests of one method share its engine."""
+    scope = {name: value for name, value in METHODS[request.param].items() if name == "text"}
+    parameters = {name: value for name, value in METHODS[request.param].items() if name != "text"}
+    return Both.of("llava-next", checkpoints, {"keep": 16, "method": request.param, "parameters": parameters} | scope)
+
+
+@pytest.mark.parametrize(("method", "served"), [(name, name) for name in METHODS], indirect=["served"])
+def test_every_method(method: str, served: Both) -> None:
     for keep in (12, 0.2, 0.98):
-        both.agree(
+        served.agree(
             ["Is there a house?", picture("bird").resize((500, 260)), "What color is the banana?"],
             keep,
             method,
-            **options,
+            **METHODS[method],
         )
 
 
-@pytest.mark.parametrize("method", ["adafv", "text"])
-def test_without_words_saliency_chooses(method: str, checkpoints: Path) -> None:
-    both = Both.of("llava-next", checkpoints, {"keep": 16, "method": method})
+@pytest.mark.parametrize("served", ["text"], indirect=True)
+def test_without_words_saliency_chooses(served: Both) -> None:
+    """For adafv: see test_as_in_transformers.py."""
     for keep in (12, 0.2):
-        both.agree([picture("cars").resize((500, 260))], keep, "saliency")
-        both.agree([picture("bird"), " ", picture("key").resize((60, 130)), "hello"], keep, "saliency")
+        served.agree([picture("cars").resize((500, 260))], keep, "saliency")
+        served.agree([picture("bird"), " ", picture("key").resize((60, 130)), "hello"], keep, "saliency")
 
 
 def test_bfloat16(checkpoints: Path) -> None:

@@ -75,7 +75,6 @@ def alone(model: Path) -> dict[int, list[Any]]:
 @pytest.fixture(scope="module", params=[False, True], ids=["no prefix cache", "prefix cache"])
 def pieces(request: pytest.FixtureRequest, model: Path, alone: dict[int, list[Any]]) -> Any:
     """An engine that reads prompts in pieces, several at a time, and has memory for two or three of them alone."""
-    gc.collect()
     llm = served(
         model,
         enable_prefix_caching=request.param,

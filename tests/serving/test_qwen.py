@@ -3,7 +3,6 @@
 The models are small and their weights random, so answers are compared by the log probabilities of all their tokens.
 """
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,7 +56,6 @@ class Qwen:
 
     @classmethod
     def of(cls, architecture: str, folder: Path, dtype: torch.dtype = torch.float32, **arguments: Any) -> "Qwen":
-        gc.collect()
         saved = qwen(architecture, folder, dtype)
         arguments = {"limit_mm_per_prompt": {"image": 150}, "dtype": dtype, "block_size": BLOCK} | arguments
         llm = engine(saved, architecture, {"keep": 8, "tower_cache_mb": 0}, **arguments)

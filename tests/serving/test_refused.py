@@ -56,7 +56,7 @@ def test_towers_that_share_images_out(checkpoints: Path) -> None:
     ("adafv", "options", "reason"),
     [
         ({}, {}, "the option keep is missing"),
-        ({"keep": 16, "method": "downsample"}, {}, "scales images down"),
+        ({"keep": 16, "method": "downsample"}, {}, "acts at the stage 'image', which vLLM does not have"),
         ({"keep": 16, "parameters": {"variant": "published"}}, {}, "published variant"),
         ({"keep": 16}, {"mm_processor_kwargs": {"adafv": {"keep": 8}}}, "no effect in --mm-processor-kwargs"),
     ],

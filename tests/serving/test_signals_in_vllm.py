@@ -1,6 +1,5 @@
 """Keys, hidden states and saliency of the tower are in vLLM what they are in transformers, in every layer that is run."""
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ def ask_for_all(model: Any) -> None:
 
 @pytest.fixture(params=ALL)
 def served(request: pytest.FixtureRequest, checkpoints: Path) -> Iterator[tuple[Path, Any]]:
-    gc.collect()
     folder, architecture = folder_of(request.param, checkpoints)
     options = {"keep": 8, "tower_cache_mb": 0}
     yield folder, engine(folder, architecture, options, limit_mm_per_prompt={"image": 2})

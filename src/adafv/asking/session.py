@@ -24,13 +24,14 @@ from torch import Tensor
 from adafv.asking.failures import LoadError, UsageError, check_text
 from adafv.asking.models import folder_or_id, hub_options, within
 from adafv.core import Budget
-from adafv.engines.transformers import Pruner, Record
+from adafv.engines.transformers import EncodedImages, Pruner, Record, encode
+from adafv.engines.transformers.encoded import ENCODED
 from adafv.engines.transformers.families.base import family_of, known_families, unsupported
 from adafv.engines.transformers.reading import read_prompt
 from adafv.engines.transformers.releases import returned_cache
 from adafv.errors import AdaFVError
 from adafv.images import check_shape
-from adafv.methods import Method
+from adafv.methods import Method, method_named
 from adafv.picture import tower_view
 from adafv.printable import shortened
 from adafv.prompts.text import image_text
@@ -187,9 +188,24 @@ class Session:
         """A pruner for this model; `scope` is what `Pruner` calls `text`, and `options` are as it takes them."""
         return Pruner(method, keep, text=scope, processor=self.processor, **options)
 
-    def ask(self, inputs: Any, pruner: Pruner | None, max_new_tokens: int) -> Answer:
-        """Answer by greedy decoding; without a pruner, by the stock model."""
+    def encoded(self, inputs: Any, held: EncodedImages | None = None) -> EncodedImages:
+        """What tower and projector make of the picture: `held`, where that is what they made of it before."""
+        method = method_named("adafv")  # the signals of every method that comes with adafv
+        if held is not None and held.holds(self.model, inputs, method):
+            return held
+        return encode(self.model, inputs, method=method)
+
+    def ask(
+        self, inputs: Any, pruner: Pruner | None, max_new_tokens: int, encoded: EncodedImages | None = None
+    ) -> Answer:
+        """Answer by greedy decoding; without a pruner, by the stock model.
+
+        Args:
+            encoded: the picture, which then does not go through the tower again, where the pruner can do with that.
+        """
         record = None
+        if encoded is not None and pruner is not None and encoded.serves(pruner.settings.method):
+            inputs = {**inputs, ENCODED: encoded}
         if pruner is None:
             output = self._generate(inputs, max_new_tokens)
         else:

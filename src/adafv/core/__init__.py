@@ -3,9 +3,12 @@
     budget.py     how many tokens stay
     layout.py     where the visual tokens of an image come from
     tokens.py     what a method sees, plans and returns
+    layers.py     which layer of a tower a signal speaks of
+    patches.py    from the patches of a tower to the tokens of an image
     encoded.py    what the tower made of an image, and the store that keeps it
     scores.py     the two scores of the paper: text-to-image attention and visual saliency
     received.py   visual saliency of towers without [CLS]
+    select.py     the one preparation in front of every method; what it returns is checked
     selection.py  the geometric-mean selection: `joint_search` and those it is compared with
 
 Every engine (transformers, vLLM) calls these functions; none has an implementation of its own.
@@ -15,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adafv.core.budget import Budget, tokens_to_keep
+    from adafv.core.budget import Budget
     from adafv.core.layout import ImageLayout, anyres_layout, anyres_places
     from adafv.core.received import patch_saliency
     from adafv.core.scores import class_attention, text_to_image_attention
@@ -46,7 +49,6 @@ _HOMES = {
     "published_tokens": "selection",
     "split_search": "selection",
     "text_to_image_attention": "scores",
-    "tokens_to_keep": "budget",
     "top_tokens": "selection",
 }
 
@@ -65,7 +67,6 @@ __all__ = [
     "published_tokens",
     "split_search",
     "text_to_image_attention",
-    "tokens_to_keep",
     "top_tokens",
 ]
 

@@ -144,8 +144,3 @@ def _shown(value: Any) -> str:
     except ValueError:  # an integer with more digits than Python writes
         text = f"a number of type {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 20]}... ({len(text)} characters)"
-
-
-def tokens_to_keep(keep: "Budget | int | float | str", tokens: int) -> int:
-    """K for an image of `tokens` (N) tokens: `Budget.of(keep).tokens(tokens)`."""
-    return Budget.of(keep).tokens(tokens)

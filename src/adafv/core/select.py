@@ -6,18 +6,36 @@ tokens are mixed, from weights, so that features and whatever travels with them 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from adafv.core.encoded import EncodedImage
+from adafv.core.layout import ImageLayout
 from adafv.core.tokens import SALIENCY, STRINGS, Kept, Plan, Signal, VisualTokens, Words
 from adafv.errors import BudgetError, MethodError
 
-if TYPE_CHECKING:
-    from adafv.methods import Method
+
+class Chooser(Protocol):
+    """What is asked of a method here: see `adafv.methods.base.Method`, which knows this package, not the reverse."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def needs(self) -> frozenset[Signal]: ...
+    @property
+    def of_tower(self) -> frozenset[Signal]: ...
+    @property
+    def needs_words(self) -> bool: ...
+    @property
+    def stages(self) -> frozenset[str]: ...
+    @property
+    def may_repeat(self) -> bool: ...
+    def plan(self, layout: ImageLayout, keep: int) -> Plan: ...
+    def count(self, tokens: VisualTokens, keep: int) -> Tensor: ...
+    def select(self, tokens: VisualTokens, keep: int) -> Kept: ...
 
 
 @dataclass(frozen=True)
@@ -25,7 +43,7 @@ class Wanted:
     """One image of which fewer tokens are to stay."""
 
     encoded: EncodedImage
-    method: "Method"
+    method: Chooser
     plan: Plan
     most: int
     """What the budget leaves of it; the plan's own number where that is known."""
@@ -51,7 +69,7 @@ class Selected:
     """[G, N] float32, as the method saw it; None where it did not need it."""
 
 
-def plan_of(method: "Method", layout: Any, keep: int) -> Plan:
+def plan_of(method: Chooser, layout: Any, keep: int) -> Plan:
     """The method's plan for an image of which the budget leaves `keep` tokens, checked.
 
     Raises:
@@ -85,7 +103,7 @@ def plan_of(method: "Method", layout: Any, keep: int) -> Plan:
     return plan
 
 
-def check_method(method: "Method", engine: str, stages: frozenset[str], signals: Callable[[Signal], bool]) -> None:
+def check_method(method: Chooser, engine: str, stages: frozenset[str], signals: Callable[[Signal], bool]) -> None:
     """The one place where a method that an engine cannot serve is refused.
 
     Args:
@@ -100,7 +118,7 @@ def check_method(method: "Method", engine: str, stages: frozenset[str], signals:
             f"the method {method.name} acts at the stage {stage!r}, which {engine} does not have here; it has "
             f"{', '.join(sorted(stages))}: use another method"
         )
-    for signal in sorted(method.needs):
+    for signal in sorted(method.needs, key=str):
         if not signal.of_tower and not signals(signal):
             raise MethodError(
                 f"the method {method.name} needs {signal} of the prompt, which {engine} does not have here: {mends(signal)}"
@@ -237,7 +255,7 @@ def _some(tokens: VisualTokens, places: list[int]) -> VisualTokens:
     )
 
 
-def check_kept(method: "Method", tokens: VisualTokens, keep: int, kept: Kept) -> None:
+def check_kept(method: Chooser, tokens: VisualTokens, keep: int, kept: Kept) -> None:
     """Raise MethodError where a method returns what it must not.
 
     Shapes and types cost nothing. Values can only be looked at by waiting for the device: that is done on the CPU, and on an

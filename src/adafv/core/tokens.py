@@ -13,7 +13,7 @@ from torch import Tensor
 from adafv.core.layout import ImageLayout
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Signal:
     """Something that a method may ask for besides the visual tokens themselves."""
 

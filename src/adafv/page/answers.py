@@ -14,6 +14,7 @@ from adafv.asking.failures import UsageError, check_text, out_of_memory
 from adafv.asking.models import unknown_words, unknown_words_warning
 from adafv.asking.session import Session, Timing
 from adafv.core import Budget
+from adafv.engines.transformers import EncodedImages
 from adafv.errors import AdaFVError
 from adafv.images import read_image
 from adafv.methods import Method
@@ -76,6 +77,7 @@ class Answers:
         # must not be used by two threads at once. Nothing is lost: answers side by side would share the same cores, their
         # times would mean nothing, and every one of them would hold a decoded picture and a cache in memory.
         self._questions = _OneAtATime("question")
+        self._encoded: EncodedImages | None = None  # the last picture
         self._pictures = _OneAtATime("picture")
 
     def check_picture(self, path: Any) -> None:
@@ -120,7 +122,8 @@ class Answers:
             session = self._session
             inputs = session.inputs(_decoded(data), question)
             modes = {UNPRUNED: None, **{name: session.pruner(method, budget) for name, method in chosen.items()}}
-            answers = {name: session.ask(inputs, pruner, int(longest)) for name, pruner in modes.items()}
+            encoded = self._encoded = session.encoded(inputs, self._encoded)  # the next question may be about it, too
+            answers = {name: session.ask(inputs, pruner, int(longest), encoded) for name, pruner in modes.items()}
             timings = session.compare(inputs, modes, int(longest), ROUNDS, answers)
             crops = session.tower_view(inputs)
             tokenizer = session.processor.tokenizer

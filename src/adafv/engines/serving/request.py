@@ -14,7 +14,7 @@ from adafv.errors import NoWordsError, PromptError
 from adafv.prompts.prompt import PlacedImage, Prompt, any_of
 from adafv.prompts.text import ChatTemplate, text_columns
 
-VERSION = 2
+VERSION = 3
 """Of what the caches know an image by; to be raised whenever the same request would keep other tokens."""
 
 _ONE_TOKEN = ImageLayout(torch.zeros(1, dtype=torch.long), crops=1, rows=1, columns=1)

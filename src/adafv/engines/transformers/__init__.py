@@ -13,7 +13,6 @@
     encoded.py       `encode`: images that go through the tower once, for many questions
     families/        what differs between models, one file each
     towers.py        how vision towers are read without touching them
-    patches.py       from the patches of a tower to the tokens of an image
     reading.py       what is image and what is text in a prompt
     packing.py       several prompts in one row
     settings.py      the options, checked

@@ -7,11 +7,12 @@ prompt. Nothing inside the model changes: the result goes through the public arg
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from adafv.core.budget import Budget
 from adafv.core.select import Wanted, select_tokens
 from adafv.core.tokens import STRINGS
 from adafv.engines.transformers.cache import CacheContents, cached_length, contents_of, remember
@@ -35,7 +36,7 @@ from adafv.methods import Method
 def compress(
     model: Any,
     inputs: Mapping[str, Any],
-    keep: int | float,
+    keep: Budget | int | float | str,
     *,
     method: str | Method = "adafv",
     positions: str = "compact",
@@ -123,7 +124,8 @@ def _embedded_words(call: Call, jobs: list[ImageJob]) -> dict[int, tuple[Tensor,
     columns = [job.text for job in jobs if job.text is not None]
     if not columns:
         return {}
-    ids = [call.prompt.tokens[job.image.row, text] for job, text in zip(jobs, columns, strict=True)]
+    tokens = call.prompt.arrays.tokens
+    ids = [tokens[job.image.row, text.numpy()] for job, text in zip(jobs, columns, strict=True)]
     device = jobs[0].encoded.features.device  # type: ignore[union-attr]
     if call.embeds is not None:
         given = call.embeds
@@ -132,10 +134,12 @@ def _embedded_words(call: Call, jobs: list[ImageJob]) -> dict[int, tuple[Tensor,
             for job, text in zip(jobs, columns, strict=True)
         ]
     else:
-        padded = pad_sequence(ids, batch_first=True).to(call.device)
-        embeddings = call.model.get_input_embeddings()(padded).detach().to(device)
+        padded = np.zeros((len(ids), max(map(len, ids))), dtype=np.int64)
+        for row, each in zip(padded, ids, strict=True):
+            row[: len(each)] = each
+        embeddings = call.model.get_input_embeddings()(torch.from_numpy(padded).to(call.device)).detach().to(device)
         parts = [row[: len(each)] for row, each in zip(embeddings.unbind(), ids, strict=True)]
-    return {id(job): pair for job, pair in zip(jobs, zip(parts, ids, strict=True), strict=True)}
+    return {id(job): (part, torch.from_numpy(each)) for job, part, each in zip(jobs, parts, ids, strict=True)}
 
 
 def write(call: Call) -> None:
@@ -171,21 +175,21 @@ def _stays(call: Call) -> Tensor:
     for job in call.jobs:
         if job.selected is not None:
             groups.setdefault(id(job.selected), []).append(job)
-    stays = torch.ones(call.prompt.tokens.numel(), dtype=torch.bool)
+    on_host = np.ones(call.prompt.tokens.numel(), dtype=bool)
     chosen = []
     for jobs in groups.values():
-        columns = [job.image.columns + job.image.row * width if job.image.row else job.image.columns for job in jobs]
-        stays[torch.cat(columns)] = False
+        columns = [job.image.columns.numpy() + job.image.row * width for job in jobs]
+        on_host[np.concatenate(columns)] = False
         kept = jobs[0].selected.kept.indices  # type: ignore[union-attr]
         if jobs[0].method.may_repeat:  # distinct places for what may not be distinct
-            chosen += [each[: kept.shape[1]].to(call.device) for each in columns]
+            chosen += [torch.from_numpy(each[: kept.shape[1]]).to(call.device) for each in columns]
             continue
         order = [job.place for job in jobs]
         if order != list(range(len(kept))):
             kept = kept[order]
-        places = torch.stack(columns).to(kept.device)
+        places = torch.from_numpy(np.stack(columns)).to(kept.device)
         chosen.append(places.gather(1, kept).flatten().to(call.device))
-    stays = stays.to(call.device)
+    stays = torch.from_numpy(on_host).to(call.device)
     if chosen:
         stays = stays.index_fill(0, torch.cat(chosen) if len(chosen) > 1 else chosen[0], True)
     return stays.view(-1, width)

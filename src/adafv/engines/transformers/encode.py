@@ -48,7 +48,7 @@ def _run(call: Call, modality: str, jobs: list[ImageJob], signals: frozenset[Sig
 
 def _encoded_before(call: Call, modality: str, signals: frozenset[Signal]) -> dict[int, EncodedImage]:
     assert call.encoded is not None
-    for signal in sorted(signals - call.encoded.signals):
+    for signal in sorted(signals - call.encoded.signals, key=str):
         raise StaleImagesError(
             f"these images were encoded without {signal}, which the method {call.settings.method.name} needs; encode them "
             f"for it: adafv.encode(model, inputs, method={call.settings.method.name!r})"

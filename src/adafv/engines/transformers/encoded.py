@@ -22,6 +22,7 @@ from adafv.engines.transformers.families import Family, family_of
 from adafv.engines.transformers.families.base import stock_model
 from adafv.errors import PromptError, StaleImagesError, UnsupportedCallError
 from adafv.methods import Method, method_named
+from adafv.methods.base import TOKENS
 
 ENCODED = "images"
 """Name under which encoded images are passed to `generate`, `forward` and `compress`."""
@@ -44,6 +45,8 @@ class EncodedImages:
     """A hash of every input."""
     guard: Any = field(default=None, repr=False, compare=False)
     """See `_Guard`."""
+    times: int = 1
+    """How often one image is repeated."""
 
     def __len__(self) -> int:
         """Images and videos."""
@@ -87,11 +90,26 @@ class EncodedImages:
         if difference := self.weights.difference(Fingerprint.of(model, names=False)):
             raise StaleImagesError(f"{difference}; {mend}")
         for name, value in taken.items():
-            if name not in self.pixels or self.pixels[name] != _hash(value):
+            if {self.pixels.get(name)} != {_hash(part) for part in _parts(value, self.times)}:
                 raise StaleImagesError(
                     f"{name} is passed beside images= and differs from what was encoded: another picture, or another setting "
                     f"of the processor; leave it out, or {mend}"
                 )
+
+    def holds(self, model: Any, inputs: Mapping[str, Any], method: Method) -> bool:
+        """Whether these are the images of `inputs`, as the model would encode them now for a method."""
+        family = family_of(model)
+        _, taken = _visuals_of(family, inputs)
+        try:
+            self.check(model, family, taken)
+        except StaleImagesError:
+            return False
+        return taken.keys() == self.pixels.keys() and self.serves(method)
+
+    def serves(self, method: Method) -> bool:
+        """Whether a method, and what chooses in its place without words, can do with what was read off the tower."""
+        needed = method.of_tower | method.without_text().of_tower
+        return method.stages == {TOKENS} and not method.may_repeat and needed <= self.signals
 
     def take(self, modality: str, numbers: Sequence[int], device: torch.device) -> list[EncodedImage]:
         """Some of the images of one modality, on the device of the model."""
@@ -113,7 +131,7 @@ class EncodedImages:
             )
         [image] = self.images["image"]
         visuals = {name: _rows(value, times) for name, value in self.visuals["image"].items()}
-        return replace(self, images={"image": [image] * times}, visuals={"image": visuals}, pixels={})
+        return replace(self, images={"image": [image] * times}, visuals={"image": visuals}, times=times)
 
 
 def encode(
@@ -139,7 +157,6 @@ def encode(
     Raises:
         PromptError: there is no image in `inputs`.
     """
-    from adafv.engines.transformers.call import visuals_of
     from adafv.engines.transformers.devices import host_by_default
 
     model = stock_model(model)
@@ -149,7 +166,7 @@ def encode(
     signals = frozenset[Signal]().union(*(part.of_tower for each in methods for part in (each, each.without_text())))
     family.check_signals(model, signals)
     given = {name: value for name, value in inputs.items() if value is not None}
-    visuals, taken = visuals_of(family, dict(given))
+    visuals, taken = _visuals_of(family, given)
     if not visuals:
         raise PromptError(f"there is no image to encode: give {family.images[0]}, as the processor returns it")
     images, described = {}, {}
@@ -206,6 +223,12 @@ def _refuse_unwrapped(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             f"{ENCODED}= is read inside `with AdaFV(keep=...)(model):` and by compress() alone; the stock model would ignore "
             "it; pass the pixels, or wrap the model"
         )
+
+
+def _visuals_of(family: Family, inputs: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    from adafv.engines.transformers.call import visuals_of  # which knows encoded images
+
+    return visuals_of(family, {name: value for name, value in inputs.items() if value is not None})
 
 
 def encode_modality(
@@ -326,8 +349,13 @@ def _sampled(tensor: Tensor) -> Tensor | None:
 
 
 def _described(name: str, value: Any) -> Any:
-    """Without the pixels, of which the shape says how images lie; seconds of videos stay."""
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+    """Without the pixels, of which the shape says how images lie, and which tiles of a row that is filled up are there."""
+    if not name.startswith("pixel"):
+        return value
+    if isinstance(value, Tensor) and value.is_floating_point():
+        if value.dim() == 5:
+            there = (value != 0).flatten(2).any(2).to(value.dtype)
+            return there.view(*there.shape, 1, 1, 1).expand_as(value)
         return value.to("meta")
     if isinstance(value, (list, tuple)) and value and all(isinstance(part, Tensor) for part in value):
         return [_described(name, part) for part in value]
@@ -343,6 +371,16 @@ def _hash(value: Any) -> str:
         else:
             digest.update(repr(part).encode())
     return digest.hexdigest()
+
+
+def _parts(value: Any, times: int) -> list[Any]:
+    """What was repeated, as often as it was."""
+    if times == 1 or (isinstance(value, Tensor) and not value.dim()):
+        return [value]
+    if isinstance(value, Tensor):
+        return list(value.chunk(times))
+    step = max(1, len(value) // times)
+    return [value[start : start + step] for start in range(0, len(value), step)]
 
 
 def _rows(value: Any, times: int) -> Any:

@@ -11,6 +11,7 @@ sizes of the images, keeps what it needs for the next turn on the model, and wou
 they are worked out from the full prompt, by the stock model's own code, and kept beside the cache.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -121,7 +122,9 @@ def set_rotary_positions(call: Call, stays: Tensor) -> tuple[Tensor, Tensor]:
     before, delta = _cached(call, result)
     given = result.get("position_ids")
     if given is None:
-        fresh = family.positions(call.model, call.prompt.tokens.to(call.device), attended.to(call.device), call.visuals)
+        # On the host, where the stock code's many small steps and looks at values cost no launch and no wait.
+        sizes = {modality: _without_pixels(entries) for modality, entries in call.visuals.items()}
+        fresh = family.positions(call.model, call.prompt.tokens, attended, sizes).to(call.device)
         fresh = fresh + (before + delta).to(fresh.device)[None, :, None]
     else:
         fresh = (given[-family.rotary_axes :] if given.dim() == 3 else given).expand(family.rotary_axes, batch, -1)
@@ -152,6 +155,15 @@ def set_rotary_positions(call: Call, stays: Tensor) -> tuple[Tensor, Tensor]:
         moved = torch.cat((along.to(moved)[None], moved))
     result["position_ids"] = moved
     return reached - total, total
+
+
+def _without_pixels(visuals: Mapping[str, Any]) -> dict[str, Any]:
+    """What says how large images are, on the host."""
+    return {
+        name: value.cpu() if isinstance(value, Tensor) else value
+        for name, value in visuals.items()
+        if not name.startswith("pixel")
+    }
 
 
 def _cached(call: Call, result: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,12 @@ def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt
     """
     visual = {family.placeholder(model, modality) for modality in family.modalities}
     ends, specials = special_tokens(model.config, getattr(model, "generation_config", None), visual)
-    given = given_prompt(inputs)
-    if given.dim() == 2:
+    given, mask = given_prompt(inputs), inputs.get("attention_mask")
+    if mask is not None and check_mask(mask).shape != given.shape[:2]:
+        raise PromptError(f"attention_mask is {list(mask.shape)}, but the prompt is {list(given.shape[:2])}")
+    if given.dim() == 2 and mask is not None and given.device == mask.device and given.device.type != "cpu":
+        tokens, mask = torch.stack((given, (mask != 0).to(given.dtype))).cpu().unbind()  # one wait, not two
+    elif given.dim() == 2:
         tokens = given.cpu()
     else:
         tokens = torch.full(given.shape[:2], -1)
@@ -36,13 +40,7 @@ def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt
                 continue  # configs name tokens that the model lacks
             embedding = table(torch.tensor([[token]], device=given.device))[0, 0].to(given.dtype)
             tokens[(given == embedding).all(-1).cpu()] = token
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        attended = torch.ones_like(tokens, dtype=torch.bool)
-    elif check_mask(mask).shape != tokens.shape:
-        raise PromptError(f"attention_mask is {list(mask.shape)}, but the prompt is {list(tokens.shape)}")
-    else:
-        attended = mask.cpu() != 0
+    attended = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.cpu() != 0
     is_special, is_end = any_of(tokens, specials), any_of(tokens, ends)
     prompt = Prompt(tokens, attended, family.placeholders(model, tokens), is_end, is_special)
     for modality in family.modalities:

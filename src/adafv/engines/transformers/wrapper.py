@@ -118,8 +118,8 @@ class AdaFV(Pruner):
 
     Args:
         keep, positions, text, processor, video, logits: see `Pruner`.
-        objective: how the geometric mean is maximised: "joint" (optimum by Frank-Wolfe, with a certificate) or "split"
-            (the paper's search).
+        objective: how the geometric mean is maximised: "joint" (the best set that can be found, with a certificate), "split"
+            (the paper's search) or "frank-wolfe" (what "joint" was before).
         variant: "corrected", or "published" for the published code to the letter, bugs and token layout included; then
             `text` defaults to "after", as there.
     """
@@ -298,7 +298,9 @@ class PrunedModel:
         return encoded or self._visuals(arguments) or any(arguments.get(name) is not None for name in CACHE_NAMES)
 
     def _visuals(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether images or videos are among the arguments."""
+        """Whether images or videos are among the arguments, as pixels or encoded."""
+        if isinstance(arguments.get(ENCODED), EncodedImages):
+            return True
         pixels = ("pixel_values_videos", self.family.images[0])
         return any(value is not None and self.family.named(name) in pixels for name, value in arguments.items())
 

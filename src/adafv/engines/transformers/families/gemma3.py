@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.patches import by_image, pooled
 from adafv.engines.transformers.families.base import CallWithImages, Encoded, Family, Signals
-from adafv.engines.transformers.patches import by_image, pooled
 from adafv.engines.transformers.releases import MIXES_UP_PACKED_IMAGES, READS_TYPES_FROM_THE_BEGINNING
 from adafv.engines.transformers.towers import TappedTower, check_tower, with_tower
 from adafv.errors import UnsupportedCallError

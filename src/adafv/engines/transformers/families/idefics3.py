@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.patches import by_image, numbered, square_side
 from adafv.engines.transformers.families.base import Encoded, Family, Signals
 from adafv.engines.transformers.families.internvl import thumbnail_last
-from adafv.engines.transformers.patches import by_image, numbered, square_side
 from adafv.engines.transformers.towers import TowerShape, check_tower, patch_grid, with_tap
 from adafv.errors import PromptError, UnsupportedCallError
 from adafv.prompts.prompt import Run

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.patches import by_image, numbered, of_images, square_side
 from adafv.engines.transformers.families.base import Encoded, Family, Signals
 from adafv.engines.transformers.families.llava import feature_options
-from adafv.engines.transformers.patches import by_image, numbered, of_images, square_side
 from adafv.engines.transformers.towers import TappedTower, patch_grid, with_tower
 from adafv.errors import UnsupportedModelError
 from adafv.prompts.prompt import Run

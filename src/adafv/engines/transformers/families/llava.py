@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.patches import by_image
 from adafv.engines.transformers.families.base import Encoded, Family, Signals, is_a
-from adafv.engines.transformers.patches import by_image
 from adafv.engines.transformers.towers import TappedTower, check_tower, patch_grid, scale_down, uncompiled, with_tower
 from adafv.prompts.prompt import Run
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.patches import by_crops, of_images
 from adafv.engines.transformers.families.base import Encoded, Signals, in_order
 from adafv.engines.transformers.families.llava import Llava
-from adafv.engines.transformers.patches import by_crops, of_images
 from adafv.engines.transformers.releases import of_stock
 from adafv.engines.transformers.towers import TappedTower, patch_grid, scale_down, with_tower
 from adafv.errors import UnsupportedModelError
@@ -36,12 +36,14 @@ class LlavaNext(Llava):
         return {**visuals, "pixel_values": pixel_values[wanted], "image_sizes": sizes[wanted]}
 
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
-        return [self._layout(model, visuals, size) for size in _sizes(visuals)]
+        sizes = [tuple(size) for size in _sizes(visuals)]
+        known = {size: self._layout(model, visuals, size) for size in set(sizes)}  # once per size
+        return [known[size] for size in sizes]
 
-    def _layout(self, model: Any, visuals: Mapping[str, Any], size: list[int]) -> ImageLayout:
+    def _layout(self, model: Any, visuals: Mapping[str, Any], size: tuple[int, ...]) -> ImageLayout:
         side = model.config.vision_config.image_size
         tiling, crops = (
-            of_stock("llava_next.modeling_llava_next", name)(tuple(size), model.config.image_grid_pinpoints, side)
+            of_stock("llava_next.modeling_llava_next", name)(size, model.config.image_grid_pinpoints, side)
             for name in ("get_anyres_image_grid_shape", "image_size_to_num_patches")
         )
         rows, columns = patch_grid(model.model.vision_tower, *visuals["pixel_values"].shape[-2:])
@@ -49,7 +51,7 @@ class LlavaNext(Llava):
         return ImageLayout(self._packed(model, numbers, size), crops, rows, columns, tiling)
 
     @staticmethod
-    def _packed(model: Any, numbers: Tensor, size: list[int]) -> Tensor:
+    def _packed(model: Any, numbers: Tensor, size: tuple[int, ...]) -> Tensor:
         packed, _ = model.model.pack_image_features(
             [numbers.unsqueeze(-1).double()],
             torch.tensor([size]),

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from adafv.core import ImageLayout
+from adafv.core.patches import by_image, pooled
 from adafv.engines.transformers.families.base import Encoded, Signals
 from adafv.engines.transformers.families.llava import feature_options
 from adafv.engines.transformers.families.llava_next import LlavaNext
-from adafv.engines.transformers.patches import by_image, pooled
 from adafv.engines.transformers.towers import TappedTower, patch_grid, with_tower
 from adafv.errors import UnsupportedCallError
 from adafv.prompts.prompt import Run

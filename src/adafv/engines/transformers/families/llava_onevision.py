@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adafv.core import ImageLayout, anyres_layout, anyres_places
+from adafv.core.patches import by_crops, of_images
 from adafv.engines.transformers.families.base import Encoded, Signals
 from adafv.engines.transformers.families.llava import Llava, feature_options
 from adafv.engines.transformers.families.llava_next import newline_of
-from adafv.engines.transformers.patches import by_crops, of_images
 from adafv.engines.transformers.towers import TappedTower, patch_grid, with_tower
 from adafv.errors import UnsupportedCallError
 from adafv.prompts.prompt import Run
@@ -64,11 +64,10 @@ class LlavaOnevision(Llava):
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
         if modality == "video":
             return self._video_layouts(model, visuals)
-        sizes = torch.as_tensor(visuals["image_sizes"]).tolist()
-        return [
-            self._layout(model, visuals, size, in_crops)
-            for size, in_crops in zip(sizes, _in_crops(visuals), strict=True)
-        ]
+        sizes = map(tuple, torch.as_tensor(visuals["image_sizes"]).tolist())
+        shown = list(zip(sizes, _in_crops(visuals), strict=True))
+        known = {each: self._layout(model, visuals, list(each[0]), each[1]) for each in set(shown)}  # once per size
+        return [known[each] for each in shown]
 
     def encode(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals

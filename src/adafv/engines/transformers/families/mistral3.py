@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout, patch_saliency
+from adafv.core.patches import pooled
 from adafv.engines.transformers.families.base import Encoded, Family, Signals, is_a
-from adafv.engines.transformers.patches import pooled
 from adafv.engines.transformers.towers import Score, TappedTower, TowerShape, uncompiled, with_tower
 from adafv.errors import UnsupportedModelError
 from adafv.prompts.prompt import Run

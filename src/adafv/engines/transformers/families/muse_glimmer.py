@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.patches import numbered
 from adafv.engines.transformers.families.qwen2_5_vl import window_order
 from adafv.engines.transformers.families.qwen2_vl import Qwen2VL
-from adafv.engines.transformers.patches import numbered
 from adafv.engines.transformers.towers import TowerShape
 from adafv.errors import UnsupportedModelError
 

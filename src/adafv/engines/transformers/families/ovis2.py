@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.core import ImageLayout
+from adafv.core.patches import by_image, of_images, pooled, square_side
 from adafv.engines.transformers.families.base import Encoded, Family, Signals
 from adafv.engines.transformers.families.internvl import images_by_gap
-from adafv.engines.transformers.patches import by_image, of_images, pooled, square_side
 from adafv.engines.transformers.towers import TowerShape, patch_grid, with_tap
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
 from adafv.prompts.prompt import Run

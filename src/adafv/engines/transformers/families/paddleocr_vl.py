@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.patches import blocks
 from adafv.engines.transformers.families.qwen2_vl import Qwen2VL
-from adafv.engines.transformers.patches import blocks
 from adafv.engines.transformers.towers import TowerShape
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.patches import by_image, neighbours, of_images
 from adafv.engines.transformers.families.base import MODALITIES, Encoded, Family, Signals
-from adafv.engines.transformers.patches import by_image, neighbours, of_images
 from adafv.engines.transformers.towers import TowerShape, with_tap
 from adafv.prompts.prompt import Run
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adafv.core import ImageLayout
+from adafv.core.patches import by_image
 from adafv.engines.transformers.families.base import Encoded, Signals
 from adafv.engines.transformers.families.llava import Llava
-from adafv.engines.transformers.patches import by_image
 from adafv.engines.transformers.towers import TappedTower, check_tower, patch_grid, scale_down, shape_of, with_tower
 from adafv.prompts.prompt import Run
 

@@ -21,7 +21,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from adafv.core import ImageLayout, anyres_layout, anyres_places
 from adafv.core.encoded import EncodedImage
-from adafv.engines.transformers.patches import by_crops
+from adafv.core.patches import by_crops
 from adafv.engines.vllm.families.llava import PrunedLlava, patch_grid
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
 

@@ -22,9 +22,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from adafv.core import Budget, ImageLayout, patch_saliency
 from adafv.core.encoded import EncodedImage
 from adafv.core.layers import TowerLayers
+from adafv.core.patches import neighbours
 from adafv.engines.serving.request import Wish
 from adafv.engines.transformers.families.qwen2_5_vl import window_order
-from adafv.engines.transformers.patches import neighbours
 from adafv.engines.vllm.model import PrunedModel
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
 from adafv.engines.vllm.rotary import ROTATIONS, RotaryPositions, place_channels

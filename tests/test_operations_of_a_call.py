@@ -1,0 +1,100 @@
+"""What a call costs a device besides tower, projector and language model, in every family; see test_operations.py."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from models import FamilyRow, make_inputs
+from test_operations import tensors_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adafv import compress, encode
+from adafv.engines.transformers.families import family_of
+
+MOST = 200
+"""Operations that make something new, those on the host's copy of the prompt included."""
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations that make something new, unless it is told to look away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+        self.looks = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage()._cdata for each in tensors_of((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        if self.looks and any(each.untyped_storage()._cdata not in given for each in tensors_of(out)):
+            self.made.append(func.overloadpacket.__name__)
+        return out
+
+
+@contextmanager
+def stock_positions_left_out(model: Any, count: Counted, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Positions in time, height and width are the stock model's own code, which runs on the host: some 35 a prompt."""
+    kind = type(family_of(model))
+    positions = kind.positions
+
+    def unseen(*args: Any) -> Any:
+        count.looks = False
+        try:
+            return positions(*args)
+        finally:
+            count.looks = True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "positions", unseen)
+        yield
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_few_operations(any_family: FamilyRow, any_model: Any, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one picture, and of eight prompts about it. Encoded before, so that tower and projector do not run."""
+    inputs = make_inputs(any_family, any_model, [1])
+    with torch.no_grad():
+        encoded = encode(any_model, inputs)
+        given = {
+            name: value.repeat(batch, 1) if isinstance(value, torch.Tensor) and value.dim() == 2 else value
+            for name, value in inputs.items()
+            if "pixel" not in name
+        }
+        given["images"] = encoded if batch == 1 else encoded.repeated(batch)
+        count = Counted()
+        with stock_positions_left_out(any_model, count, monkeypatch), count:
+            short = compress(any_model, given, 0.3)
+    assert len(short.record.images) == batch
+    assert len(count.made) <= MOST, count.made
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_call_waits_once_for_a_gpu(any_family: FamilyRow) -> None:
+    """For the prompt; what was kept and how good it is is read when somebody looks."""
+    model = any_family.build().to("cuda")
+    inputs = {
+        name: value.to("cuda") if isinstance(value, torch.Tensor) else value
+        for name, value in make_inputs(any_family, model, [1]).items()
+    }
+    sizes = {
+        "image_grid_thw",
+        "image_sizes",
+        "image_merge_sizes",
+        "image_position_ids",
+        "grid_thws",
+    }  # said on the host
+    inputs |= {name: inputs[name].cpu() for name in sizes & inputs.keys() if isinstance(inputs[name], torch.Tensor)}
+    with torch.no_grad():
+        given = {**inputs, "images": encode(model, inputs)}
+        compress(model, given, 0.3)
+        torch.cuda.synchronize()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with pytest.warns(UserWarning, match="synchronizing") as waits:
+                compress(model, {name: value for name, value in given.items() if "pixel" not in name}, 0.3)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    assert len([wait for wait in waits if "synchronizing" in str(wait.message)]) == 1
