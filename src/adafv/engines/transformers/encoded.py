@@ -257,8 +257,10 @@ FLAGS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
 
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
-SAMPLES = 8
-"""Values of every tensor that are looked at."""
+SAMPLED, SAMPLES = 64, 8
+"""Tensors, and values of each, that are looked at."""
+SCATTER = 7919
+"""A prime, so that tensors of all kinds and layers are among them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,8 +268,8 @@ class Fingerprint:
     """What the model's tensors outside its language model were like.
 
     PyTorch counts a tensor's version up whenever it is written to, but not what is written through `.data`, as when PEFT
-    merges an adapter or an average of weights is swapped in. So some values of each are compared as well: on the device,
-    without reading the rest. What changes a few single values through `.data` alone goes unseen.
+    merges an adapter or an average of weights is swapped in. So some values of 64 of them are compared as well: on the
+    device, without reading the rest. What changes a few single values, or tensors, through `.data` alone goes unseen.
     """
 
     names: tuple[str, ...]
@@ -279,25 +281,23 @@ class Fingerprint:
     @classmethod
     def of(cls, model: Any, names: bool = True) -> "Fingerprint":
         """Names are made once: to compare, they are not needed."""
-        found, states, flags = [], [], []
-        samples: dict[Any, list[Tensor]] = defaultdict(list)
-        with torch.no_grad():
-            for path, module in _outside_the_language_model(model, names):
-                inside = module.__dict__
-                for flag in FLAGS:
-                    if flag in inside:
-                        flags.append((flag, repr(inside[flag])))
-                for tensors in (inside["_parameters"], inside["_buffers"]):
-                    for name, tensor in tensors.items():
-                        if tensor is None:
-                            continue
+        found, tensors, flags = [], [], []
+        for path, module in _outside_the_language_model(model, names):
+            inside = module.__dict__
+            flags += [(flag, repr(inside[flag])) for flag in FLAGS if flag in inside]
+            for held in (inside["_parameters"], inside["_buffers"]):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        tensors.append(tensor)
                         if names:
                             found.append(f"{path}{name}")
-                        states.append(state := _state(tensor))
-                        if (sampled := _sampled(tensor)) is not None:
-                            samples[state[2:4]].append(sampled)
+        samples: dict[Any, list[Tensor]] = defaultdict(list)
+        with torch.no_grad():
+            for number, tensor in enumerate(tensors):
+                if number * SCATTER % len(tensors) < SAMPLED and (sampled := _sampled(tensor)) is not None:
+                    samples[tensor.dtype, tensor.device].append(sampled)
             together = [torch.cat(parts).view(torch.uint8) for parts in samples.values()]
-        return cls(tuple(found), [*states, *flags], together)
+        return cls(tuple(found), [*map(_state, tensors), *flags], together)
 
     def difference(self, now: "Fingerprint") -> str | None:
         """What is otherwise now, for a message; None: nothing."""
