@@ -461,7 +461,7 @@ class TestCatalogue:
         assert named == sorted(known_methods())
         lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
         own = lines[lines.index(next(line for line in lines if line.startswith("adafv "))) + 1 :][:2]
-        assert own[0].startswith('objective=joint: "joint" (optimum')
+        assert own[0].startswith('objective=joint: "joint" (the best set')
         assert own[1].startswith('variant=corrected: "corrected", or')
         assert "seed=0: of the draw." in lines
 
