@@ -89,7 +89,8 @@ FAULTS = [
     Fault(
         "deepstack",
         "deepstack = take(kept, _stack([images[i].encoded.deepstack for i in members]))",
-        "deepstack = take(replace(kept, indices=kept.indices.flip(-1)), _stack([images[i].encoded.deepstack for i in members]))",
+        "deepstack = take(replace(kept, indices=kept.indices.flip(-1)), "
+        "_stack([images[i].encoded.deepstack for i in members]))",
         "tests/test_oracle.py -k 'qwen3-vl and test_forward'",
     ),
     Fault(
