@@ -196,9 +196,11 @@ def in_transformers(questions: int, objective: str | None) -> dict[str, Case]:
     configurations = {label: each.with_objective(objective) for label, each in CONFIGURATIONS.items()}
     cases: dict[str, Case] = {}
     for name, batches in batches_of(questions).items():
-        processor: Any = AutoProcessor.from_pretrained(bundled_model(name))
+        processor: Any = AutoProcessor.from_pretrained(bundled_model(name), trust_remote_code=False)
         processor.tokenizer.padding_side = "left"
-        model: Any = AutoModelForImageTextToText.from_pretrained(bundled_model(name), dtype="float32").eval()
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            bundled_model(name), dtype="float32", trust_remote_code=False
+        ).eval()
         padding = processor.tokenizer.pad_token_id
         planned = plan([*configurations], name, len(batches))
         for number, (batch, asked) in enumerate(zip(batches, planned, strict=True)):

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +23,9 @@ if folder := os.environ.get("ADAFV_TORCHVISION"):
 
 from models import FAMILIES, FamilyRow
 from pairwise import Case, every_pair
+from sharing import shared_model
 
 torch.set_num_threads(1)
-
-
-def own_hooks(module: Any) -> int:
-    """Less those that transformers adds by itself when a model is called first."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return sum(not hook.__module__.startswith("transformers.") for hook in hooks)
-
-
-BUILT: dict[tuple[str, torch.dtype], Any] = {}
-
-
-@contextmanager
-def shared_model(row: FamilyRow, dtype: torch.dtype = torch.float32) -> Iterator[Any]:
-    """The row's model, which must come back as it was: later tests rely on it."""
-    if (row.name, dtype) not in BUILT:
-        BUILT[row.name, dtype] = row.build(dtype=dtype)
-    model = BUILT[row.name, dtype]
-    before = state_of(model)
-    yield model
-    assert state_of(model) == before, f"a test left the shared model of {row.name} changed"
-
-
-def state_of(model: Any) -> tuple[Any, ...]:
-    """What a test could change of a model; a weight that is written to counts its versions."""
-    modules = list(model.modules())
-    return (
-        [type(module) for module in modules],
-        [own_hooks(module) for module in modules],
-        ["forward" in vars(module) for module in modules],
-        [module.training for module in modules],
-        [(id(weight), weight._version) for weight in (*model.parameters(), *model.buffers())],
-        repr(model.generation_config),
-    )
 
 
 @pytest.fixture(scope="module", params=[row for row in FAMILIES if row.deep], ids=lambda row: row.name)

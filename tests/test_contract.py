@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import shared_model
 from contract import FIRST_HIDDEN, METHODS, PLAIN, Far, Looking, Merging, OneImage, far, mixed
 from models import FAMILIES, IMAGE, VIDEO, FamilyRow, make_inputs, token_types, words
 from oracle import VISUAL_INPUTS, masked_inputs, same_logits
+from sharing import shared_model
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 

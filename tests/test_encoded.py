@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import state_of
 from contract import Looking, Merging
 from models import FAMILIES, make_inputs, token_types, words
 from oracle import VISUAL_INPUTS
+from sharing import state_of
 
 import adafv
 from adafv import AdaFV, EncodedImages, Pruner, compress

@@ -1,6 +1,5 @@
 """Qwen-VL and its kin: the saliency belongs to the token it is said to belong to, whatever order the tower works in."""
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,10 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from adafv import compress
 from adafv.core.tokens import SALIENCY
-from adafv.engines.transformers import towers
+from adafv.engines.transformers import plan, towers
 from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.families.qwen2_5_vl import window_order
 from adafv.prompts.text import text_columns
-
-module_of_compress = sys.modules["adafv.engines.transformers.compress"]  # its name is the function's too
 
 NAMES = (
     "qwen2-vl",
@@ -167,7 +164,7 @@ def test_times_between_frames_are_not_the_question(name: str, video: str, monkey
         asked.append(text_columns(*args))
         return asked[-1]
 
-    monkeypatch.setattr(module_of_compress, "text_columns", spy)
+    monkeypatch.setattr(plan, "text_columns", spy)
     compress(model, inputs, keep=2, video=video)
     shown = (inputs["input_ids"][0] == VIDEO).nonzero().flatten()
     assert (inputs["input_ids"][0, shown[0] : shown[-1]] != VIDEO).any()  # there are times between the frames

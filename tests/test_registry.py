@@ -40,7 +40,7 @@ class Outliers(Method):
 
     def select(self, tokens, keep):
         distance = (tokens.features - tokens.features.mean(1, keepdim=True)).norm(dim=-1) ** self.power
-        return Kept(top_tokens(distance, keep, tokens.shows_patch))
+        return Kept(top_tokens(distance, keep, tokens.candidates))
 """
 FAMILY = """\
 from adafv.engines.transformers.families.llava import Llava

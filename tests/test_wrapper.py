@@ -171,7 +171,7 @@ def test_forward_replaced_on_the_object(family: FamilyRow) -> None:
 # ------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("keep", [0, -1, 0.0, -0.1, 1.5, float("nan"), float("inf"), True, "64", None, [3]])
+@pytest.mark.parametrize("keep", [0, -1, 0.0, -0.1, 1.5, float("nan"), float("inf"), True, "64 tokens", None, [3]])
 def test_bad_budgets(keep: Any) -> None:
     with pytest.raises(BudgetError):
         AdaFV(keep=keep)
