@@ -38,9 +38,9 @@ class Fault:
 FAULTS = [
     Fault(
         "position",
-        "lost = dropped.cumsum(1) - dropped",
-        "lost = dropped.cumsum(1)",
-        "tests/test_oracle.py -k test_forward",
+        "return reached - total, total",
+        "return reached - total + 1, total",
+        "tests/test_oracle.py -k 'qwen2-vl and turn'",
     ),
     Fault(
         "text-mask",
