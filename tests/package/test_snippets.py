@@ -31,7 +31,7 @@ from adafv.bundled import bundled_model
 model = AutoModelForImageTextToText.from_pretrained(bundled_model())
 processor = AutoProcessor.from_pretrained(bundled_model())
 inputs = processor(images=Image.open("photo.jpg"), text="<image> what is in the picture?", return_tensors="pt")
-with Pruner(Outliers(), keep=64)(model) as pruned:
+with Pruner(Folded(), keep=64)(model) as pruned:
     model.generate(**inputs, max_new_tokens=2)
 assert [len(kept) for kept in pruned.last.kept] == [64]
 """,
