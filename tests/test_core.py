@@ -443,3 +443,10 @@ def test_top_tokens() -> None:
 def test_searches_check_the_budget(search: str, keep: int) -> None:
     with pytest.raises(BudgetError):
         SEARCHES[search](heavy_tailed(10, 0), heavy_tailed(10, 1), keep)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_saliency_of_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    """Rounding would decide ties between tokens."""
+    query, key = (torch.randn(4, 65, 16, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
+    assert torch.equal(class_attention(query, key, 0.25), class_attention(query.float(), key.float(), 0.25))
