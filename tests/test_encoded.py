@@ -342,3 +342,38 @@ def test_outside_a_wrapped_model() -> None:
     assert not model._forward_pre_hooks
     with torch.no_grad(), AdaFV(keep=4)(model):
         model(**text_of(inputs), images=copied)
+
+
+@pytest.mark.parametrize("call", [{"images": "list"}, {"encoded_images": "one"}], ids=str)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_nothing_reads_is_refused(call: dict[str, str], wrapped: bool) -> None:
+    """The stock model ignores arguments that it does not know, and would answer without the image."""
+    row = ROWS["llava"]
+    model = row.build()
+    inputs = make_inputs(row, model, [1])
+    encoded = adafv.encode(model, inputs)
+    given = {name: [encoded] if how == "list" else encoded for name, how in call.items()}
+    bare = {name: value for name, value in inputs.items() if name not in VISUAL_INPUTS}
+    with torch.no_grad():
+        if wrapped:
+            AdaFV(keep=4)(model).enable()
+        with pytest.raises(UnsupportedCallError, match="read as images= alone"):
+            model(**bare, **given)
+        with pytest.raises(UnsupportedCallError, match="read as images= alone"):
+            compress(model, {**bare, **given}, 4)
+
+
+def test_training_of_what_has_no_gradients_is_refused() -> None:
+    row = ROWS["llava"]
+    model = row.build().train()
+    inputs = make_inputs(row, model, [1])
+    encoded = adafv.encode(model, inputs)
+    bare = {name: value for name, value in inputs.items() if name not in VISUAL_INPUTS}
+    with AdaFV(keep=4)(model):
+        with pytest.raises(UnsupportedCallError, match="would not be trained; pass the pixels, or freeze"):
+            model(**bare, images=encoded)
+        for part in (model.model.vision_tower, model.model.multi_modal_projector):
+            part.requires_grad_(False)
+        encoded = adafv.encode(model, inputs)
+        model(**bare, images=encoded).logits[:, -1].sum().backward()
+    assert model.get_input_embeddings().weight.grad is not None

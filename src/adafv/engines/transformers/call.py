@@ -24,7 +24,7 @@ from adafv.engines.transformers.cache import (
     positions_known,
 )
 from adafv.engines.transformers.compaction import Compaction
-from adafv.engines.transformers.encoded import ENCODED, EncodedImages
+from adafv.engines.transformers.encoded import ENCODED, EncodedImages, encoded_in, refuse_training
 from adafv.engines.transformers.families import Family
 from adafv.engines.transformers.packing import Packing, read_packing
 from adafv.engines.transformers.reading import check_mask, given_prompt, read_prompt
@@ -127,13 +127,15 @@ def read_call(
 ) -> Call | CompressedInputs:
     """Read a call; where it has nothing to do with pruning, its inputs as they were."""
     result = CompressedInputs({name: value for name, value in inputs.items() if value is not None})
-    encoded = result.pop(ENCODED) if isinstance(result.get(ENCODED), EncodedImages) else None
+    encoded = encoded_in(result)
     visuals, taken = visuals_of(family, result)
     cache = cache_of(result)
     if cached_length(cache) == 0:
         forget(cache)
     encoded_already = bool(result.get("mm_encoder_outputs"))
     if encoded is not None:
+        del result[ENCODED]
+        refuse_training(model)
         encoded.check(model, family, taken)
         visuals = encoded.visuals
     if encoded_already or (not visuals and not holds_pruned(cache) and not positions_known(cache)):

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from adafv.core.encoded import EncodedImage
 from adafv.core.tokens import Signal
+from adafv.engines.transformers.devices import host_by_default
 from adafv.engines.transformers.families import Family, family_of
 from adafv.engines.transformers.families.base import stock_model
+from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import PromptError, StaleImagesError, UnsupportedCallError
 from adafv.methods import Method, method_named
 from adafv.methods.base import TOKENS
@@ -146,7 +148,8 @@ def encode(
                 model.generate(**inputs, images=encoded)
 
     Args:
-        model: a supported model, wrapped or not. It is not changed.
+        model: a supported model, wrapped or not. As long as its encoded images live, a hook on it refuses them where nothing
+            would read them.
         inputs: what the processor returned; its text does not matter.
         method: the methods that will choose, by name or as objects: what they need of the tower is read off it.
 
@@ -157,26 +160,21 @@ def encode(
     Raises:
         PromptError: there is no image in `inputs`.
     """
-    from adafv.engines.transformers.devices import host_by_default
-
     model = stock_model(model)
     family = family_of(model)
     listed = [method] if isinstance(method, (str, Method)) else list(method)
     methods = [method_named(each) if isinstance(each, str) else each for each in listed]
     signals = frozenset[Signal]().union(*(part.of_tower for each in methods for part in (each, each.without_text())))
     family.check_signals(model, signals)
-    given = {name: value for name, value in inputs.items() if value is not None}
-    visuals, taken = _visuals_of(family, given)
+    visuals, taken = _visuals_of(family, inputs)
     if not visuals:
         raise PromptError(f"there is no image to encode: give {family.images[0]}, as the processor returns it")
     images, described = {}, {}
     with torch.no_grad(), host_by_default():
         for modality, entries in visuals.items():
             runs: list[Any] = []
-            if given.get("input_ids") is not None:
-                from adafv.engines.transformers.reading import read_prompt
-
-                runs = read_prompt(model, family, {"input_ids": given["input_ids"]}).runs(modality)
+            if inputs.get("input_ids") is not None:
+                runs = read_prompt(model, family, {"input_ids": inputs["input_ids"]}).runs(modality)
             layouts = family.layouts(model, modality, entries, runs)
             images[modality] = [
                 image.copy() for image in encode_modality(model, family, modality, entries, layouts, signals)
@@ -215,10 +213,41 @@ class _Guard:
         return type(None), ()  # elsewhere the images are refused by the model that they are shown to
 
 
+def encoded_in(arguments: Mapping[str, Any]) -> EncodedImages | None:
+    """The encoded images of a call.
+
+    Raises:
+        UnsupportedCallError: some stand where nothing reads them: under another name, or in a list. The stock model ignores
+            arguments that it does not know, and would answer as if there were no image.
+    """
+    for name, value in arguments.items():
+        inside = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(part, EncodedImages) for part in inside) and (name != ENCODED or inside is value):
+            raise UnsupportedCallError(
+                f"encoded images are read as {ENCODED}= alone, all of a call in one object, not as {name}= or in a list: "
+                "adafv.encode takes the images of a whole batch, and `repeated` one for several prompts"
+            )
+    found = arguments.get(ENCODED)
+    return found if isinstance(found, EncodedImages) else None
+
+
+def refuse_training(model: Any) -> None:
+    """Raise UnsupportedCallError where tower or projector are to learn: encoded images have no gradients, so they cannot."""
+    if not (model.training and torch.is_grad_enabled()):
+        return
+    for path, module in _outside_the_language_model(model, names=True):
+        for name, parameter in module.__dict__["_parameters"].items():
+            if parameter is not None and parameter.requires_grad:
+                raise UnsupportedCallError(
+                    f"{ENCODED}= has no gradients, so {path}{name} would not be trained; pass the pixels, or freeze the "
+                    "vision tower and the projector"
+                )
+
+
 def _refuse_unwrapped(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     from adafv.engines.transformers.wrapper import _HANDLE
 
-    if isinstance(kwargs.get(ENCODED), EncodedImages) and _HANDLE not in model.__dict__:
+    if encoded_in(kwargs) is not None and _HANDLE not in model.__dict__:
         raise UnsupportedCallError(
             f"{ENCODED}= is read inside `with AdaFV(keep=...)(model):` and by compress() alone; the stock model would ignore "
             "it; pass the pixels, or wrap the model"

@@ -28,7 +28,7 @@ from adafv.engines.transformers.cache import holds_pruned, remember
 from adafv.engines.transformers.call import CompressedInputs
 from adafv.engines.transformers.compress import compress_call
 from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
-from adafv.engines.transformers.encoded import ENCODED, EncodedImages
+from adafv.engines.transformers.encoded import encoded_in
 from adafv.engines.transformers.families.base import family_of, stock_model
 from adafv.engines.transformers.generation import (
     PromptRestorer,
@@ -294,12 +294,11 @@ class PrunedModel:
                     f"{name} holds a key/value cache, but adafv knows it as {' or '.join(CACHE_NAMES)} alone, and would not "
                     "see which tokens it lacks; pass it under one of these names"
                 )
-        encoded = isinstance(arguments.get(ENCODED), EncodedImages)
-        return encoded or self._visuals(arguments) or any(arguments.get(name) is not None for name in CACHE_NAMES)
+        return self._visuals(arguments) or any(arguments.get(name) is not None for name in CACHE_NAMES)
 
     def _visuals(self, arguments: Mapping[str, Any]) -> bool:
         """Whether images or videos are among the arguments, as pixels or encoded."""
-        if isinstance(arguments.get(ENCODED), EncodedImages):
+        if encoded_in(arguments) is not None:
             return True
         pixels = ("pixel_values_videos", self.family.images[0])
         return any(value is not None and self.family.named(name) in pixels for name, value in arguments.items())
