@@ -38,7 +38,12 @@ class Method(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    """One line for the catalogue, with the source."""
+    """One line for the catalogue: what is kept."""
+    paper: ClassVar[str] = ""
+    """Where it is described, such as "AdaFV, arXiv 2501.09532"; empty for baselines. The public code that was read, with its
+    commit, and where this file departs from either stands in the docstring of the class."""
+    cost: ClassVar[str] = ""
+    """What choosing K of N tokens takes, beside one pass over them: "sort", "K steps, N x K", "N x N, K steps"."""
     needs: ClassVar[frozenset[Signal]] = frozenset()
     """What it must see besides the visual tokens; see `adafv.core.tokens`."""
     stages: ClassVar[frozenset[str]] = frozenset({TOKENS})
