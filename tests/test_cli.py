@@ -460,9 +460,10 @@ class TestCatalogue:
         named = [line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")]
         assert named == sorted(known_methods())
         lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
-        own = lines[lines.index(next(line for line in lines if line.startswith("adafv "))) + 1 :][:2]
-        assert own[0].startswith('objective=joint: "joint" (the best set')
-        assert own[1].startswith('variant=corrected: "corrected", or')
+        own = lines[lines.index(next(line for line in lines if line.startswith("adafv "))) + 1 :][:3]
+        assert own[0] == "AdaFV, arXiv 2501.09532; reads saliency, words; stage tokens; cost sort"
+        assert own[1].startswith('objective=joint: "joint" (the best set')
+        assert own[2].startswith('variant=corrected: "corrected", or')
         assert "seed=0: of the draw." in lines
 
     def test_families(self) -> None:

@@ -55,14 +55,18 @@ def _options(
 
 @app.command("methods")
 def methods() -> None:
-    """List the pruning methods, each with its options (see --option) and their defaults."""
+    """List the pruning methods: what each keeps, its paper, what it reads and where it acts, its cost and options.
+
+    The cost is of choosing K of N tokens, beside one pass over them: "N x K" numbers looked at, K steps one after another.
+    """
     with failures_as_messages():
         from adafv.methods import found_methods, known_methods
-        from adafv.methods.options import listed
+        from adafv.methods.options import described, listed
 
         width = max(map(len, known_methods()))
         for name, method in known_methods().items():
             put(f"{name:<{width}}  {method.summary}")
+            put(f"{'':<{width}}  {described(method)}")
             for option, meaning in listed(method):
                 put(f"{'':<{width}}    {option}: {meaning}")
         for broken in found_methods().broken:

@@ -27,7 +27,9 @@ class GeometricMean(Method):
     variant: str = "corrected"
 
     name = "adafv"
-    summary = "geometric mean of text attention and saliency (AdaFV, arXiv 2501.09532)"
+    summary = "the largest geometric mean of text attention and saliency"
+    paper = "AdaFV, arXiv 2501.09532"
+    cost = "sort"
     needs = frozenset({WORDS, SALIENCY})
 
     def __post_init__(self) -> None:

@@ -182,6 +182,15 @@ def listed(method: type[Method]) -> list[tuple[str, str]]:
     ]
 
 
+def described(method: type[Method]) -> str:
+    """Its paper, what it reads, its stages and cost in one line, for a catalogue."""
+    # Of some methods these depend on the options, and are properties.
+    reads = sorted(map(str, method.needs)) if isinstance(method.needs, frozenset) else ["depends on the options"]
+    stages = sorted(method.stages) if isinstance(method.stages, frozenset) else ["depends on the options"]
+    facts = {"": method.paper, "reads": ", ".join(reads), "stage": ", ".join(stages), "cost": method.cost}
+    return "; ".join(f"{heading} {fact}".strip() for heading, fact in facts.items() if fact)
+
+
 def _options_by_name(name: Any) -> dict[str, MethodOption]:
     methods = known_methods()
     if not isinstance(name, str) or name not in methods:

@@ -24,6 +24,7 @@ class Random(Method):
 
     name = "random"
     summary = "a random subset, the same for every image of one size"
+    cost = "sort"
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         generator = torch.Generator().manual_seed(self.seed)

@@ -12,7 +12,9 @@ class Saliency(Method):
     """Keep the tokens that [CLS] attends to most; the selection of FasterVLM (arXiv 2412.01818)."""
 
     name = "saliency"
-    summary = "attention of [CLS] alone (as FasterVLM, arXiv 2412.01818)"
+    summary = "the tokens that [CLS] attends to most"
+    paper = "FasterVLM, arXiv 2412.01818"
+    cost = "sort"
     needs = frozenset({SALIENCY})
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:

@@ -12,7 +12,9 @@ class Text(Method):
     """Keep the tokens that some word of the text is most similar to (ablation of arXiv 2501.09532)."""
 
     name = "text"
-    summary = "text-to-image attention alone (ablation of AdaFV, arXiv 2501.09532)"
+    summary = "the tokens that some word is most similar to"
+    paper = "ablation of AdaFV, arXiv 2501.09532"
+    cost = "sort"
     needs = frozenset({WORDS})
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:

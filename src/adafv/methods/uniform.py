@@ -18,6 +18,7 @@ class Uniform(Method):
 
     name = "uniform"
     summary = "an even spread over the raster scan"
+    cost = "none"
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         patches_first = (~tokens.candidates).to(torch.int8).argsort(dim=-1, stable=True)

@@ -1,0 +1,307 @@
+"""Selections that were tried for the default, by name; what came of each stands in docs/evidence.md.
+
+All are greedy: token after token is taken, whichever adds most. They differ in what is added up. Not part of the package:
+the one that won is in `adafv.methods`.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from adafv.core import joint_search, top_tokens
+from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, VisualTokens
+from adafv.methods import Method
+
+_TINY = 1e-12
+
+
+def cosines_of(tokens: VisualTokens, space: str, centred: bool) -> Tensor:
+    """[G, N, N], of the projected tokens or of the tower's."""
+    values = (tokens.features.detach() if space == "tokens" else tokens.signals[HIDDEN]).float()
+    if centred:
+        shown = tokens.candidates.unsqueeze(-1)
+        values = values - (values * shown).sum(1, keepdim=True) / shown.sum(1, keepdim=True)
+    values = normalize(values, dim=-1)
+    return values @ values.transpose(1, 2)
+
+
+def word_cosines(tokens: VisualTokens) -> Tensor:
+    """[G, T, N]."""
+    words = normalize(tokens.text.embeddings.float(), dim=-1)
+    return words @ normalize(tokens.features.detach().float(), dim=-1).transpose(1, 2)
+
+
+def within(values: Tensor, mask: Tensor) -> Tensor:
+    """To 0 .. 1 over the candidates."""
+    low = values.masked_fill(~mask, float("inf")).amin(-1, keepdim=True)
+    high = values.masked_fill(~mask, float("-inf")).amax(-1, keepdim=True)
+    return ((values - low) / (high - low).clamp_min(_TINY)).clamp(0, 1)
+
+
+def attention_per_word(tokens: VisualTokens, temperature: float, support: float) -> Tensor:
+    """[G, T, N], the softmax of each word; with `support`, at the temperature that spreads it over that share of the image."""
+    cosines = word_cosines(tokens)
+    shown = tokens.candidates.unsqueeze(1)
+    if not support:
+        return (temperature * cosines).masked_fill(~shown, float("-inf")).softmax(-1)
+    wanted = support * shown.sum(-1).float()
+    low, high = (torch.full_like(cosines[..., 0], value) for value in (0.0, 7.0))
+    for _ in range(12):
+        middle = (low + high) / 2
+        attention = (middle.exp().unsqueeze(-1) * cosines).masked_fill(~shown, float("-inf")).softmax(-1)
+        wide = 1 / attention.square().sum(-1) > wanted
+        low, high = torch.where(wide, middle, low), torch.where(wide, high, middle)
+    return attention
+
+
+@dataclass(frozen=True)
+class Masses(Method):
+    """Greedy on a sum of logarithms of masses: text (its largest word, or each word), saliency, coverage."""
+
+    words: str = "max"
+    """"max": one mass of each token's best word; "each": a mass per word, weighted 1 / T; "covered": as MMTok."""
+    text: float = 1.0
+    saliency: float = 1.0
+    coverage: float = 1.0
+    space: str = "hidden"
+    centred: bool = False
+    weighted: str = "plain"
+    """What counts for how much in the coverage: "plain", "saliency", "quality" (t and s at the joint optimum)."""
+    sharp: float = 1.0
+    """Power of the similarity in the coverage."""
+    temperature: float = 100.0
+    support: float = 0.0
+    soft: float = 1.0
+    """Power of the saliency."""
+
+    name = "masses"
+    summary = "logarithms of masses"
+    needs = frozenset({WORDS, SALIENCY, HIDDEN})
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        shown = tokens.candidates
+        per_word = attention_per_word(tokens, self.temperature, self.support).masked_fill(
+            ~tokens.text.mask.unsqueeze(-1), 0.0
+        )
+        best_word = per_word.amax(1)
+        s = tokens.saliency.clamp_min(0).pow(self.soft).masked_fill(~shown, 0.0)
+        s = s / s.sum(-1, keepdim=True).clamp_min(_TINY)
+        t = best_word / best_word.sum(-1, keepdim=True).clamp_min(_TINY)
+        similar = cosines_of(tokens, self.space, self.centred).clamp_min(0).pow(self.sharp)
+        if self.weighted == "plain":
+            w = shown.float()
+        elif self.weighted == "saliency":
+            w = s
+        else:
+            w = t + s
+        w = w / w.sum(-1, keepdim=True).clamp_min(_TINY)
+        images, number = shown.shape
+        count = tokens.text.mask.sum(-1, keepdim=True).float()
+        text_mass = torch.zeros(images, 1)
+        word_mass = torch.zeros(images, per_word.shape[1], 1)
+        salient_mass = torch.zeros(images, 1)
+        best = torch.zeros(images, number)
+        taken = ~shown
+        picked = []
+        for _ in range(keep):
+            gain = torch.zeros(images, number)
+            if self.text and self.words == "max":
+                gain = gain + self.text * (text_mass + t + _TINY).log()
+            elif self.text and self.words == "each":
+                logs = (word_mass + per_word + 1e-6).log().masked_fill(~tokens.text.mask.unsqueeze(-1), 0.0)
+                gain = gain + self.text * logs.sum(1) / count
+            elif self.text:
+                covered = torch.maximum(word_mass, per_word).sum(1)
+                gain = gain + self.text * (covered + _TINY).log()
+            if self.saliency:
+                gain = gain + self.saliency * (salient_mass + s + _TINY).log()
+            if self.coverage:
+                more = torch.maximum(similar, best.unsqueeze(1))  # [G, candidate, covered]
+                cover = (more * w.unsqueeze(1)).sum(-1)
+                gain = gain + self.coverage * (cover + _TINY).log()
+            pick = gain.masked_fill(taken, float("-inf")).argmax(-1, keepdim=True)
+            picked.append(pick)
+            taken = taken.scatter(1, pick, True)
+            text_mass = text_mass + t.gather(1, pick)
+            at = per_word.gather(2, pick.unsqueeze(1).expand(-1, per_word.shape[1], -1))
+            word_mass = torch.maximum(word_mass, at) if self.words == "covered" else word_mass + at
+            salient_mass = salient_mass + s.gather(1, pick)
+            row = similar.gather(1, pick.unsqueeze(-1).expand(-1, -1, number)).squeeze(1)
+            best = torch.maximum(best, row)
+        return Kept(torch.cat(picked, 1).sort(-1).values)
+
+
+@dataclass(frozen=True)
+class Volume(Method):
+    """Greedy on the determinant of q_i cos(i, j) q_j."""
+
+    quality: str = "minmax"
+    """"minmax": (best word's cosine + root of saliency) / 2, each within 0 .. 1; "joint": t / T + s / S at the joint optimum;
+    "text", "saliency": half of minmax; "product": of the two."""
+    space: str = "hidden"
+    centred: bool = False
+    power: float = 1.0
+    """Of the quality: 0 is diversity alone."""
+    share: float = 0.5
+    """Of the text in the quality."""
+
+    name = "volume"
+    summary = "determinant"
+    needs = frozenset({WORDS, SALIENCY, HIDDEN})
+
+    def quality_of(self, tokens: VisualTokens, keep: int) -> Tensor:
+        shown = tokens.candidates
+        cosines = word_cosines(tokens).masked_fill(~tokens.text.mask.unsqueeze(-1), float("-inf")).amax(1)
+        text, salient = within(cosines, shown), within(tokens.saliency.clamp_min(0).sqrt(), shown)
+        if self.quality == "minmax":
+            return self.share * text + (1 - self.share) * salient
+        if self.quality == "text":
+            return text
+        if self.quality == "saliency":
+            return salient
+        if self.quality == "product":
+            return ((text + 0.05) * (salient + 0.05)).sqrt()
+        t = attention_per_word(tokens, 100.0, 0.0).masked_fill(~tokens.text.mask.unsqueeze(-1), 0.0).amax(1)
+        s = tokens.saliency.masked_fill(~shown, 0.0)
+        found = joint_search(t, s, keep, shown).indices
+        return 0.5 * t / t.gather(1, found).sum(-1, keepdim=True) + 0.5 * s / s.gather(1, found).sum(-1, keepdim=True)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        q = self.quality_of(tokens, keep).clamp_min(1e-4).pow(self.power)
+        kernel = q.unsqueeze(-1) * cosines_of(tokens, self.space, self.centred) * q.unsqueeze(1)
+        return Kept(determinantal(kernel, keep, tokens.candidates))
+
+
+def determinantal(kernel: Tensor, keep: int, shown: Tensor) -> Tensor:
+    images, number, _ = kernel.shape
+    left = kernel.diagonal(dim1=1, dim2=2).clone()
+    rows = torch.zeros(images, keep, number)
+    taken, picked = ~shown, []
+    for step in range(keep):
+        pick = left.masked_fill(taken, float("-inf")).argmax(-1, keepdim=True)
+        picked.append(pick)
+        taken = taken.scatter(1, pick, True)
+        at = pick.unsqueeze(1).expand(-1, keep, -1)
+        row = kernel.gather(1, pick.unsqueeze(-1).expand(-1, -1, number)).squeeze(1)
+        row = (row - (rows.gather(2, at) * rows).sum(1)) / left.gather(1, pick).clamp_min(1e-10).sqrt()
+        rows[:, step] = row
+        left = left - row.square()
+    return torch.cat(picked, 1).sort(-1).values
+
+
+@dataclass(frozen=True)
+class Apart(Volume):
+    """Greedy on (1 - largest cosine to the kept) x quality^power."""
+
+    name = "apart"
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        q = self.quality_of(tokens, keep).clamp_min(1e-4).pow(self.power)
+        similar = cosines_of(tokens, self.space, self.centred)
+        images, number, _ = similar.shape
+        near = torch.zeros(images, number)
+        taken, picked = ~tokens.candidates, []
+        for _ in range(keep):
+            pick = (q * (1 - near)).masked_fill(taken, float("-inf")).argmax(-1, keepdim=True)
+            picked.append(pick)
+            taken = taken.scatter(1, pick, True)
+            row = similar.gather(1, pick.unsqueeze(-1).expand(-1, -1, number)).squeeze(1)
+            near = torch.maximum(near, row)
+        return Kept(torch.cat(picked, 1).sort(-1).values)
+
+
+@dataclass(frozen=True)
+class Covering(Method):
+    """SCOPE: saliency^alpha x what is newly covered."""
+
+    space: str = "hidden"
+    quality: str = "saliency"
+    alpha: float = 1.0
+    centred: bool = False
+    sharp: float = 1.0
+    needs = frozenset({WORDS, SALIENCY, HIDDEN})
+    name = "covering"
+    summary = "SCOPE"
+    volume: Volume = field(default=Volume(), init=False)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        if self.quality == "saliency":
+            q = tokens.saliency.masked_fill(~tokens.candidates, 0.0)
+        else:
+            q = Volume(quality=self.quality).quality_of(tokens, keep)
+        q = q.clamp_min(1e-9).pow(self.alpha)
+        similar = cosines_of(tokens, self.space, self.centred).clamp_min(0).pow(self.sharp)
+        similar = similar * tokens.candidates.unsqueeze(1)
+        best = torch.zeros(similar.shape[:2])
+        taken, picked = ~tokens.candidates, []
+        for _ in range(keep):
+            gain = q * (similar - best.unsqueeze(1)).clamp_min(0).sum(-1)
+            pick = gain.masked_fill(taken, float("-inf")).argmax(-1, keepdim=True)
+            picked.append(pick)
+            taken = taken.scatter(1, pick, True)
+            row = similar.gather(1, pick.unsqueeze(-1).expand(-1, -1, similar.shape[1])).squeeze(1)
+            best = torch.maximum(best, row)
+        return Kept(torch.cat(picked, 1).sort(-1).values)
+
+
+@dataclass(frozen=True)
+class Top(Method):
+    """The top K of a quality: no search."""
+
+    quality: str = "minmax"
+    needs = frozenset({WORDS, SALIENCY, HIDDEN})
+    name = "top"
+    summary = "top K"
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        return Kept(top_tokens(Volume(quality=self.quality).quality_of(tokens, keep), keep, tokens.candidates))
+
+
+CANDIDATES: dict[str, Method] = {
+    # masses
+    "m3": Masses(),
+    "m3-tokens": Masses(space="tokens"),
+    "m3-centred": Masses(centred=True),
+    "m3-sharp4": Masses(sharp=4.0),
+    "m3-each": Masses(words="each"),
+    "m3-each-c4": Masses(words="each", coverage=4.0),
+    "m3-each-sharp4": Masses(words="each", sharp=4.0),
+    "m3-each-centred": Masses(words="each", centred=True),
+    "m3-each-tokens-centred": Masses(words="each", centred=True, space="tokens"),
+    "m3-each-quality": Masses(words="each", weighted="quality", centred=True),
+    "m3-each-saliency": Masses(words="each", weighted="saliency", centred=True),
+    "m3-each-support": Masses(words="each", centred=True, support=0.1),
+    "m3-covered": Masses(words="covered", centred=True),
+    "m2-each": Masses(words="each", coverage=0.0),
+    "m2-max": Masses(words="max", coverage=0.0),
+    "cover": Masses(text=0.0, saliency=0.0),
+    "cover-centred": Masses(text=0.0, saliency=0.0, centred=True),
+    # determinants
+    "v": Volume(),
+    "v-tokens": Volume(space="tokens"),
+    "v-centred": Volume(centred=True),
+    "v-tokens-centred": Volume(space="tokens", centred=True),
+    "v-joint": Volume(quality="joint", power=0.5),
+    "v-joint-centred": Volume(quality="joint", power=0.5, centred=True),
+    "v-product": Volume(quality="product"),
+    "v-text": Volume(quality="text"),
+    "v-saliency": Volume(quality="saliency"),
+    "v-p2": Volume(power=2.0),
+    "v-p.5": Volume(power=0.5),
+    # distances
+    "a": Apart(quality="joint", power=0.5),
+    "a-tokens": Apart(quality="joint", power=0.5, space="tokens"),
+    "a-centred": Apart(quality="joint", power=0.5, centred=True),
+    "a-minmax": Apart(),
+    "a-minmax-centred": Apart(centred=True),
+    # coverage
+    "scope": Covering(),
+    "scope-joint": Covering(quality="joint"),
+    "scope-minmax": Covering(quality="minmax"),
+    "scope-joint-centred": Covering(quality="joint", centred=True),
+    "scope-joint-sharp4": Covering(quality="joint", sharp=4.0),
+    "top-minmax": Top(),
+    "top-joint": Top(quality="joint"),
+}
