@@ -41,7 +41,7 @@ def within(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def attention_per_word(tokens: VisualTokens, temperature: float, support: float) -> Tensor:
-    """[G, T, N], the softmax of each word; with `support`, at the temperature that spreads it over that share of the image."""
+    """[G, T, N], the softmax of each word; with `support`, spread over that share of the image."""
     cosines = word_cosines(tokens)
     shown = tokens.candidates.unsqueeze(1)
     if not support:
@@ -213,6 +213,32 @@ class Apart(Volume):
 
 
 @dataclass(frozen=True)
+class Rounds(Volume):
+    """`Apart` without its K steps: every round keeps the top K of quality x (1 - largest cosine to a better one that the
+    round before kept). The first takes every better one for kept."""
+
+    rounds: int = 6
+    first: str = "all"
+
+    name = "rounds"
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        q = self.quality_of(tokens, keep).clamp_min(1e-4).pow(self.power).masked_fill(~tokens.candidates, 0.0)
+        order = q.argsort(dim=-1, descending=True, stable=True)
+        place = order.argsort(dim=-1)
+        similar = cosines_of(tokens, self.space, self.centred).clamp_min(0)
+        similar = similar * (place.unsqueeze(1) < place.unsqueeze(2))  # [G, j, i], of the better ones
+        kept = tokens.candidates
+        if self.first == "top":
+            kept = place < keep
+        for _ in range(self.rounds):
+            score = q * (1 - (similar * kept.unsqueeze(1)).amax(-1))
+            picked = score.masked_fill(~tokens.candidates, -1.0).topk(keep).indices
+            kept = torch.zeros_like(kept).scatter(1, picked, True)
+        return Kept(picked.sort(-1).values)
+
+
+@dataclass(frozen=True)
 class Covering(Method):
     """SCOPE: saliency^alpha x what is newly covered."""
 
@@ -304,4 +330,24 @@ CANDIDATES: dict[str, Method] = {
     "scope-joint-sharp4": Covering(quality="joint", sharp=4.0),
     "top-minmax": Top(),
     "top-joint": Top(quality="joint"),
+    # the second round
+    "a-product": Apart(quality="product"),
+    "a-product-p2": Apart(quality="product", power=2.0),
+    "a-product-p.5": Apart(quality="product", power=0.5),
+    "a-product-tokens": Apart(quality="product", space="tokens"),
+    "a-minmax-p2": Apart(power=2.0),
+    "scope-product": Covering(quality="product"),
+    "scope-product-a2": Covering(quality="product", alpha=2.0),
+    "scope-minmax-a2": Covering(quality="minmax", alpha=2.0),
+    "scope-product-tokens": Covering(quality="product", space="tokens"),
+    "v-product-p2": Volume(quality="product", power=2.0),
+    "v-product-p.5": Volume(quality="product", power=0.5),
+    "v-product-tokens": Volume(quality="product", space="tokens"),
+    # without serial steps
+    "r1-product": Rounds(quality="product", rounds=1),
+    "r2-product": Rounds(quality="product", rounds=2),
+    "r4-product": Rounds(quality="product", rounds=4),
+    "r8-product": Rounds(quality="product", rounds=8),
+    "r4-minmax": Rounds(rounds=4),
+    "r4-top-product": Rounds(quality="product", rounds=4, first="top"),
 }

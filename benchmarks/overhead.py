@@ -1,6 +1,6 @@
 """What pruning costs, what it leaves exact, and how good its selection is: `python -m benchmarks.overhead`.
 
-Five sections, each a list of numbers; those with a target are gates, and the exit status is 1 if one fails.
+Six sections, each a list of numbers; those with a target are gates, and the exit status is 1 if one fails.
 
     exactness  keep=all against the stock model (bit-equal), pruned logits against the stock model with the dropped
                placeholders masked, and the length of the KV cache; small float32 models, batches of two
@@ -8,6 +8,7 @@ Five sections, each a list of numbers; those with a target are gates, and the ex
     scoring    text attention, search and compaction against the pruned prefill, LLaVA-1.5-7B and LLaVA-NeXT-7B; the
                saliency is read inside the tower and paid for there
     whole      time to the first token, pruned against stock, LLaVA-1.5-7B
+    again      the second question on a picture that is encoded, against prefill on its K tokens, LLaVA-1.5-7B
     search     how far the searches are from the best set: by certificate at N = 576, by brute force at N = 12
 
 Why ratios. Seconds say more about the machine than about the code. Both sides of every ratio are measured in this one
@@ -56,7 +57,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from adafv import AdaFV, compress
+from adafv import AdaFV, compress, encode
 from adafv.core import geometric_mean, joint_search, split_search
 from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.releases import returned_cache
@@ -578,6 +579,36 @@ def whole(options: Options) -> list[Row]:
     ]
 
 
+@torch.no_grad()
+def again(options: Options) -> list[Row]:
+    """The second question on a picture that is encoded, against the stock model on its K tokens, plus the selection."""
+    shapes = options.shapes
+    model = build(shapes, options.dtype, tower_layers=2)
+    inputs = prompt_inputs(model, shapes)
+    encoded = encode(model, inputs)
+    asked = {name: value for name, value in inputs.items() if name != "pixel_values"} | {"images": encoded}
+    ready = compress(model, asked, shapes.keep)
+    clock = LayerClock(model, shapes.layers)
+    second, ideal = [], []
+    for number in range(options.rounds + 1):
+        gc.collect()
+        prefill = clock.scaled(lap(lambda: model(**ready)).wall)
+        start = time.perf_counter()
+        with AdaFV(keep=shapes.keep)(model) as adafv:
+            model(**asked)
+        seconds = clock.scaled(time.perf_counter() - start)
+        if number:
+            second.append(seconds)
+            ideal.append(prefill + adafv.last.seconds["selection"])
+    label = f"LLaVA-1.5-7B, K={shapes.keep}, {shapes.text} text tokens: "
+    return [
+        over_pairs(f"{label}second question / (prefill on K tokens + scores and search)", second, ideal, "x", 1.05),
+        Row(
+            f"  second question, scaled {shapes.built_layers} -> {shapes.layers} layers", statistics.median(second), "s"
+        ),
+    ]
+
+
 # Quality of the search ------------------------------------------------------------------------------------------------
 
 BUDGETS = (29, 58, 144)
@@ -689,6 +720,7 @@ SECTIONS: dict[str, Callable[[Options], list[Row]]] = {
     "tower": tower,
     "scoring": scoring,
     "whole": whole,
+    "again": again,
     "search": search,
 }
 

@@ -32,7 +32,11 @@ TINY = Shapes(
     next_keep=9,
 )
 OPTIONS = Options(rounds=2, dtype="float32", quick=True, shapes=TINY)
-TIMED = ("tapped tower / stock tower", "selection + compaction / prefill")
+TIMED = (
+    "tapped tower / stock tower",
+    "selection + compaction / prefill",
+    "second question / (prefill on K tokens + scores and search)",
+)
 
 
 @pytest.fixture(autouse=True)
