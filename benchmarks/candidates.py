@@ -350,4 +350,8 @@ CANDIDATES: dict[str, Method] = {
     "r8-product": Rounds(quality="product", rounds=8),
     "r4-minmax": Rounds(rounds=4),
     "r4-top-product": Rounds(quality="product", rounds=4, first="top"),
+    "t2-product": Rounds(quality="product", space="tokens", rounds=2, first="top"),
+    "t3-product": Rounds(quality="product", space="tokens", rounds=3, first="top"),
+    "t4-product": Rounds(quality="product", space="tokens", rounds=4, first="top"),
+    "t3-product-p.7": Rounds(quality="product", space="tokens", rounds=3, first="top", power=0.7),
 }

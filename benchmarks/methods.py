@@ -80,9 +80,13 @@ class World:
                 names, scenes, [q.kind for _, q in batch], dict(inputs), [question.answer for _, question in batch]
             )
 
-    def right(self, logits: Tensor, batch: Batch) -> list[bool]:
+    def right(self, logits: Tensor, batch: Batch) -> tuple[list[bool], list[float]]:
+        """Whether each answer is right, and the probability of the right one."""
         said = [self.processor.decode([token]) for token in logits.argmax(-1).tolist()]
-        return [word == answer for word, answer in zip(said, batch.labels, strict=True)]
+        encode = self.processor.tokenizer.encode
+        wanted = torch.tensor([encode(answer, add_special_tokens=False)[:1] for answer in batch.labels])
+        sure = logits.float().softmax(-1).gather(-1, wanted).squeeze(-1).tolist()
+        return [word == answer for word, answer in zip(said, batch.labels, strict=True)], sure
 
 
 class Photos:
@@ -111,9 +115,12 @@ class Photos:
             kinds = [question["label"] for question in questions]
             yield Batch(names, [image] * len(names), kinds, self.asker.inputs(image, texts), labels)
 
-    def right(self, logits: Tensor, batch: Batch) -> list[bool]:
-        yes, no = logits[:, self.asker.answers].unbind(-1)
-        return [(said == label) for said, label in zip((yes > no).tolist(), batch.labels, strict=True)]
+    def right(self, logits: Tensor, batch: Batch) -> tuple[list[bool], list[float]]:
+        """Whether each answer is right, and the probability of the right one of the two."""
+        yes, no = logits[:, self.asker.answers].float().unbind(-1)
+        chances = (yes - no).sigmoid().tolist()
+        sure = [chance if label else 1 - chance for chance, label in zip(chances, batch.labels, strict=True)]
+        return [(said == label) for said, label in zip((yes > no).tolist(), batch.labels, strict=True)], sure
 
 
 def _mixed(questions: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -164,30 +171,31 @@ def run(source: World | Photos, methods: dict[str, Method], options: argparse.Na
                     given = given | {"pixel_values": torch.zeros_like(given["pixel_values"])}
                 if pruner is not None and methods[word] in early:
                     given = {**text_alone, "images": encoded}
-                right = source.right(first_answer_logits(source.model, given, pruner), batch)
+                right, sure = source.right(first_answer_logits(source.model, given, pruner), batch)
                 entry = {"method": word, "keep": keep, "names": batch.names, "images": batch.images}
-                file.write(json.dumps(entry | {"kinds": batch.kinds, "right": [int(each) for each in right]}) + "\n")
+                entry |= {"kinds": batch.kinds, "right": [int(each) for each in right]}
+                file.write(json.dumps(entry | {"sure": [round(each, 5) for each in sure]}) + "\n")
             file.flush()
             count += len(batch.names)
             print(f"{count} questions, {time.monotonic() - start:.0f} s", flush=True)
 
 
-def answered(files: Sequence[Path]) -> dict[tuple[str, float], dict[str, tuple[str, str, int]]]:
-    """(method, keep) -> question -> (image, kind, right)."""
-    found: dict[tuple[str, float], dict[str, tuple[str, str, int]]] = defaultdict(dict)
+def answered(files: Sequence[Path], what: str = "right") -> dict[tuple[str, float], dict[str, tuple[str, str, float]]]:
+    """(method, keep) -> question -> (image, kind, right or not, or how sure of what is right)."""
+    found: dict[tuple[str, float], dict[str, tuple[str, str, float]]] = defaultdict(dict)
     for line in (line for file in files for line in file.read_text().splitlines()):
         entry = json.loads(line)
         found[entry["method"], entry["keep"]].update(
-            (name, (image, kind, right))
-            for name, image, kind, right in zip(
-                entry["names"], entry["images"], entry["kinds"], entry["right"], strict=True
+            (name, (image, kind, value))
+            for name, image, kind, value in zip(
+                entry["names"], entry["images"], entry["kinds"], entry.get(what, ()), strict=what == "right"
             )
         )
     return found
 
 
 def report(options: argparse.Namespace) -> None:
-    found = answered(options.store)
+    found = answered(options.store, "sure" if options.sure else "right")
     keeps = sorted({keep for word, keep in found if word not in UNPRUNED}, reverse=True)
     console = Console(width=200)
 
@@ -240,6 +248,9 @@ def main() -> None:
     command.add_argument("--store", required=True, type=Path, nargs="+")
     command.add_argument("--part", choices=PARTS, default="all")
     command.add_argument("--against", nargs="*", default=["adafv", "random"])
+    command.add_argument(
+        "--sure", action="store_true", help="the probability of the right answer in place of right or wrong"
+    )
     command.add_argument("--kinds", action="store_true", help="by kind of question as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
