@@ -10,6 +10,9 @@ from adafv.core.tokens import Kept, Plan, VisualTokens
 from adafv.errors import BudgetError, MethodError
 from adafv.methods.base import Method
 
+_SLICE = 512
+"""Tokens that are compared at a time, so that their float32 copies stay small."""
+
 
 @dataclass(frozen=True)
 class EVS(Method):
@@ -52,7 +55,8 @@ class EVS(Method):
         )
         shown_by[:, -1] = count
         before = shown_by.gather(-1, (tokens.source - frame).clamp_min(0))
-        features = torch.nn.functional.normalize(tokens.features.detach().float(), dim=-1)
-        alike = (features * rows_at(features, before.clamp(max=count - 1))).sum(-1)
+        features, alike = tokens.features.detach(), []
+        for own, other in zip(features.split(_SLICE, 1), before.clamp(max=count - 1).split(_SLICE, 1), strict=True):
+            alike.append(torch.cosine_similarity(own.float(), rows_at(features, other).float(), dim=-1))
         new = (tokens.source < frame) | (before == count)
-        return Kept(top_tokens((1 - alike).masked_fill(new, float("inf")), keep, tokens.candidates))
+        return Kept(top_tokens((1 - torch.cat(alike, dim=1)).masked_fill(new, float("inf")), keep, tokens.candidates))

@@ -13,7 +13,7 @@ from adafv.methods.base import Method
 
 EARLY = saliency_of(1)
 _ALMOST = 1e-6
-"""What a quota may miss a whole number by, in rounding."""
+"""What a product with a share may miss a whole number by, in rounding."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class HiRED(Method):
     def _budgets(self, tokens: VisualTokens, crop: Tensor, sizes: Tensor, keep: int) -> Tensor:
         """[G, crops] long: how many tokens of each crop are kept; less than `keep` together where there are no more."""
         if tokens.tiling is None:
-            return apportioned(sizes.double(), sizes, sizes.sum(-1).clamp(max=keep))
+            return apportioned(sizes, sizes, sizes.sum(-1).clamp(max=keep))
         thumbnail = sizes[:, 0].clamp(max=math.floor(self.alpha * keep))
         others = torch.minimum(keep - thumbnail, sizes[:, 1:].sum(-1))
         content = apportioned(self._content(tokens, crop, sizes[:, :1]), sizes[:, 1:], others)
         return torch.cat((torch.minimum(keep - others, sizes[:, 0]).unsqueeze(-1), content), dim=-1)
 
     def _content(self, tokens: VisualTokens, crop: Tensor, shown: Tensor) -> Tensor:
-        """[G, crops - 1] float64: how many patches of the thumbnail are content, where each of the other crops lies."""
+        """[G, crops - 1] long: how many patches of the thumbnail are content, where each of the other crops lies."""
         assert tokens.tiling is not None
         vertical, horizontal = tokens.tiling
         early = tokens.signals[EARLY].masked_fill(crop != 0, float("-inf"))
@@ -84,29 +84,30 @@ class HiRED(Method):
         across = (column * 2 + 1) * horizontal // (2 * tokens.columns)
         number = torch.arange(tokens.crops - 1, device=crop.device)
         inside = (down * horizontal + across).unsqueeze(-1) == number
-        return (inside & content.unsqueeze(-1)).sum(-2).double()
+        return (inside & content.unsqueeze(-1)).sum(-2)
 
 
 def apportioned(shares: Tensor, sizes: Tensor, total: Tensor) -> Tensor:
-    """Whole numbers in proportion to shares, none above its size, by largest remainder.
+    """Whole numbers in proportion to shares, none above its size, by largest remainder; of equals the first.
 
     Args:
-        shares: [G, C] float64, not negative.
+        shares: [G, C] long, not negative.
         sizes: [G, C] long.
         total: [G] long, at most the sum of the sizes.
 
     Returns:
-        [G, C] long, which add up to `total`. Who has no share gets something only where the others are full.
+        [G, C] long, which add up to `total`. Who has no share gets something only where the others are full, and then all
+        alike.
     """
-    shares = shares + 1e-9
-    full, quotas = sizes == 0, torch.zeros_like(shares)
-    for _ in range(sizes.shape[-1]):  # at least one more is full each time, or nothing changes
-        free = shares.masked_fill(full, 0.0)
-        left = (total - sizes.masked_fill(~full, 0).sum(-1)).unsqueeze(-1)
-        quotas = torch.where(full, sizes, left / free.sum(-1, keepdim=True).clamp_min(1e-12) * shares)
-        full = full | (quotas >= sizes)
-    quotas = torch.minimum(quotas, sizes.double())
-    whole = (quotas + _ALMOST).floor().long()
-    remainder = (quotas - whole).masked_fill(whole >= sizes, -1.0)
+    total = total.unsqueeze(-1)
+    full = sizes == 0
+    for _ in range(sizes.shape[-1] + 1):  # at least one more is full each time, or it is done
+        free = shares.masked_fill(full, 0)
+        free = torch.where(free.sum(-1, keepdim=True) > 0, free, (~full).long())
+        left = (total - sizes.masked_fill(~full, 0).sum(-1, keepdim=True)) * free
+        whole = free.sum(-1, keepdim=True).clamp_min(1)
+        full = full | ((left >= sizes * whole) & (free > 0))
+    quotas = torch.where(full, sizes, left // whole)
+    remainder = torch.where(full, -1, left % whole)
     rank = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return whole + (rank < (total - whole.sum(-1)).unsqueeze(-1)).long()
+    return quotas + (rank < total - quotas.sum(-1, keepdim=True)).long()

@@ -19,8 +19,8 @@ class ToMe(Method):
     heads) is most similar to its own, by cosine; the most similar pairs become one token, their mean weighted by how many
     tokens they stand for. At most half of the tokens go in one round.
 
-    Departures: the paper merges a few tokens in every layer of the tower, where the next one gives the mean token a new key; here
-    all that is merged is merged behind the layer that the projector reads, and keys are averaged as the tokens are.
+    Departures: the paper merges a few tokens in every layer of the tower, where the next one gives a mean a new key; here all
+    merging is behind the layer that the projector reads, and keys are averaged as the tokens are.
     Tokens stay in the order of the image; a mean stands in the place of the one that the others were matched with.
     Newlines are never mixed, and are kept once all else is.
 

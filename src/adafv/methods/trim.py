@@ -18,8 +18,8 @@ class Trim(Method):
     """Keep the tokens whose similarity to the question is an outlier, and the mean of all others.
 
     Paper: arXiv 2409.11402; public code: FreedomIntelligence/TRIM, llava/model/multimodal_encoder/clip_encoder.py,
-    "TextSim+". Similarities go through a softmax over the image; those above Q3 + 1.5 (Q3 - Q1) stay, and the mean of the others is
-    one more token, in the place of the last of them.
+    "TextSim+". Similarities go through a softmax over the image; those above Q3 + 1.5 (Q3 - Q1) stay, and the mean of the
+    others is one more token, in the place of the last of them.
 
     Departures: the text is the mean of the words' embeddings in the language model, compared with the projected tokens by
     cosine, where the paper has CLIP's text tower and projection, which most models do not have. CLIP's patches are less like
@@ -74,6 +74,8 @@ class Trim(Method):
         counted = tokens.text.mask.unsqueeze(-1)
         words = tokens.text.embeddings.detach().float() * counted
         text = normalize(words.sum(-2) / counted.sum(-2).clamp_min(1), dim=-1)
-        cosine = (normalize(tokens.features.detach().float(), dim=-1) @ text.unsqueeze(-1)).squeeze(-1)
+        features = tokens.features.detach().float()
+        lengths = torch.linalg.vector_norm(features, dim=-1).clamp_min(1e-12)
+        cosine = (features @ text.unsqueeze(-1)).squeeze(-1) / lengths
         logits = (-cosine if self.negated else cosine) * self.temperature
         return logits.masked_fill(~tokens.candidates, float("-inf")).softmax(dim=-1)
