@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from adafv.core import class_attention, patch_saliency
 from adafv.core.layers import TowerLayers
+from adafv.core.select import MIX_TOKENS
 from adafv.core.tokens import READ, Signal
 from adafv.errors import UnsupportedModelError
 
@@ -156,6 +157,10 @@ class Tap:
     ) -> None:
         self.tower: Any = tower if not signals else uncompiled(tower)
         numbered, layers = shape.numbered(tower, feature_layers), shape.layers_of(tower)
+        if READ in signals:
+            raise UnsupportedModelError(
+                f"what the projector reads cannot be mixed with {type(tower).__name__}: {MIX_TOKENS}"
+            )
         for signal in signals:
             if reason := numbered.unreadable(signal):
                 raise UnsupportedModelError(f"the {signal} cannot be read off {type(tower).__name__}: {reason}")
