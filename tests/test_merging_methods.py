@@ -608,8 +608,8 @@ def layouts_of(model: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
     return [image.layout for image in compress(model, inputs, 1.0).record.images]
 
 
-def handed(short: Any) -> Tensor:
-    made = short["mm_encoder_outputs"]["image"].pooler_output
+def handed(short: Any, modality: str = "image") -> Tensor:
+    made = short["mm_encoder_outputs"][modality].pooler_output
     return torch.cat([part.flatten(0, -2) for part in made])
 
 
@@ -644,6 +644,35 @@ def test_the_projector_reads_the_mixes(name: str) -> None:
                 assert not torch.allclose(part, behind, atol=1e-4)  # the projector is not linear
                 single = [place for place, tokens in enumerate(members) if len(tokens) == 1]
                 assert torch.equal(part[single], features[[members[place][0] for place in single]])
+
+
+@pytest.mark.parametrize("name", [name for name in ("video-llava", "llava-next-video") if name in ROWS])
+def test_the_projector_reads_mixes_of_frames(name: str) -> None:
+    row = ROWS[name]
+    with shared_model(row) as model:
+        inputs = make_inputs(row, model, [0], videos_per_prompt=[1], seed=6)
+        base, layer = model.model, model.config.vision_feature_layer
+        frames = inputs["pixel_values_videos"].flatten(0, 1)
+        with torch.no_grad():
+            if name == "video-llava":  # whose frames keep their [CLS]
+                rows = base.video_tower(frames, output_hidden_states=True).hidden_states[layer]
+            else:
+                rows = base.vision_tower(frames, output_hidden_states=True).hidden_states[layer][:, 1:]
+                rows = base.vision_resampler(rows)
+            short = compress(model, inputs, 0.4, method=Before())
+            [image] = short.record.images
+            assert image.merged
+            expected = base.multi_modal_projector(image.weights @ rows.flatten(0, 1))
+            torch.testing.assert_close(handed(short, "video"), expected, atol=2e-6, rtol=2e-5)
+
+
+def test_frames_that_are_not_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ROWS["llava-next-video"]
+    with shared_model(row) as model:
+        inputs = make_inputs(row, model, [0], videos_per_prompt=[1])
+        monkeypatch.setattr(model.config, "spatial_pool_mode", "max")
+        with pytest.raises(UnsupportedModelError, match="cannot be mixed in LLaVA-NeXT-Video"):
+            compress(model, inputs, 0.4, method=Before())
 
 
 @pytest.mark.parametrize("name", ["llava", "llava-next"])

@@ -27,7 +27,9 @@ def test_as_in_transformers(name: str, method: str, checkpoints: Path) -> None:
 
 
 def test_models_whose_projector_is_not_the_last_word(checkpoints: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="visionzip mixes what the projector reads.*before_projector=false"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"visionzip mixes what the projector reads.*before_projector=false"
+    ):
         Both.of("llava-onevision", checkpoints, {"keep": 16, "method": "visionzip"})
     options = {"contextual": 0.4, "before_projector": False}
     both = Both.of("llava-onevision", checkpoints, {"keep": 16, "method": "visionzip", "parameters": options})
