@@ -18,12 +18,12 @@ _SLICE = 512
 class EVS(Method):
     """Keep the first frame of a video, and of the others the tokens that differ most from the same place a frame before.
 
-    Paper: "Efficient Video Sampling", arXiv 2510.14624; public code: vLLM, vllm/multimodal/evs.py. The difference is one
-    minus the cosine of the visual tokens, as the language model reads them.
+    Paper: "Efficient Video Sampling", arXiv 2510.14624; public code: vLLM 0.32.0, vllm/multimodal/video_prune/evs.py
+    (read). The difference is one minus the cosine of the visual tokens, as the language model reads them.
 
-    Departures: equal values are resolved in favour of the earlier token. A place that no token of the frame before shows
-    counts as new, as the first frame does. Tokens that show no part of a frame are kept once all else is. An image, or a
-    frame with a budget of its own, is refused: there is nothing before it. So is a budget below the first frame.
+    Departures: a place that no token of the frame before shows counts as new, as the first frame does. Tokens that show
+    no part of a frame are kept once all else is. An image, or a frame with a budget of its own, is refused: there is
+    nothing before it. So is a budget below the first frame.
     """
 
     name = "evs"

@@ -20,15 +20,16 @@ _ALMOST = 1e-6
 class HiRED(Method):
     """Share the budget among thumbnail and crops by the content of the image, and keep in each what [CLS] attends to most.
 
-    Paper: arXiv 2408.10945 (AAAI 2025); public code: hasanar1f/HiRED, modeling_llava_next.py. The thumbnail gets the share
-    `alpha` of the budget. Of its patches, the share 1 - `alpha` that [CLS] attends to most in the first layer count as
-    content; every other crop gets as much of the rest of the budget as there is content where it lies. Within a crop the
-    tokens with the most attention in the layer that the projector reads (-2) are kept.
+    Paper: arXiv 2408.10945 (AAAI 2025); public code: hasanar1f/HiRED, modeling_llava_next.py (read at 42be984). The
+    thumbnail gets the share `alpha` of the budget. Of its patches, the share 1 - `alpha` that [CLS] attends to most in
+    the first layer count as content; every other crop gets as much of the rest of the budget as there is content where it
+    lies. Within a crop the tokens with the most attention in the layer that the projector reads (-2) are kept.
 
     Departures: where a crop lies is told from the tiling; the public code takes consecutive patches of the thumbnail for
-    it. Exactly the budget is kept: quotas are rounded by largest remainder, and what a crop cannot use goes to the others.
-    Padding that the model cuts off is no candidate. Newlines, which the public code always keeps, come last. An image of one
-    crop is `saliency`; crops that are not those of a thumbnail, such as frames, share the budget by their tokens.
+    it. Exactly the budget is kept: quotas are rounded by largest remainder, and what a crop cannot use goes to the
+    others. Padding that the model cuts off is no candidate. Newlines, which the public code always keeps, come last. An
+    image of one crop is `saliency`; crops that are not those of a thumbnail, such as frames, share the budget by their
+    tokens.
 
     Args:
         alpha: share of the budget for the thumbnail, rounded down.

@@ -26,15 +26,16 @@ from adafv.methods.base import TOKENS, TOWER, Method
 class PruMerge(Method):
     """Keep the outliers of the attention of [CLS], add to each what its key resembles, and one token for all the rest.
 
-    Paper: arXiv 2403.15388; public code: 42Shawn/LLaVA-PruMerge, llava/model/multimodal_encoder/clip_encoder.py. How many
-    tokens stay is counted per image: outliers are those above Q3 + 1.5 (Q3 - Q1). To each, its `neighbours` nearest tokens by
-    the cosine of keys are added (kept ones among them), weighted by their attention. One more token is the sum of all that
-    were not kept, weighted in the same way; it stands in the place of the last of them.
+    Paper: arXiv 2403.15388; public code: 42Shawn/LLaVA-PruMerge, llava/model/multimodal_encoder/clip_encoder.py (read at
+    1ca8b2b). How many tokens stay is counted per image: outliers are those above Q3 + 1.5 (Q3 - Q1). To each, its
+    `neighbours` nearest tokens by the cosine of keys are added (kept ones among them), weighted by their attention. One
+    more token is the sum of all that were not kept, weighted in the same way; it stands in the place of the last of them.
 
-    Departures: the budget bounds the count, from which the token for the rest is taken where there is more than one; without
-    an outlier the most attended token stays. Attention and keys are those of the layer that the projector reads, of all heads
-    by themselves, where the public code reads the last layer with all heads as one: layers behind the one that is read are
-    not run. Newlines are never mixed, and are kept once all else is. Towers without [CLS] give the attention received.
+    Departures: the budget bounds the count, from which the token for the rest is taken where there is more than one;
+    without an outlier the most attended token stays. Attention and keys are those of the layer that the projector reads,
+    of all heads by themselves, where the public code reads the last layer with all heads as one: layers behind the one
+    that is read are not run. Newlines are never mixed, and are kept once all else is. Towers without [CLS] give the
+    attention received.
 
     Args:
         neighbours: how many tokens are added to each that is kept; 32 in the public code.
@@ -109,8 +110,8 @@ class PruMerge(Method):
 class PruMergePlus(PruMerge):
     """`PruMerge` with tokens from an even spread over the image besides the outliers.
 
-    Paper and public code as for PruMerge. In the public code, of N tokens with n outliers every (N / n / 3)-th one (rounded
-    down) is kept, too: about three for each outlier.
+    Paper and public code as for PruMerge. In the public code, of N tokens with n outliers every (N / n / 3)-th one
+    (rounded down) is kept, too: about three for each outlier.
 
     Departures: as PruMerge. So many tokens are kept, but spaced evenly over what is no outlier, so that any number can be
     asked for: outliers have the first claim on the budget.

@@ -15,14 +15,14 @@ class ToMe(Method):
     """Merge the visual tokens by bipartite soft matching until the budget is reached.
 
     Paper: "Token Merging: Your ViT But Faster", arXiv 2210.09461 (ICLR 2023); public code: facebookresearch/ToMe,
-    tome/merge.py. In each round every other token of a list is matched with the token between them whose key (mean over the
-    heads) is most similar to its own, by cosine; the most similar pairs become one token, their mean weighted by how many
-    tokens they stand for. At most half of the tokens go in one round.
+    tome/merge.py (known by the paper). In each round every other token of a list is matched with the token between them
+    whose key (mean over the heads) is most similar to its own, by cosine; the most similar pairs become one token, their
+    mean weighted by how many tokens they stand for. At most half of the tokens go in one round.
 
-    Departures: the paper merges a few tokens in every layer of the tower, where the next one gives a mean a new key; here all
-    merging is behind the layer that the projector reads, and keys are averaged as the tokens are.
-    Tokens stay in the order of the image; a mean stands in the place of the one that the others were matched with.
-    Newlines are never mixed, and are kept once all else is.
+    Departures: the paper merges a few tokens in every layer of the tower, where the next one gives a mean a new key; here
+    all merging is behind the layer that the projector reads, and keys are averaged as the tokens are. Tokens stay in the
+    order of the image; a mean stands in the place of the one that the others were matched with. Newlines are never mixed,
+    and are kept once all else is.
 
     Args:
         before_projector: whether the means are those of what the projector reads, or of the visual tokens.

@@ -18,14 +18,14 @@ class Trim(Method):
     """Keep the tokens whose similarity to the question is an outlier, and the mean of all others.
 
     Paper: arXiv 2409.11402; public code: FreedomIntelligence/TRIM, llava/model/multimodal_encoder/clip_encoder.py,
-    "TextSim+". Similarities go through a softmax over the image; those above Q3 + 1.5 (Q3 - Q1) stay, and the mean of the
-    others is one more token, in the place of the last of them.
+    "TextSim+" (read at 0e66677). Similarities go through a softmax over the image; those above Q3 + 1.5 (Q3 - Q1) stay,
+    and the mean of the others is one more token, in the place of the last of them.
 
     Departures: the text is the mean of the words' embeddings in the language model, compared with the projected tokens by
-    cosine, where the paper has CLIP's text tower and projection, which most models do not have. CLIP's patches are less like
-    the text where they show what it names, so the public code changes the sign; see `negated`. The budget bounds the count,
-    from which the mean is taken: with a budget of one, that is all there is. Newlines are never mixed, and are kept once all
-    else is.
+    cosine, where the paper has CLIP's text tower and projection, which most models do not have. CLIP's patches are less
+    like the text where they show what it names, so the public code changes the sign; see `negated`. The budget bounds the
+    count, from which the mean is taken: with a budget of one, that is all there is. Newlines are never mixed, and are
+    kept once all else is.
 
     Args:
         temperature: factor on the cosine before the softmax; the public code has products of CLIP's features as they are.

@@ -16,9 +16,10 @@ from adafv.methods.base import TOKENS, TOWER, Method
 class VisionZip(Method):
     """Keep dominant tokens as they are, and merge all others into contextual ones.
 
-    Paper: arXiv 2412.04467 (CVPR 2025); public code: dvlab-research/VisionZip. Dominant are the tokens that [CLS] attends to
-    most in the layer that the projector reads (-2). Of the others, evenly spaced ones are the targets; each that is left goes
-    to the target whose key (mean over the heads) is most similar to its own, by cosine, and they become one token.
+    Paper: arXiv 2412.04467 (CVPR 2025); public code: dvlab-research/VisionZip (known by the paper, and by what others
+    quote of it). Dominant are the tokens that [CLS] attends to most in the layer that the projector reads (-2). Of the
+    others, evenly spaced ones are the targets; each that is left goes to the target whose key (mean over the heads) is
+    most similar to its own, by cosine, and they become one token.
 
     Departures: a merged token is the mean of its target and of what goes to it, as the paper has it; the public code adds
     the mean of what goes to it to the target. [CLS] itself is not kept. Images in crops have one budget over all crops.

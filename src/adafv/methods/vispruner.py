@@ -20,10 +20,10 @@ _SHRINKS = 0.75
 class VisPruner(Method):
     """Keep important tokens, and diverse ones among the others: duplicates go, until the number is reached.
 
-    Paper: arXiv 2412.01818v2; public code: Theia-4869/VisPruner, llava/model/llava_arch.py. The important tokens are those
-    that [CLS] attends to most. The others stand in a list by falling attention. In each round every other member of it is
-    compared with those between them; the `step` with the largest cosine similarity to any of these go, and what stays of
-    them moves to the front, the most similar first.
+    Paper: arXiv 2412.01818v2; public code: Theia-4869/VisPruner, llava/model/llava_arch.py (known by what others quote of
+    it). The important tokens are those that [CLS] attends to most. The others stand in a list by falling attention. In
+    each round every other member of it is compared with those between them; the `step` with the largest cosine similarity
+    to any of these go, and what stays of them moves to the front, the most similar first.
 
     Departures: equal values are resolved by the order of the list. Newlines take no part, and are kept once all else is.
     Towers without [CLS] give the attention received. Images in crops have one budget over all crops.
