@@ -5,6 +5,7 @@
     tokens.py     what a method sees, plans and returns
     layers.py     which layer of a tower a signal speaks of
     patches.py    from the patches of a tower to the tokens of an image
+    merging.py    what methods share that merge tokens, or drop what is alike
     encoded.py    what the tower made of an image, and the store that keeps it
     scores.py     the two scores of the paper: text-to-image attention and visual saliency
     received.py   visual saliency of towers without [CLS]

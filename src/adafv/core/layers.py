@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adafv.core.tokens import Signal
+from adafv.core.tokens import READ, Signal
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TowerLayers:
             return f"the tower has {self.count} layers; {run}"
         if index > self.deepest:
             return f"the projector reads layer {self.deepest}, and no layer behind it is run; {run}"
-        if signal.kind == "hidden":
+        if signal.kind in ("hidden", "read"):
             return None
         if index == 0:
             return f"0 stands for the embeddings, in front of any attention; {run}"
@@ -36,9 +36,11 @@ class TowerLayers:
     def place(self, signal: Signal) -> tuple[int, str]:
         """(hidden state, what to read there) of a signal.
 
-        A signal without a number is of the layer that the projector reads. Its attention may be one in windows: saliency
-        and keys are then those of the last layer in front of it that looks at the whole image.
+        A signal without a number is of the layer that the projector reads (READ: its output). Its attention may be one in
+        windows: saliency and keys are then those of the last layer in front of it that looks at the whole image.
         """
+        if signal == READ:
+            return self.deepest, "hidden"
         if signal.layer is not None:
             return signal.layer if signal.layer >= 0 else signal.layer + self.count + 1, signal.kind
         if signal.kind != "hidden" and self.whole is not None:

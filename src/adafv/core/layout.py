@@ -22,6 +22,8 @@ class ImageLayout:
     tiling: tuple[int, int] | None = None
     """(vertical, horizontal) arrangement of the crops after the first, which is then a thumbnail. None where there is one
     crop, where crops are the frames of a video, and where nothing says how they lie."""
+    frames: bool = False
+    """Whether the crops are the frames of a video."""
 
     @property
     def tokens(self) -> int:

@@ -14,8 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adafv.core.encoded import EncodedImage
 from adafv.core.layout import ImageLayout
-from adafv.core.tokens import SALIENCY, STRINGS, Kept, Plan, Signal, VisualTokens, Words
+from adafv.core.tokens import READ, SALIENCY, STRINGS, Kept, Plan, Signal, VisualTokens, Words
 from adafv.errors import BudgetError, MethodError
+
+TOKENS, TOWER = "tokens", "tower"
+"""What a method may mix: see `Method.mixes`."""
+MIX_TOKENS = "give it before_projector=false, which mixes the visual tokens instead, or use another method"
 
 
 class Chooser(Protocol):
@@ -33,6 +37,8 @@ class Chooser(Protocol):
     def stages(self) -> frozenset[str]: ...
     @property
     def may_repeat(self) -> bool: ...
+    @property
+    def mixes(self) -> str: ...
     def plan(self, layout: ImageLayout, keep: int) -> Plan: ...
     def count(self, tokens: VisualTokens, keep: int) -> Tensor: ...
     def select(self, tokens: VisualTokens, keep: int) -> Kept: ...
@@ -52,6 +58,8 @@ class Wanted:
     ids: Tensor | None = None
     """[T] long; None where only the embeddings are known."""
     strings: Sequence[str] | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+    """[..., E] -> [..., D], the projector: of methods that mix what it reads."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +111,19 @@ def plan_of(method: Chooser, layout: Any, keep: int) -> Plan:
     return plan
 
 
-def check_method(method: Chooser, engine: str, stages: frozenset[str], signals: Callable[[Signal], bool]) -> None:
+def check_method(
+    method: Chooser,
+    engine: str,
+    stages: frozenset[str],
+    signals: Callable[[Signal], bool],
+    mixes: Sequence[str] = (TOKENS,),
+) -> None:
     """The one place where a method that an engine cannot serve is refused.
 
     Args:
         stages: at which the engine lets a method act.
         signals: whether the engine has one of those that are not of the tower.
+        mixes: what the engine can mix by weights.
 
     Raises:
         MethodError: the engine lacks something that the method needs.
@@ -117,6 +132,12 @@ def check_method(method: Chooser, engine: str, stages: frozenset[str], signals: 
         raise MethodError(
             f"the method {method.name} acts at the stage {stage!r}, which {engine} does not have here; it has "
             f"{', '.join(sorted(stages))}: use another method"
+        )
+    if method.mixes not in (TOKENS, TOWER):
+        raise MethodError(f"the method {method.name} mixes {method.mixes!r}; known are: {TOKENS}, {TOWER}")
+    if method.mixes not in mixes:
+        raise MethodError(
+            f"the method {method.name} mixes what the projector reads, which {engine} does not do here: {MIX_TOKENS}"
         )
     for signal in sorted(method.needs, key=str):
         if not signal.of_tower and not signals(signal):
@@ -144,8 +165,9 @@ def select_tokens(images: Sequence[Wanted], agree: Callable[[Kept], Kept] = lamb
     groups: dict[Any, list[int]] = {}
     for i, image in enumerate(images):
         layout, plan = image.encoded.layout, image.plan
-        alike = (layout.tokens, layout.crops, layout.rows, layout.columns, plan.keep, plan.grid, plan.crops, image.most)
-        groups.setdefault((*alike, id(image.method)), []).append(i)
+        size = (layout.tokens, layout.crops, layout.rows, layout.columns, layout.tiling)
+        intended = (plan.keep, plan.grid, plan.crops, image.most, id(image.method))
+        groups.setdefault((size, intended), []).append(i)
     selected = []
     for members in groups.values():
         tokens = visual_tokens([images[i] for i in members])
@@ -168,7 +190,7 @@ def visual_tokens(images: Sequence[Wanted]) -> VisualTokens:
     nothing_hidden = bool(shown.all())  # on the host
     source, candidates, shown = source.to(device), candidates.to(device), shown.to(device)
     signals = {}
-    for signal in first.method.of_tower if first.plan.grid is None else ():
+    for signal in first.method.of_tower - {READ} if first.plan.grid is None else ():
         values = _stack([image.encoded.signals[signal] for image in images])
         if not nothing_hidden:
             values = values.masked_fill(~shown.view(*shown.shape, *[1] * (values.dim() - 2)), 0.0)
@@ -180,6 +202,7 @@ def visual_tokens(images: Sequence[Wanted]) -> VisualTokens:
         crops=layout.crops,
         rows=layout.rows,
         columns=layout.columns,
+        tiling=layout.tiling,
         signals=signals,
         words=_words(images) if first.method.needs_words else None,
         grid=first.plan.grid,
@@ -296,18 +319,42 @@ def check_kept(method: Chooser, tokens: VisualTokens, keep: int, kept: Kept) -> 
     before = torch.nn.functional.pad(indices, (1, 0), value=-1)
     if not bool((before.diff(dim=-1) > 0).all() & (indices[:, -1] < available).all()):
         refuse(f"indices must be ascending, distinct and in 0 to {available - 1}; sort them, as `top_tokens` does")
-    if weights is not None and not bool(weights.isfinite().all()):
+    if weights is None:
+        return
+    if not bool(weights.isfinite().all()):
         refuse("weights are not finite")
+    if method.mixes == TOWER:
+        mixed = weights.masked_fill(_as_they_are(weights).unsqueeze(-1), 0.0)
+        if bool((mixed.masked_fill((tokens.source >= 0).unsqueeze(1), 0.0) != 0).any()):
+            refuse("weights mix tokens that show no patch, such as newlines, which the projector never reads")
 
 
 def _taken(images: Sequence[Wanted], members: tuple[int, ...], tokens: VisualTokens, kept: Kept) -> Selected:
     """What stays of features and deepstack rows."""
     features, deepstack = tokens.features, None
     if tokens.grid is None:
-        features = take(kept, features)
+        if kept.weights is not None and images[members[0]].method.mixes == TOWER:
+            features = _projected(images, members, features, kept.weights)
+        else:
+            features = take(kept, features)
         if images[members[0]].encoded.deepstack is not None:
             deepstack = take(kept, _stack([images[i].encoded.deepstack for i in members]))  # type: ignore[misc]
     return Selected(members, kept, features, deepstack, tokens.signals.get(SALIENCY))
+
+
+def _projected(images: Sequence[Wanted], members: tuple[int, ...], features: Tensor, weights: Tensor) -> Tensor:
+    """[G, K, D]: the projector's tokens for mixes of what it reads. A token that stays as it is is the one of `features`, bit
+    by bit: a product of other shape may be rounded in another way, and a newline is none of the projector's."""
+    project = images[members[0]].project
+    assert project is not None
+    mixed = project(take(Kept(weights.argmax(-1), weights), _stack([images[i].encoded.signals[READ] for i in members])))
+    alone = take(Kept(weights.argmax(-1)), features)
+    return torch.where(_as_they_are(weights).unsqueeze(-1), alone, mixed.to(features))
+
+
+def _as_they_are(weights: Tensor) -> Tensor:
+    """[G, K] bool, which rows of [G, K, N] are one token with a weight of 1."""
+    return (weights.amax(-1) == 1) & ((weights != 0).sum(-1) == 1)
 
 
 def take(kept: Kept, values: Tensor) -> Tensor:

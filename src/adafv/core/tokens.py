@@ -18,7 +18,7 @@ class Signal:
     """Something that a method may ask for besides the visual tokens themselves."""
 
     kind: str
-    """"words", "strings", or of the tower: "saliency", "keys", "hidden"."""
+    """"words", "strings", or of the tower: "saliency", "keys", "hidden", "read"."""
     layer: int | None = None
     """Of the tower, counted as `vision_feature_layer` counts hidden states: -1 is the last layer, 0 the embeddings. None:
     the layer that the projector reads."""
@@ -32,7 +32,7 @@ class Signal:
         return self.kind if self.layer is None else f"{self.kind} of layer {self.layer}"
 
 
-TOWER_SIGNALS = ("saliency", "keys", "hidden")
+TOWER_SIGNALS = ("saliency", "keys", "hidden", "read")
 
 WORDS = Signal("words")
 """Input embeddings and ids of the text that counts."""
@@ -44,6 +44,10 @@ KEYS = Signal("keys")
 """[N, H, d]: keys of the attention, all heads, positions applied. A token made of several patches has their mean."""
 HIDDEN = Signal("hidden")
 """[N, E]: output of the layer, which is what the projector reads. A token made of several patches has their mean."""
+
+READ = Signal("read")
+"""[N, E]: what the projector reads, of several layers side by side, with its gradients. Engines ask for it where a method
+mixes there (`Method.mixes`); methods do not see it."""
 
 
 def saliency_of(layer: int) -> Signal:
@@ -94,6 +98,8 @@ class VisualTokens:
     """What the method needs of the tower, [G, N, ...] each. What stands at tokens that show no patch is 0."""
     words: Words | None = None
     """None unless the method needs WORDS."""
+    tiling: tuple[int, int] | None = None
+    """(vertical, horizontal) arrangement of the crops behind a thumbnail: see `ImageLayout`."""
     grid: tuple[int, int] | None = None
     """(rows, columns) of `features` where the plan asked for a lower resolution: then they are [G, rows * columns, D]."""
 
@@ -138,7 +144,8 @@ class Kept:
     weights: Tensor | None = None
     """[G, K, N] float: each kept token is this mix of the tokens (a row of 0 and 1 keeps one as it is); None: the tokens at
     `indices` as they are. As weights rather than features, so that an engine mixes alike whatever belongs to a token: its
-    features, the rows that it adds to layers of the language model ("deepstack"), on every worker."""
+    features, the rows that it adds to layers of the language model ("deepstack"), on every worker. They mix what the
+    language model reads, or what the projector reads: see `Method.mixes`."""
     text_attention: Tensor | None = None
     """[G, N] float32, where the method computed it."""
     objective: Tensor | None = None

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import Kept, Plan, Signal, VisualTokens
+from adafv.core.tokens import READ, Kept, Plan, Signal, VisualTokens
 from adafv.errors import MethodError, OptionError
 from adafv.registry import Found, find
 
@@ -44,6 +44,9 @@ class Method(ABC):
     commit, and where this file departs from either stands in the docstring of the class."""
     cost: ClassVar[str] = ""
     """What choosing K of N tokens takes, beside one pass over them: "sort", "K steps, N x K", "N x N, K steps"."""
+    mixes: str = TOKENS
+    """What the weights of merged tokens mix: the visual tokens ("tokens"), or, with the stage's own name "tower", what the
+    projector reads, so that it projects the mixes."""
     needs: ClassVar[frozenset[Signal]] = frozenset()
     """What it must see besides the visual tokens; see `adafv.core.tokens`."""
     stages: ClassVar[frozenset[str]] = frozenset({TOKENS})
@@ -59,8 +62,9 @@ class Method(ABC):
 
     @property
     def of_tower(self) -> frozenset[Signal]:
-        """What it needs of the tower."""
-        return frozenset(signal for signal in self.needs if signal.of_tower)
+        """What must be read off the tower for it."""
+        mixed = {READ} if self.mixes == TOWER else set()
+        return frozenset(signal for signal in self.needs if signal.of_tower) | mixed
 
     def plan(self, layout: ImageLayout, keep: int) -> Plan:
         """What to do with an image, decided on the host before the tower runs.

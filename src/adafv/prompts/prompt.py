@@ -1,7 +1,7 @@
 """What is image and what is text in a prompt: rows of tokens, one column per token, read on the host."""
 
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -188,6 +188,8 @@ def place_images(modality: str, placeholders: Tensor, layouts: list[ImageLayout]
             raise PromptError(
                 f"the placeholders of {modality} {number} are spread over two prompts of the batch; {mend}"
             )
+        if modality == "video":
+            layout = replace(layout, frames=True)
         placed.append(PlacedImage(modality, number, row, part, layout))
     return placed
 

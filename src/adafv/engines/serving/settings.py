@@ -11,7 +11,7 @@ from adafv.core.select import check_method, plan_of
 from adafv.core.tokens import WORDS, Plan
 from adafv.errors import BudgetError, MethodError, OptionError
 from adafv.methods import Method
-from adafv.methods.base import TOKENS
+from adafv.methods.base import TOKENS, TOWER
 from adafv.methods.options import method_of
 from adafv.prompts.text import SCOPES
 
@@ -141,5 +141,5 @@ def _method(name: Any, parameters: Any) -> Method:
     method = method_of(name, parameters)
     if method.may_repeat:
         raise MethodError("the published variant repeats tokens, which vLLM's prompts cannot; use variant='corrected'")
-    check_method(method, "vLLM", frozenset({TOKENS}), frozenset({WORDS}).__contains__)
+    check_method(method, "vLLM", frozenset({TOKENS}), frozenset({WORDS}).__contains__, (TOKENS, TOWER))
     return method

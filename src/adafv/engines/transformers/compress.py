@@ -5,6 +5,7 @@ prompt. Nothing inside the model changes: the result goes through the public arg
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,8 @@ def choose(call: Call) -> None:
         strings = None
         if ids is not None and STRINGS in job.method.needs:
             strings = call.settings.tokenizer.convert_ids_to_tokens(ids.tolist())
-        wanted.append(Wanted(job.encoded, job.method, job.plan, job.keep, words, ids, strings))
+        project = partial(call.family.project, call.model)
+        wanted.append(Wanted(job.encoded, job.method, job.plan, job.keep, words, ids, strings, project))
     for group in select_tokens(wanted):
         for place, i in enumerate(group.members):
             jobs[i].selected, jobs[i].place, jobs[i].keep = group, place, group.kept.indices.shape[1]

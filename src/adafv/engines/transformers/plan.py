@@ -9,7 +9,7 @@ from adafv.engines.transformers.columns import refuse_unknown_columns
 from adafv.engines.transformers.families import CallWithImages
 from adafv.engines.transformers.releases import cache_of
 from adafv.errors import NoWordsError, UnsupportedCallError, UnsupportedModelError
-from adafv.methods.base import IMAGE, TOKENS
+from adafv.methods.base import IMAGE, TOKENS, TOWER
 from adafv.prompts.text import text_columns
 
 
@@ -60,7 +60,7 @@ def _check_method(call: Call, job: ImageJob) -> None:
             return call.settings.tokenizer is not None and _ids_known(call, job)
         return signal == WORDS
 
-    check_method(job.method, "transformers", frozenset({IMAGE, TOKENS}), has)
+    check_method(job.method, "transformers", frozenset({IMAGE, TOKENS}), has, (TOKENS, TOWER))
     try:
         call.family.check_signals(call.model, job.method.of_tower)
     except UnsupportedModelError as error:

@@ -25,7 +25,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from adafv.core import class_attention, patch_saliency
 from adafv.core.layers import TowerLayers
-from adafv.core.tokens import Signal
+from adafv.core.select import MIX_TOKENS
+from adafv.core.tokens import READ, Signal
 from adafv.errors import UnsupportedModelError
 
 TAPPED_ATTENTION = "adafv_tapped"
@@ -156,6 +157,10 @@ class Tap:
     ) -> None:
         self.tower: Any = tower if not signals else uncompiled(tower)
         numbered, layers = shape.numbered(tower, feature_layers), shape.layers_of(tower)
+        if READ in signals:
+            raise UnsupportedModelError(
+                f"what the projector reads cannot be mixed with {type(tower).__name__}: {MIX_TOKENS}"
+            )
         for signal in signals:
             if reason := numbered.unreadable(signal):
                 raise UnsupportedModelError(f"the {signal} cannot be read off {type(tower).__name__}: {reason}")
@@ -210,12 +215,12 @@ class TappedTower:
     ) -> None:
         tower = uncompiled(tower)
         shape = shape_of(tower) if shape is None else shape
-        tap = Tap(tower, shape, signals, feature_layers)
-        self.read = tap.read
+        tap = Tap(tower, shape, set(signals) - {READ}, feature_layers)
+        self._signals, self._class_tokens, self._tap = signals, int(shape.has_class_token), tap
         layers = shape.layers_of(tap.tower)
         self._states: list[Tensor | None] = [None] * (len(layers) + 1)
 
-        read = _read_layers(feature_layers, len(layers))
+        self._layers_read = read = _read_layers(feature_layers, len(layers))
         deepest = max(read)
         self._complete = deepest == len(layers)
         layers = layers[:deepest]
@@ -224,6 +229,14 @@ class TappedTower:
             layers[index - 1].register_forward_hook(self._record(index))
         self._twin = _with(tap.tower, shape.layers.split("."), nn.ModuleList(layers))
         self._twin.register_forward_hook(self._hand_out, prepend=True)
+
+    def read(self, to_tokens: Callable[[Tensor], list[Tensor]]) -> dict[Signal, list[Tensor]]:
+        """The signals, as `Tap.read`; of what the projector reads, the states of all its layers side by side."""
+        found = self._tap.read(to_tokens)
+        if READ in self._signals:
+            states = [self._states[index][:, self._class_tokens :] for index in self._layers_read]  # type: ignore[index]
+            found[READ] = to_tokens(torch.cat(states, dim=-1).flatten(0, -2))
+        return found
 
     def _hand_out(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Let the tower return the states that are read: FSDP2 gathers its weights again when their gradients arrive."""

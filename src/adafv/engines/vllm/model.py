@@ -8,7 +8,7 @@ and the first worker's choice goes to the others: kept tokens that differ in one
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 
 from adafv.core.budget import Budget
 from adafv.core.encoded import EncodedImage, TowerCache
-from adafv.core.select import Wanted, select_tokens, take
+from adafv.core.select import MIX_TOKENS, TOWER, Wanted, select_tokens, take
 from adafv.core.tokens import Signal
 from adafv.engines.serving.metrics import Meter
 from adafv.engines.serving.request import budget_from
@@ -33,6 +33,10 @@ class PrunedModel:
     supports_tower_connector_lora = False
     """An adapter of the tower would change encoded images that are cached without it."""
 
+    projects: ClassVar[bool] = False
+    """Whether what the projector reads is projected token by token, so that mixes can be: then `encode` gives the signal
+    READ where it is asked for, and there is `project`."""
+
     language_model: Any
     config: Any
 
@@ -40,6 +44,11 @@ class PrunedModel:
         settings = ServerSettings.of(getattr(vllm_config.model_config.hf_config, OPTION, None))
         check_engine(vllm_config)
         self.check_config(vllm_config.model_config.hf_config)
+        if settings.method.mixes == TOWER and not self.projects:
+            raise UnsupportedModelError(
+                f"the method {settings.method.name} mixes what the projector reads, which adafv does not do in vLLM for this "
+                f"model: {MIX_TOKENS}"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.adafv = settings
         self.adafv_cache = TowerCache(settings.tower_cache_bytes)
@@ -53,6 +62,10 @@ class PrunedModel:
     @classmethod
     def check_config(cls, config: Any) -> None:
         """Raise UnsupportedModelError where this checkpoint cannot be pruned correctly."""
+
+    def project(self, rows: Tensor) -> Tensor:
+        """[..., E], of what the projector reads -> [..., D]. Asked for where `projects`."""
+        raise NotImplementedError
 
     @abstractmethod
     def tap(self) -> Tap:
@@ -139,7 +152,7 @@ class PrunedModel:
         if method.needs_words:
             words = self.language_model.embed_input_ids(text.to(device))
         compared = replace(image, features=self.compared(image.features))
-        wanted = Wanted(compared, method, plan, budget.tokens(layout.tokens), words, text)
+        wanted = Wanted(compared, method, plan, budget.tokens(layout.tokens), words, text, project=self.project)
         [selected] = select_tokens([wanted], agreed)
         features = selected.features[0]
         if compared.features is not image.features:

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import SALIENCY, Signal
+from adafv.core.select import MIX_TOKENS
+from adafv.core.tokens import READ, SALIENCY, Signal
 from adafv.engines.transformers.releases import one_by_one
 from adafv.engines.transformers.towers import TowerShape, shape_of
 from adafv.errors import UnsupportedModelError
@@ -119,6 +120,12 @@ class Family(ABC):
 
     def check_signals(self, model: Any, signals: Iterable[Signal]) -> None:
         """Raise UnsupportedModelError where one of these signals cannot be read off this model's tower."""
+        signals = list(signals)
+        if READ in signals and not self.projects(model):
+            raise UnsupportedModelError(
+                f"what the projector reads cannot be mixed in {self.name}, whose tokens are not made one by one, or not in a "
+                f"way that adafv knows: {MIX_TOKENS}"
+            )
         for tower in self.towers(model):
             shape = shape_of(tower) if self.tower_shape is None else self.tower_shape
             layers = shape.numbered(tower, self.feature_layers(model))
@@ -151,6 +158,15 @@ class Family(ABC):
         Raises:
             UnsupportedModelError: one cannot be read, see `check_signals`.
         """
+
+    def projects(self, model: Any) -> bool:
+        """Whether the model projects what the projector reads token by token, so that mixes can be projected: then `encode`
+        gives the signal READ (as `TappedTower` does), and there is `project`."""
+        return False
+
+    def project(self, model: Any, rows: Tensor) -> Tensor:
+        """[..., E], of what the projector reads -> [..., D], what the language model reads. Asked for where `projects`."""
+        raise NotImplementedError
 
     def encode_smaller(
         self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]

@@ -42,6 +42,12 @@ class Llava(Family):
     def feature_layers(self, model: Any) -> int | list[int]:
         return self.reads(model, {})[0]
 
+    def projects(self, model: Any) -> bool:
+        return True
+
+    def project(self, model: Any, rows: Tensor) -> Tensor:
+        return model.model.multi_modal_projector(rows)  # type: ignore[no-any-return]
+
     def take(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
     ) -> dict[str, Any]:

@@ -27,6 +27,10 @@ class LlavaNextVideo(LlavaNext):
     videos = ("pixel_values_videos", "vision_feature_layer", "vision_feature_select_strategy")
     limits = "refuses frames that are not square, whose rows the stock model mixes up"
 
+    def projects(self, model: Any) -> bool:
+        # The resampler is in front of the projector, and READ the mean of the patches of a token.
+        return bool(model.config.spatial_pool_mode == "average")
+
     def take(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
     ) -> dict[str, Any]:

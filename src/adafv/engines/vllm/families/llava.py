@@ -16,6 +16,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from adafv.core import ImageLayout
 from adafv.core.encoded import EncodedImage
 from adafv.core.layers import TowerLayers
+from adafv.core.tokens import READ
 from adafv.engines.transformers import towers
 from adafv.engines.vllm.model import PrunedModel
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
@@ -32,7 +33,10 @@ TOWERS = {
 class PrunedLlava(PrunedModel):
     """What the LLaVA-like model classes of vLLM share."""
 
+    projects = True
+
     vision_tower: Any
+    multi_modal_projector: Any
 
     @classmethod
     def check_config(cls, config: Any) -> None:
@@ -55,7 +59,10 @@ class PrunedLlava(PrunedModel):
     def tap(self) -> Tap:
         run = list(self.vision_tower.vision_model.encoder.layers)
         layers = TowerLayers(self.config.vision_config.num_hidden_layers, len(run))
-        return Tap(run, "self_attn.attn", layers, self.adafv_signals, int(self.shape.has_class_token))
+        return Tap(run, "self_attn.attn", layers, self.adafv_signals - {READ}, int(self.shape.has_class_token))
+
+    def project(self, rows: Tensor) -> Tensor:
+        return self.multi_modal_projector(rows)  # type: ignore[no-any-return]
 
     def encoded(
         self, images: dict[str, Any], layouts: list[ImageLayout], to_tokens: Callable[[Tensor], list[Tensor]]
@@ -66,10 +73,17 @@ class PrunedLlava(PrunedModel):
             to_tokens: see `Tap.read`.
         """
         image_input = self._parse_and_validate_image_input(**images)  # type: ignore[attr-defined]
-        with self.adafv_tap as tap:
-            features = self._process_image_input(image_input)  # type: ignore[attr-defined]
+        read: list[Tensor] = []
+        hook = self.multi_modal_projector.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+        try:
+            with self.adafv_tap as tap:
+                features = self._process_image_input(image_input)  # type: ignore[attr-defined]
+        finally:
+            hook.remove()
         score = self.shape.score
         signals = tap.read(lambda run: score(run.query, run.key, run.value, run.features, run.scaling, None), to_tokens)
+        if READ in self.adafv_signals:
+            signals[READ] = to_tokens(torch.cat([rows.flatten(0, -2) for rows in read]))
         return encoded_images(features, signals, layouts)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -46,6 +46,8 @@ class _Processor(PrunedProcessor, LlavaOnevisionMultiModalProcessor):
 
 @MULTIMODAL_REGISTRY.register_processor(_Processor, info=_Info, dummy_inputs=LlavaOnevisionDummyInputsBuilder)
 class AdaFVLlavaOnevisionForConditionalGeneration(PrunedAnyres, LlavaOnevisionForConditionalGeneration):
+    projects = False  # a token is made of several patches after the projector
+
     @classmethod
     def check_config(cls, config: Any) -> None:
         super().check_config(config)
