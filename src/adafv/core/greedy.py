@@ -14,13 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adafv.core.likeness import unit_vectors
+from adafv.core.likeness import self_cosines
 from adafv.errors import BudgetError
 
 _CELLS = 2**26
 """Cosines that exist at a time, over all images: 256 MiB. Above that they are computed row by row."""
 _BLOCK = 2**18
 """Likenesses that a CPU compares at a time, so that they stay in its cache."""
+_ROW_COSTS = 5
+"""What a row of cosines costs on a CPU by itself, in rows of the product of all."""
 _AT_FIRST = 16
 """Stale gains that a step on a CPU looks at first."""
 _LAST = torch.finfo(torch.float32).min
@@ -50,25 +52,22 @@ class Greedy(NamedTuple):
     """[G, K] float32, the gain of each when it was chosen; 0 where nothing was left to gain."""
 
 
-def max_min_search(
-    vectors: Tensor, keep: int, weights: Tensor | None = None, candidates: Tensor | None = None
-) -> Greedy:
+def max_min_search(unit: Tensor, keep: int, weights: Tensor | None = None, candidates: Tensor | None = None) -> Greedy:
     """Always the token with the largest weight * (1 - largest cosine to those that are chosen).
 
     The first is the one with the largest weight * (1 - largest cosine to any other candidate).
 
     N x N cosines exist at a time, 4 N^2 bytes for each image, while all images together have at most 256 MiB of them;
-    above that a row is computed in each step, and what exists beside the float32 vectors is [G, N].
+    above that a row is computed in each step, and what exists beside the vectors is [G, N].
 
     Args:
-        vectors: [G, N, D].
+        unit: [G, N, D] float32 vectors of length one, see `adafv.core.likeness.unit_vectors`.
         keep: K, 1 <= K <= N.
         weights: [G, N], not negative; None: all alike.
         candidates: [G, N] bool; None: all.
     """
-    unit = unit_vectors(vectors)
-    likeness = _Cosines(unit)
     picks = _Picks(unit[..., 0], keep, candidates)
+    likeness = _Cosines(unit)
     distance = 1 - likeness.nearest(candidates)
     for step in range(keep):
         chosen = picks.pick(distance if weights is None else weights * distance)
@@ -78,7 +77,7 @@ def max_min_search(
 
 
 def determinantal_search(
-    vectors: Tensor, keep: int, quality: Tensor, candidates: Tensor | None = None, parts: Parts | None = None
+    unit: Tensor, keep: int, quality: Tensor, candidates: Tensor | None = None, parts: Parts | None = None
 ) -> Greedy:
     """Greedy MAP of a determinantal point process with the kernel q_i * cos(v_i, v_j) * q_j (Chen et al., 1709.05135).
 
@@ -87,19 +86,19 @@ def determinantal_search(
     step k costs k x N. A token of which they leave less than 1e-5 gains nothing; once all are so (K above the rank), the
     rest is taken by falling quality.
 
-    Memory: [G, K, N] for the factor, beside what `max_min_search` takes.
+    Memory: [G, K, N] for the factor, beside what `max_min_search` takes; on a CPU the rows are computed one by one, too,
+    where K is small beside N.
 
     Args:
-        vectors: [G, N, D].
+        unit: [G, N, D] float32 vectors of length one, see `adafv.core.likeness.unit_vectors`.
         keep: K, 1 <= K <= N.
         quality: [G, N], not negative. Its scale does not matter; `gains` are in units of the largest q^2.
         candidates: [G, N] bool; None: all.
         parts: they do not see each other and take turns, 0, 1, ...; so each has a search of its own, for an equal share of
             K. The turn of one that is used up goes to the largest gain in any.
     """
-    unit = unit_vectors(vectors)
-    likeness = _Cosines(unit)
     picks = _Picks(unit[..., 0], keep, candidates, parts)
+    likeness = _Cosines(unit, keep)
     worth = quality.float().square()
     most = worth if candidates is None else worth.masked_fill(~candidates, 0.0)
     worth = worth / most.amax(-1, keepdim=True).clamp_min(_TINY)
@@ -195,11 +194,15 @@ def _gains(likeness: Tensor, best: Tensor) -> Tensor:
 class _Cosines:
     """Cosines of tokens with each other, all at once or a row at a time."""
 
-    def __init__(self, unit: Tensor) -> None:
+    def __init__(self, unit: Tensor, wanted: int | None = None) -> None:
+        """`wanted`: how many rows will be asked for; None: all."""
         images, tokens, _ = unit.shape
+        at_once = images * tokens * tokens <= _CELLS
+        if unit.is_cpu and wanted is not None:
+            at_once = at_once and wanted * _ROW_COSTS >= tokens
         self._unit = unit
         self._images = torch.arange(images, device=unit.device)
-        self._all = unit @ unit.mT if images * tokens * tokens <= _CELLS else None
+        self._all = self_cosines(unit) if at_once else None
 
     def rows(self, chosen: Tensor) -> Tensor:
         """[G] -> [G, N]."""

@@ -5,6 +5,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 _SMALL = 1e-6
+_SIDE = 512
+"""Tokens of a block of cosines on a CPU."""
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:
@@ -15,6 +17,23 @@ def unit_vectors(vectors: Tensor) -> Tensor:
 def cosines(ones: Tensor, others: Tensor) -> Tensor:
     """[..., M, D], [..., N, D] of length one (`unit_vectors`) -> [..., M, N]."""
     return ones @ others.mT
+
+
+def self_cosines(unit: Tensor) -> Tensor:
+    """[..., N, D] of length one -> [..., N, N], the same above and below the diagonal.
+
+    On a CPU, where the product is what takes the time, only what is above is computed.
+    """
+    tokens = unit.shape[-2]
+    if not unit.is_cpu or tokens <= _SIDE:
+        return unit @ unit.mT
+    alike = unit.new_empty(*unit.shape[:-1], tokens)
+    for first in range(0, tokens, _SIDE):
+        last = min(first + _SIDE, tokens)
+        block = unit[..., first:last, :] @ unit[..., first:, :].mT
+        alike[..., first:last, first:] = block
+        alike[..., last:, first:last] = block[..., last - first :].mT
+    return alike
 
 
 def min_max(scores: Tensor, candidates: Tensor) -> Tensor:

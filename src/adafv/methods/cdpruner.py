@@ -47,16 +47,20 @@ class CDPruner(Method):
         check_choice("crops", self.crops, CROP_CHOICES)
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
-        quality = relevance(tokens, self.words, self.sign)
+        unit = unit_vectors(tokens.features.detach())
+        quality = relevance(tokens, unit, self.words, self.sign)
         parts = parts_of(tokens, self.crops)
-        features = tokens.features.detach()
-        return Kept(determinantal_search(features, keep, quality, tokens.candidates, parts).indices)
+        return Kept(determinantal_search(unit, keep, quality, tokens.candidates, parts).indices)
 
 
-def relevance(tokens: VisualTokens, words: str, sign: int) -> Tensor:
-    """[G, N] float32, 0 to 1: min-max over the candidates of the cosine to the best word, or of the mean over words."""
+def relevance(tokens: VisualTokens, unit: Tensor, words: str, sign: int) -> Tensor:
+    """[G, N] float32, 0 to 1: min-max over the candidates of the cosine to the best word, or of the mean over words.
+
+    Args:
+        unit: [G, N, D], the features at length one.
+    """
     text, mask = unit_vectors(tokens.text.embeddings), tokens.text.mask
-    alike = sign * cosines(text, unit_vectors(tokens.features.detach()))
+    alike = sign * cosines(text, unit)
     if words == "mean":
         return min_max(masked_mean(alike, mask), tokens.candidates)
     return min_max(alike.masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(1), tokens.candidates)

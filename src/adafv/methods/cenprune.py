@@ -52,17 +52,18 @@ class CenPrune(Method):
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         features, shown = tokens.features.detach().float(), tokens.candidates
-        centred = features - masked_mean(features, shown).unsqueeze(1)
-        distinct = distinctiveness(features, shown, self.scale)
+        unit = unit_vectors(features)
+        centred = unit_vectors(features - masked_mean(features, shown).unsqueeze(1))
+        distinct = distinctiveness(unit, shown, self.scale)
         if self.on == "divprune":
             return Kept(max_min_search(centred, keep, distinct, shown).indices)
-        quality = distinct * relevance(tokens, self.words, self.sign)
+        quality = distinct * relevance(tokens, unit, self.words, self.sign)
         return Kept(determinantal_search(centred, keep, quality, shown).indices)
 
 
-def distinctiveness(features: Tensor, candidates: Tensor, scale: str) -> Tensor:
-    """[G, N], 0 to 1: how small the mean cosine of a token to the other candidates is."""
-    unit, others = unit_vectors(features), candidates.sum(-1, keepdim=True)
+def distinctiveness(unit: Tensor, candidates: Tensor, scale: str) -> Tensor:
+    """[G, N], 0 to 1: how small the mean cosine of a token ([G, N, D] of length one) to the other candidates is."""
+    others = candidates.sum(-1, keepdim=True)
     mean = masked_mean(unit, candidates).unsqueeze(-1) * others.unsqueeze(-1)
     own = unit.square().sum(-1)
     unlike = (own - (unit @ mean).squeeze(-1)) / (others - 1).clamp_min(1)

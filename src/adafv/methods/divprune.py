@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from adafv.core.greedy import max_min_search
+from adafv.core.likeness import unit_vectors
 from adafv.core.tokens import Kept, VisualTokens
 from adafv.methods.base import Method
 
@@ -24,4 +25,4 @@ class DivPrune(Method):
     cost = "N x N, K steps"
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
-        return Kept(max_min_search(tokens.features.detach(), keep, candidates=tokens.candidates).indices)
+        return Kept(max_min_search(unit_vectors(tokens.features.detach()), keep, candidates=tokens.candidates).indices)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from adafv.core.greedy import coverage_search
-from adafv.core.likeness import cosines, masked_mean, min_max, unit_vectors
+from adafv.core.likeness import cosines, masked_mean, min_max, self_cosines, unit_vectors
 from adafv.core.tokens import WORDS, Kept, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods.base import Method
@@ -62,7 +62,7 @@ class EADP(Method):
         unit = unit_vectors(tokens.features.detach())
         scores = min_max(self._relevance(tokens, unit), tokens.candidates)
         demand = (smoothed(scores, tokens) ** self.beta).masked_fill(~tokens.candidates, 0.0)
-        alike = (cosines(unit, unit).clamp(-1.0, 1.0) + 1) / 2
+        alike = self_cosines(unit).clamp_(-1.0, 1.0).add_(1.0).div_(2.0)
         return Kept(coverage_search(alike, keep, None, demand, tokens.candidates).indices)
 
     def _relevance(self, tokens: VisualTokens, unit: Tensor) -> Tensor:

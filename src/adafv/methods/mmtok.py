@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adafv.core.greedy import coverage_search
-from adafv.core.likeness import cosines, unit_vectors
+from adafv.core.likeness import cosines, self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, STRINGS, WORDS, Kept, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods.base import Method
@@ -71,7 +71,7 @@ class MMTok(Method):
         covers = torch.cat(
             (
                 _shares(asked / TEXT_TEMPERATURE, words, shown),
-                self.image_weight * _shares(cosines(seen, seen) / IMAGE_TEMPERATURE, shown, shown),
+                self.image_weight * _shares(self_cosines(seen) / IMAGE_TEMPERATURE, shown, shown),
             ),
             dim=1,
         )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from adafv.core.greedy import coverage_search
-from adafv.core.likeness import cosines, unit_vectors
+from adafv.core.likeness import self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, Kept, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods.base import Method
@@ -43,7 +43,7 @@ class Scope(Method):
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         unit = unit_vectors(tokens.signals[HIDDEN].detach())
-        alike = cosines(unit, unit)
+        alike = self_cosines(unit)
         parts = parts_of(tokens, self.crops)
         if parts is not None:
             alike = alike.masked_fill(parts.of.unsqueeze(1) != parts.of.unsqueeze(2), 0.0)
