@@ -9,7 +9,7 @@ from models import DEEP, FamilyRow, make_inputs
 
 from adafv import AdaFV, Kept, Method, Pruner, VisualTokens, compress
 from adafv.core import class_attention, text_to_image_attention, top_tokens
-from adafv.core.tokens import SALIENCY, Words
+from adafv.core.tokens import HIDDEN, KEYS, SALIENCY, Words
 from adafv.errors import BudgetError, OptionError
 from adafv.methods import known_methods, method_named
 
@@ -31,7 +31,11 @@ def tokens(groups: int = 2, rows: int = 6, columns: int = 8, newlines: bool = Fa
         crops=1,
         rows=rows,
         columns=columns,
-        signals={SALIENCY: saliency / saliency.sum(-1, keepdim=True)},
+        signals={
+            SALIENCY: saliency / saliency.sum(-1, keepdim=True),
+            HIDDEN: torch.randn(groups, count, 10, generator=generator) * (source >= 0).unsqueeze(-1),
+            KEYS: torch.randn(groups, count, 2, 6, generator=generator) * (source >= 0).view(-1, 1, 1),
+        },
         words=Words(
             torch.randn(groups, 5, 12, generator=generator),
             torch.arange(5).expand(groups, 5) < 4,
@@ -54,7 +58,9 @@ def one_of(image: VisualTokens, place: int) -> VisualTokens:
 
 
 def test_the_catalogue() -> None:
-    assert list(METHODS) == ["adafv", "downsample", "random", "saliency", "text", "uniform"]
+    assert list(METHODS) == sorted(METHODS)
+    assert {"adafv", "downsample", "random", "saliency", "text", "uniform"} <= METHODS.keys()
+    assert {"cdpruner", "cenprune", "divprune", "eadp", "mmtok", "scope"} <= METHODS.keys()
     for name, method in METHODS.items():
         assert is_dataclass(method)
         assert method.name == name

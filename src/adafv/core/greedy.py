@@ -102,10 +102,11 @@ def determinantal_search(
     worth = quality.float().square()
     most = worth if candidates is None else worth.masked_fill(~candidates, 0.0)
     worth = worth / most.amax(-1, keepdim=True).clamp_min(_TINY)
+    late = worth - 2  # below any gain
     left = unit.square().sum(-1)
     factor = unit.new_zeros(len(unit), keep, unit.shape[1])
     for step in range(keep):
-        chosen = picks.pick(torch.where(left > _SPANNED, worth * left, worth - 2))
+        chosen = picks.pick(torch.where(left > _SPANNED, worth * left, late))
         row = likeness.rows(chosen)
         if parts is not None:
             row = row.masked_fill(parts.of != parts.of.gather(-1, chosen.unsqueeze(-1)), 0.0)
@@ -113,7 +114,7 @@ def determinantal_search(
             before = factor[:, :step]
             row = row - (before[picks.images, :, chosen].unsqueeze(1) @ before).squeeze(1)
         pivot = left.gather(-1, chosen.unsqueeze(-1))
-        row = row * torch.where(pivot > _SPANNED, pivot.clamp_min(_TINY).rsqrt(), 0.0)
+        row = row * pivot.masked_fill(pivot <= _SPANNED, float("inf")).rsqrt()
         factor[:, step] = row
         left = torch.addcmul(left, row, row, value=-1)
     return picks.found()
@@ -162,9 +163,10 @@ def _eagerly(likeness: Tensor, keep: int, quality: Tensor | None, picks: "_Picks
 
 def _lazily(likeness: Tensor, keep: int, quality: Tensor | None, picks: "_Picks") -> Greedy:
     best = torch.zeros_like(likeness[:, 0])
-    rows = [torch.cat([_gains(part, each) for part in image.split(max(1, _BLOCK // image.shape[-1]))])
-            for image, each in zip(likeness, best, strict=True)]  # fmt: skip
-    bound = torch.stack(rows) if quality is None else quality * torch.stack(rows)
+    size = max(1, _BLOCK // likeness[:, 0].numel())
+    bound = torch.cat([_gains(block, best.unsqueeze(1)) for block in likeness.split(size, dim=1)], dim=-1)
+    if quality is not None:
+        bound = quality * bound
     others = ~picks.candidates
     for step in range(keep):
         fresh = others.clone() if step else torch.ones_like(others)
