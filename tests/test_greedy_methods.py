@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_operations import Watched
 from torch import Tensor
 
 from adafv.core import greedy
@@ -391,6 +392,26 @@ def test_blank_tokens(name: str, options: dict[str, Any]) -> None:
     assert kept.min() >= 0
 
 
+@NAMED
+def test_what_a_device_runs(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No wait for it, few launches in a step, and no more than a few N x N numbers."""
+    monkeypatch.setattr(greedy, "_lazily", greedy._eagerly)  # the shortcut of a CPU
+    tokens = images(2, 20, newlines=True)
+    made = []
+    for keep in (4, 8):
+        with Watched() as watched:
+            method_named(name, **options).select(tokens, keep)
+        made.append(len(watched.made))
+    each = options.get("crops", "each") == "each" and name in ("scope", "cdpruner")
+    assert (made[1] - made[0]) / 4 <= STEP[options.get("on", name)] + 10 * each
+    pairs = 2 * tokens.source.shape[1] ** 2 * 4
+    assert watched.peak <= 4.2 * pairs
+
+
+STEP = {"divprune": 5, "cenprune": 6, "cdpruner": 16, "scope": 7, "eadp": 6, "mmtok": 6}
+"""Operations in a step that make something new."""
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -585,6 +606,18 @@ def test_a_row_at_a_time(search: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greedy, "self_cosines", None)  # not called
     rows = SEARCHES[search](unit, 20, worth, candidates)
     assert torch.equal(rows.order, whole.order)
+
+
+@pytest.mark.parametrize("name", ["scope", "eadp", "mmtok"])
+def test_few_images_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = images(5, 2, newlines=True)
+    whole = method_named(name).select(tokens, 7).indices
+    seen = []
+    count = greedy._Picks.__init__
+    monkeypatch.setattr(greedy._Picks, "__init__", lambda *given: (seen.append(len(given[1])), count(*given))[1])
+    monkeypatch.setattr(greedy, "_CELLS", 2 * tokens.source.shape[1] * (tokens.source.shape[1] + 8))
+    assert torch.equal(method_named(name).select(tokens, 7).indices, whole)
+    assert seen == [2, 2, 1]
 
 
 def test_half_of_the_cosines() -> None:

@@ -9,6 +9,7 @@ Equal gains are resolved in favour of the lower index. Tokens outside `candidate
 used up, by their index.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -150,6 +151,20 @@ def coverage_search(
         likeness = likeness * demand.unsqueeze(-2)  # d * max(0, l - b) = max(0, d * l - d * b)
     picks = _Picks(likeness[..., 0], keep, candidates, parts)
     return _lazily(likeness, keep, quality, picks) if likeness.is_cpu else _eagerly(likeness, keep, quality, picks)
+
+
+def few_at_a_time(images: int, cells: int, search: Callable[[slice], Greedy]) -> Tensor:
+    """[G, K], the indices of a search over some images at a time.
+
+    So at most 256 MiB of likenesses exist at a time, or those of one image.
+
+    Args:
+        images: G.
+        cells: likenesses of one image.
+        search: of the images of a slice.
+    """
+    size = max(1, _CELLS // cells)
+    return torch.cat([search(slice(first, first + size)).indices for first in range(0, images, size)])
 
 
 def _eagerly(likeness: Tensor, keep: int, quality: Tensor | None, picks: "_Picks") -> Greedy:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from adafv.core.greedy import coverage_search
+from adafv.core.greedy import Greedy, coverage_search, few_at_a_time
 from adafv.core.likeness import cosines, masked_mean, min_max, self_cosines, unit_vectors
 from adafv.core.tokens import WORDS, Kept, VisualTokens
 from adafv.errors import OptionError
@@ -62,8 +62,12 @@ class EADP(Method):
         unit = unit_vectors(tokens.features.detach())
         scores = min_max(self._relevance(tokens, unit), tokens.candidates)
         demand = (smoothed(scores, tokens) ** self.beta).masked_fill(~tokens.candidates, 0.0)
-        alike = self_cosines(unit).clamp_(-1.0, 1.0).add_(1.0).div_(2.0)
-        return Kept(coverage_search(alike, keep, None, demand, tokens.candidates).indices)
+
+        def search(some: slice) -> Greedy:
+            alike = self_cosines(unit[some]).clamp_(-1.0, 1.0).add_(1.0).div_(2.0)
+            return coverage_search(alike, keep, None, demand[some], tokens.candidates[some])
+
+        return Kept(few_at_a_time(len(unit), unit.shape[1] ** 2, search))
 
     def _relevance(self, tokens: VisualTokens, unit: Tensor) -> Tensor:
         """[G, N]."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adafv.core.greedy import coverage_search
+from adafv.core.greedy import Greedy, coverage_search, few_at_a_time
 from adafv.core.likeness import cosines, self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, STRINGS, WORDS, Kept, VisualTokens
 from adafv.errors import OptionError
@@ -67,15 +67,16 @@ class MMTok(Method):
             assert tokens.text.strings is not None
             words = words & content_of(tokens.text.strings, words)
         asked = cosines(unit_vectors(tokens.text.embeddings), unit_vectors(tokens.features.detach()))
-        seen = unit_vectors(tokens.signals[HIDDEN].detach())
-        covers = torch.cat(
-            (
-                _shares(asked / TEXT_TEMPERATURE, words, shown),
-                self.image_weight * _shares(self_cosines(seen) / IMAGE_TEMPERATURE, shown, shown),
-            ),
-            dim=1,
-        )
-        return Kept(coverage_search(covers.mT.contiguous(), keep, candidates=shown).indices)
+        of_words = _shares(asked / TEXT_TEMPERATURE, words, shown)
+
+        def search(some: slice) -> Greedy:
+            seen = self_cosines(unit_vectors(tokens.signals[HIDDEN][some].detach()))
+            of_image = self.image_weight * _shares(seen / IMAGE_TEMPERATURE, shown[some], shown[some])
+            return coverage_search(
+                torch.cat((of_words[some], of_image), dim=1).mT.contiguous(), keep, None, None, shown[some]
+            )
+
+        return Kept(few_at_a_time(len(shown), sum(asked.shape[1:]) * shown.shape[1], search))
 
 
 def _shares(logits: Tensor, rows: Tensor, shown: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from adafv.core.greedy import coverage_search
+from adafv.core.greedy import Greedy, Parts, coverage_search, few_at_a_time
 from adafv.core.likeness import self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, Kept, VisualTokens
 from adafv.errors import OptionError
@@ -42,11 +42,15 @@ class Scope(Method):
         check_choice("crops", self.crops, CROP_CHOICES)
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
-        unit = unit_vectors(tokens.signals[HIDDEN].detach())
-        alike = self_cosines(unit)
-        parts = parts_of(tokens, self.crops)
-        if parts is not None:
-            alike = alike.masked_fill(parts.of.unsqueeze(1) != parts.of.unsqueeze(2), 0.0)
+        shown, parts = tokens.candidates, parts_of(tokens, self.crops)
         quality = tokens.saliency.detach().float() ** self.alpha
-        found = coverage_search(alike, keep, quality, tokens.candidates.float(), tokens.candidates, parts)
-        return Kept(found.indices)
+
+        def search(some: slice) -> Greedy:
+            alike = self_cosines(unit_vectors(tokens.signals[HIDDEN][some].detach()))
+            part = None
+            if parts is not None:
+                part = Parts(parts.of[some], parts.number)
+                alike.masked_fill_(part.of.unsqueeze(1) != part.of.unsqueeze(2), 0.0)
+            return coverage_search(alike, keep, quality[some], shown[some].float(), shown[some], part)
+
+        return Kept(few_at_a_time(len(shown), shown.shape[1] ** 2, search))
