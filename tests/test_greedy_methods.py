@@ -61,7 +61,7 @@ def images(
         columns=COLUMNS,
         signals={SALIENCY: torch.randn(groups, count, generator=generator).exp() * shown, HIDDEN: hidden},
         words=Words(
-            torch.randn(groups, mask.shape[1], size, generator=generator).to(dtype) * mask.unsqueeze(-1),
+            torch.randn(groups, mask.shape[1], size, generator=generator).to(dtype),  # padding is noise
             mask,
             torch.zeros(mask.shape, dtype=torch.long),
             [["\u2581" + word for word in QUESTION[: n - 1]] + ["?"] for n in lengths],
