@@ -62,6 +62,7 @@ def test_the_catalogue() -> None:
     assert {"adafv", "downsample", "random", "saliency", "text", "uniform"} <= METHODS.keys()
     assert {"evs", "hired", "prumerge", "prumerge-plus", "thumbnail", "tome", "trim"} <= METHODS.keys()
     assert {"visionzip", "vispruner"} <= METHODS.keys()
+    assert {"cdpruner", "cenprune", "divprune", "eadp", "mmtok", "scope"} <= METHODS.keys()
     for name, method in METHODS.items():
         assert is_dataclass(method)
         assert method.name == name

@@ -11,6 +11,8 @@
     received.py   visual saliency of towers without [CLS]
     select.py     the one preparation in front of every method; what it returns is checked
     selection.py  the geometric-mean selection: `joint_search` and those it is compared with
+    likeness.py   how alike tokens are
+    greedy.py     greedy searches for sets that are diverse, or that cover
 
 Every engine (transformers, vLLM) calls these functions; none has an implementation of its own.
 """

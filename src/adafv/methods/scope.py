@@ -1,0 +1,56 @@
+"""Saliency times coverage: what is striking, as long as it is unlike what is kept."""
+
+from dataclasses import dataclass
+
+from adafv.core.greedy import Greedy, Parts, coverage_search, few_at_a_time
+from adafv.core.likeness import self_cosines, unit_vectors
+from adafv.core.tokens import HIDDEN, SALIENCY, Kept, VisualTokens
+from adafv.errors import OptionError
+from adafv.methods.base import Method
+from adafv.methods.cdpruner import CROP_CHOICES, check_choice, parts_of
+
+
+@dataclass(frozen=True)
+class Scope(Method):
+    """Keep, one after the other, the token u with the largest saliency^alpha * sum_j max(0, cos(j, u) - best_j).
+
+    best_j is the largest cosine of token j to a kept one, at first 0; cosines of the tower's output. The question is not
+    looked at.
+
+    Paper: SCOPE, arXiv 2510.24214. Public code: kinredon/SCOPE, a01b98f (scope/clip_encoder.py). Departures: float32;
+    saliency is the mean over heads, not the sum, which changes nothing; for towers without [CLS] it is that of
+    `adafv.core.received`; tokens made of several patches have their mean. The crops of an image share K exactly.
+
+    Args:
+        alpha: power of the saliency; 0: coverage alone.
+        crops: "each": the crops of an image share K alike and do not see each other, as published; "together": one search
+            over all.
+    """
+
+    alpha: float = 1.0
+    crops: str = "each"
+
+    name = "scope"
+    summary = "saliency times what a token adds to the coverage of all others"
+    paper = "SCOPE, arXiv 2510.24214"
+    cost = "N x N, K steps of up to N x N"
+    needs = frozenset({SALIENCY, HIDDEN})
+
+    def __post_init__(self) -> None:
+        if not self.alpha >= 0:
+            raise OptionError(f"alpha={self.alpha!r}; give 0 or more")
+        check_choice("crops", self.crops, CROP_CHOICES)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        shown, parts = tokens.candidates, parts_of(tokens, self.crops)
+        quality = tokens.saliency.detach().float() ** self.alpha
+
+        def search(some: slice) -> Greedy:
+            alike = self_cosines(unit_vectors(tokens.signals[HIDDEN][some].detach()))
+            part = None
+            if parts is not None:
+                part = Parts(parts.of[some], parts.number)
+                alike.masked_fill_(part.of.unsqueeze(1) != part.of.unsqueeze(2), 0.0)
+            return coverage_search(alike, keep, quality[some], shown[some].float(), shown[some], part)
+
+        return Kept(few_at_a_time(len(shown), shown.shape[1] ** 2, search))
