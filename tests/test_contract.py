@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from contract import FIRST_HIDDEN, METHODS, PLAIN, Far, Looking, Merging, OneImage, far, mixed
-from models import END, FAMILIES, IMAGE, VIDEO, FamilyRow, make_inputs, token_types, words
+from models import END, FAMILIES, IMAGE, VIDEO, FamilyRow, make_inputs, present, token_types, words
 from oracle import VISUAL_INPUTS, masked_inputs, same_logits
 from sharing import shared_model
 from torch import Tensor
@@ -33,21 +33,17 @@ from adafv.prompts.prompt import frames_of, place_images
 from adafv.prompts.text import text_columns
 
 ROWS = {row.name: row for row in FAMILIES}
-PLACES = [
-    name
-    for name in (
-        "llava",
-        "llava-next",
-        "llava-onevision",
-        "qwen2-vl",
-        "qwen2.5-vl",
-        "qwen3-vl",
-        "llava-pixtral",
-        "mistral3",
-        "idefics3",
-    )
-    if name in ROWS
-]
+PLACES = present(
+    "llava",
+    "llava-next",
+    "llava-onevision",
+    "qwen2-vl",
+    "qwen2.5-vl",
+    "qwen3-vl",
+    "llava-pixtral",
+    "mistral3",
+    "idefics3",
+)
 SHARE = 0.4
 
 
