@@ -282,3 +282,8 @@ def token_types(row: FamilyRow, ids: torch.Tensor, prompt: int | None = None) ->
 
 FAMILIES = _every_row()
 DEEP = [row for row in FAMILIES if row.deep]
+
+
+def present(*names: str) -> list[str]:
+    """Those of these rows that the installed transformers has."""
+    return [name for name in names if any(row.name == name for row in FAMILIES)]

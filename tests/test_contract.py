@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from contract import FIRST_HIDDEN, METHODS, PLAIN, Far, Looking, Merging, OneImage, far, mixed
-from models import FAMILIES, IMAGE, VIDEO, FamilyRow, make_inputs, token_types, words
+from models import END, FAMILIES, IMAGE, VIDEO, FamilyRow, make_inputs, present, token_types, words
 from oracle import VISUAL_INPUTS, masked_inputs, same_logits
 from sharing import shared_model
 from torch import Tensor
@@ -33,21 +33,17 @@ from adafv.prompts.prompt import frames_of, place_images
 from adafv.prompts.text import text_columns
 
 ROWS = {row.name: row for row in FAMILIES}
-PLACES = [
-    name
-    for name in (
-        "llava",
-        "llava-next",
-        "llava-onevision",
-        "qwen2-vl",
-        "qwen2.5-vl",
-        "qwen3-vl",
-        "llava-pixtral",
-        "mistral3",
-        "idefics3",
-    )
-    if name in ROWS
-]
+PLACES = present(
+    "llava",
+    "llava-next",
+    "llava-onevision",
+    "qwen2-vl",
+    "qwen2.5-vl",
+    "qwen3-vl",
+    "llava-pixtral",
+    "mistral3",
+    "idefics3",
+)
 SHARE = 0.4
 
 
@@ -248,20 +244,20 @@ def test_generate(place: Any, name: str) -> None:
     same_generation(found, model.generate(**expected.forward(row, model, generates=True), **DECODED))
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "looking"])
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("place", ["llava", "llava-next", "qwen2.5-vl", "qwen3-vl"], indirect=True)
 def test_a_second_image_in_a_second_turn(place: Any, name: str) -> None:
-    """Behind what is cached of the first, whose merged tokens are in the cache."""
+    """Behind what is cached of the first, whose merged tokens are in the cache. The words are those of the image's turn."""
     row, model = place
     if not row.continued_with_images:
         pytest.skip("this release of transformers cannot be shown an image behind what is cached")
     first, second = row.sizes[:2]
     [seen, [one]], [new, [two]] = row.images(model, [[first]], 0), row.images(model, [[second]], 1)
-    start = torch.tensor([[1, *words(3, 0), *one, *words(2, 1)]])
+    start = torch.tensor([[1, *words(3, 0), *one, *words(2, 1), END]])
     with Pruner(METHODS[name], keep=SHARE)(model) as pruner:
         turn = model.generate(input_ids=start, **token_types(row, start), **seen, **DECODED)
         kept = pruner.last.kept
-        whole = torch.cat((turn.sequences, torch.tensor([[*words(3, 7), *two, *words(4, 8)]])), 1)
+        whole = torch.cat((turn.sequences, torch.tensor([[END, *words(3, 7), *two, *words(4, 8)]])), 1)
         types = token_types(row, whole)
         found = model.generate(input_ids=whole, **types, **new, past_key_values=turn.past_key_values, **DECODED)
         kept += pruner.last.kept

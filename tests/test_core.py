@@ -169,6 +169,7 @@ kinds = st.sampled_from(
         st.sampled_from([0.0, 0.25, 0.5, 1.0]),  # ties and zeros
         st.floats(-12, 0).map(math.exp),  # heavy tails
         st.sampled_from([0.0, 1e-25, 1e-3, 1.0]),
+        st.sampled_from([0.0, 1e-45, 3e-42, 1e-38]),  # subnormal
     ]
 )
 small = st.integers(1, 3).flatmap(
@@ -194,11 +195,58 @@ def test_joint_is_the_best_of_all_sets_where_these_are_few(case: tuple[int, tupl
     assert (found.indices.diff() > 0).all()
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3])
-def test_joint_is_the_best_of_all_sets_of_real_images(keep: int) -> None:
-    """As many tokens as can be tried here; scores as peaked as attention, alike, independent and opposite."""
+def first_of_the_best(
+    text: torch.Tensor, saliency: torch.Tensor, keep: int, candidates: torch.Tensor | None = None
+) -> list[int]:
+    """Of all sets of candidates, in double precision; where one score is nothing everywhere, by the other."""
+    among = range(len(text)) if candidates is None else candidates.nonzero().flatten().tolist()
+    sets = torch.tensor(list(itertools.combinations(among, keep)))
+    masses = [scores.double()[sets].sum(-1) for scores in (text, saliency)]
+    product = masses[0] * masses[1]
+    best = product == product.max()
+    if product.max() == 0:
+        best = masses[0] + masses[1] == (masses[0] + masses[1]).max()
+    return sets[best][0].tolist()
+
+
+@given(small, st.data())
+@settings(max_examples=300, deadline=None)
+def test_of_equally_good_sets_the_one_with_the_lower_indices(
+    case: tuple[int, tuple[list[float], list[float]]], data: st.DataObject
+) -> None:
+    """Also of two images side by side, and with candidates."""
+    keep, pair = case
+    text, saliency = (torch.tensor([scores, scores[::-1]]) for scores in pair)
+    tokens = text.shape[1]
+    masks = st.lists(st.booleans(), min_size=tokens, max_size=tokens).filter(lambda mask: sum(mask) >= keep)
+    for candidates in (None, torch.tensor([data.draw(masks), data.draw(masks)])):
+        found = joint_search(text, saliency, keep, candidates)
+        for image in range(2):
+            allowed = None if candidates is None else candidates[image]
+            expected = first_of_the_best(text[image], saliency[image], keep, allowed)
+            if keep > 1 or found.objective[image] > 0:
+                assert found.indices[image].tolist() == expected
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_fewer_candidates_than_tokens_to_keep(keep: int) -> None:
+    """All of them stay, and the first of the others; of many tokens and of few."""
+    for tokens in (20, 600):
+        text, saliency = heavy_tailed(tokens, 0), heavy_tailed(tokens, 1)
+        for own in range(keep + 1):
+            candidates = torch.zeros(tokens, dtype=torch.bool)
+            candidates[list(range(5, 5 + own))] = True
+            found = joint_search(text, saliency, keep, candidates)
+            assert found.indices.tolist() == sorted([*range(5, 5 + own), *range(keep - own)])
+            assert found.certificate == 0
+
+
+@pytest.mark.parametrize(("keep", "tokens"), [(1, 90), (2, 400), (3, 90)])
+def test_joint_is_the_best_of_all_sets_of_real_images(keep: int, tokens: int) -> None:
+    """More than are tried; scores as peaked as attention, alike, independent and opposite."""
+    assert keep == 1 or selection.SEARCHED_TOKENS[keep] < tokens
     for seed in range(4):
-        text, noise = heavy_tailed(90, seed), heavy_tailed(90, seed + 100)
+        text, noise = heavy_tailed(tokens, seed), heavy_tailed(tokens, seed + 100)
         for saliency in (noise, text * noise, 1e-4 / (text + 1e-4) + noise):
             found = joint_search(text, saliency, keep)
             assert float(found.objective) == pytest.approx(best_of_all(text, saliency, keep), rel=2e-6)
@@ -232,16 +280,20 @@ def test_few_tokens_of_images_side_by_side(keep: int) -> None:
                 assert float(alone.objective) == pytest.approx(best, rel=2e-6)
 
 
-@given(small, st.integers(3, 6))
-@settings(max_examples=200, deadline=None)
+@given(small, st.integers(6, 8), st.sampled_from(["joint", "frank-wolfe"]))
+@settings(max_examples=300, deadline=None)
 def test_the_certificate_holds_where_not_all_sets_are_tried(
-    case: tuple[int, tuple[list[float], list[float]]], tried: int
+    case: tuple[int, tuple[list[float], list[float]]], tried: int, search: str
 ) -> None:
     keep, pair = case
     text, saliency = (torch.tensor(scores) for scores in pair)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "SEARCHED_TOKENS", {2: tried, 3: tried})
-        found = joint_search(text, saliency, keep)
+        patch.setattr(selection, "_SEARCHED_BEFORE", {2: tried - 3, 3: tried - 3})
+        found = SEARCHES[search](text, saliency, keep)
+    split = split_search(text, saliency, keep)
+    least, reached = (mass(text, each.indices) * mass(saliency, each.indices) for each in (split, found))
+    assert reached >= least * (1 - 2e-6)
     best = best_of_all(text, saliency, keep)
     assert best * (1 - float(found.certificate)) <= float(found.objective) * (1 + 2e-6) + 1e-18
 
@@ -255,13 +307,24 @@ def test_nothing_waits_for_the_device(keep: int) -> None:
 
 
 @pytest.mark.parametrize("keep", [2, 3])
+def test_scores_that_are_opposite_everywhere(keep: int) -> None:
+    """The worst there is: nothing can be ruled out. What is said of the tokens that were not tried holds all the same."""
+    for tokens, most in ((576, 0.025), (2928, 0.05)):
+        text = torch.rand(8, tokens, generator=torch.Generator().manual_seed(0))
+        found = joint_search(text, 1 - text, keep)
+        assert (found.objective / (1 - found.certificate) >= keep / 2 * (1 - 1e-4)).all()
+        assert (found.certificate > 0).all()
+        assert (found.certificate < most).all()
+
+
+@pytest.mark.parametrize("keep", [2, 3])
 def test_devices_that_are_not_read_keep_the_same_tokens(keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There as many are tried as could be left, not as many as are."""
+    """There Frank-Wolfe's sets of few tokens are as many as could be left, not as many as are."""
     text, saliency = heavy_tailed(500, 0, (4,)), heavy_tailed(500, 1, (4,))
     text[0], saliency[0], text[1], saliency[1] = 0.5, 0.5, text[1].round(decimals=2), saliency[1].round(decimals=2)
-    read = joint_search(text, saliency, keep)
+    read = frank_wolfe_search(text, saliency, keep)
     monkeypatch.setattr(selection, "_is_on_host", lambda values: False)
-    unread = joint_search(text, saliency, keep)
+    unread = frank_wolfe_search(text, saliency, keep)
     assert torch.equal(read.indices, unread.indices)
     assert torch.equal(read.certificate, unread.certificate)
 
@@ -279,17 +342,19 @@ class Largest(TorchDispatchMode):
         return made
 
 
+@pytest.mark.parametrize("search", ["joint", "frank-wolfe"])
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_memory_of_a_group_of_the_largest_images(keep: int) -> None:
+def test_memory_of_a_group_of_the_largest_images(keep: int, search: str) -> None:
     """16,384 tokens: never tokens x tokens, also where scores are opposite and nothing can be ruled out soon."""
     for images, opposite in ((8, False), (1, True)):
         text, saliency = heavy_tailed(16_384, 0, (images,)), heavy_tailed(16_384, 1, (images,))
         if opposite:
             saliency = text.amax(-1, keepdim=True) - text
         with Largest() as largest:
-            joint_search(text, saliency, keep)
-        # split_search, which joint_search begins with, holds two numbers per token and split
-        assert largest.elements <= max(images * 16_384 * (keep + 1) * 2, 2**21)
+            SEARCHES[search](text, saliency, keep)
+        # a number per weight and token, or two per split and token, with which Frank-Wolfe begins
+        each = selection.WEIGHTS if search == "joint" else (keep + 1) * 2
+        assert largest.elements <= max(images * 16_384 * each, 2**21)
 
 
 @pytest.mark.parametrize(("tokens", "keep"), [(576, 29), (576, 58), (576, 144), (2880, 29), (2880, 144)])

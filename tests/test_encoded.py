@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from contract import Looking, Merging
-from models import FAMILIES, make_inputs, token_types, words
+from models import FAMILIES, make_inputs, present, token_types, words
 from oracle import VISUAL_INPUTS
 from sharing import state_of
 
@@ -21,21 +21,9 @@ from adafv.engines.transformers.families import family_of
 from adafv.errors import AdaFVError, PromptError, StaleImagesError, UnsupportedCallError
 
 ROWS = {row.name: row for row in FAMILIES}
-PLACES = [
-    name
-    for name in (
-        "llava",
-        "llava-next",
-        "llava-onevision",
-        "qwen2.5-vl",
-        "qwen3-vl",
-        "internvl",
-        "mistral3",
-        "gemma3",
-        "idefics3",
-    )
-    if name in ROWS
-]
+PLACES = present(
+    "llava", "llava-next", "llava-onevision", "qwen2.5-vl", "qwen3-vl", "internvl", "mistral3", "gemma3", "idefics3"
+)
 DECODED = {
     "max_new_tokens": 4,
     "min_new_tokens": 4,

@@ -96,7 +96,12 @@ def select(images: tuple[int, ...], tokens: int, keep: int, device: str, masks: 
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("images", [(), (8,), (2, 3)])
 @pytest.mark.parametrize(
-    ("tokens", "keep"), [(576, 1), (576, 4), (576, 58), (576, 575), (576, 576), (571, 570), (2928, 640), (16384, 4096)]
+    ("tokens", "keep"),
+    [
+        *[(576, keep) for keep in (1, 2, 3, 4, 58, 575, 576)],
+        *[(tokens, keep) for tokens in (16, 2928, 16384) for keep in (2, 3)],
+        *[(571, 570), (2928, 640), (16384, 4096)],
+    ],
 )
 def test_scores_and_selection_take_few_operations(images: tuple[int, ...], tokens: int, keep: int, masks: bool) -> None:
     """On the path of a GPU. Tensors without values cannot be read: whatever asked for one would raise, too."""
@@ -120,14 +125,27 @@ def test_few_operations_compute_the_same_text_attention() -> None:
 
 @pytest.mark.parametrize("search", [joint_search, split_search])
 @pytest.mark.parametrize("kind", ["independent", "alike", "opposite", "equal"])
-def test_memory_grows_with_the_tokens_alone(search: Any, kind: str) -> None:
+@pytest.mark.parametrize("keep", [2, 3, 4096])
+def test_memory_grows_with_the_tokens_alone(search: Any, kind: str, keep: int) -> None:
     """16,384 tokens, a quarter of them kept: what a long video has."""
     generator = torch.Generator().manual_seed(0)
     text, noise = torch.rand(2, 16_384, generator=generator)
     saliency = {"independent": noise, "alike": text, "opposite": 1 - text, "equal": torch.ones_like(text)}[kind]
     with Watched() as watch:
-        search(text, saliency, 4096)
+        search(text, saliency, keep)
     assert watch.peak < 64 * 2**20
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_memory_of_many_images_does_not_grow_with_their_sets(keep: int) -> None:
+    """Of 64 frames of a video the sets are tried in blocks, with the same outcome."""
+    text, saliency = torch.rand(2, 64, 144, generator=torch.Generator().manual_seed(0))
+    with Watched() as watch:
+        together = joint_search(text, saliency, keep)
+    assert watch.peak < 64 * 2**20
+    for image in (0, 15, 16, 63):
+        alone = joint_search(text[image], saliency[image], keep)
+        assert all(map(torch.equal, alone, (each[image] for each in together)))
 
 
 def test_the_searches_agree_on_a_large_image() -> None:

@@ -1,5 +1,6 @@
 """`adafv serve`: vLLM's OpenAI-compatible server, pruned."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,18 @@ if TYPE_CHECKING:
     from adafv.engines.vllm.launch import Launch
 
 _SERVER = "Server"
+_RequestBudgets = Annotated[
+    bool,
+    typer.Option(
+        "--request-budgets",
+        help="Let a request have its own budget. Turns on vLLM's --trust-request-mm-kwargs; the image processor's "
+        "other options stay the server's.",
+        rich_help_panel=METHOD,
+    ),
+]
+_MaxKeep = Annotated[
+    str | None, typer.Option(help="Of --request-budgets: the largest. Default: all.", rich_help_panel=METHOD)
+]
 
 
 def serve(
@@ -33,19 +46,8 @@ def serve(
     option: MethodOptions = None,
     objective: ObjectiveOption = None,
     text: TextOption = None,
-    request_budgets: Annotated[
-        bool,
-        typer.Option(
-            "--request-budgets",
-            help="Let a request have its own budget. Turns on vLLM's --trust-request-mm-kwargs; the image processor's "
-            "other options stay the server's.",
-            rich_help_panel=METHOD,
-        ),
-    ] = False,
-    max_keep: Annotated[
-        str | None,
-        typer.Option(help="Of --request-budgets: the largest. Default: all.", rich_help_panel=METHOD),
-    ] = None,
+    request_budgets: _RequestBudgets = False,
+    max_keep: _MaxKeep = None,
     tower_cache_mb: Annotated[
         float,
         typer.Option(min=0, help="MiB per worker for images encoded before; 0: none.", rich_help_panel=METHOD),
@@ -71,22 +73,37 @@ def serve(
     """
     with failures_as_messages():
         budget = Budget.of(keep)
-        settings: dict[str, Any] = {"keep": budget.keep, "method": method, "tower_cache_mb": tower_cache_mb}
-        if written := with_shorthands(option, objective=objective):
-            from adafv.methods.options import parameters_from_options
-
-            settings["parameters"] = parameters_from_options(method, written)
-        if text is not None:
-            settings["text"] = text
+        settings = _settings(budget, method, with_shorthands(option, objective=objective), text, tower_cache_mb)
         settings["max_keep"] = _max_keep(max_keep, budget, request_budgets).keep
-        listening = [*_given("--host", host), *_given("--port", port)]
-        if request_budgets:
-            listening.append("--trust-request-mm-kwargs")
+        listening = _listening(host, port, request_budgets)
         launched = _checked(_checked_model(model), settings, [*listening, *(options or [])], not print_command)
-        if print_command:
-            typer.echo(launched.shown)
-            return
-        typer.echo(launched.shown, err=True)
+        _run(launched, print_command)
+
+
+def _settings(
+    keep: Budget, method: str, written: Sequence[str], text: str | None, tower_cache_mb: float
+) -> dict[str, Any]:
+    """What the server is told of pruning; what is not given is left out."""
+    settings: dict[str, Any] = {"keep": keep.keep, "method": method, "tower_cache_mb": tower_cache_mb}
+    if written:
+        from adafv.methods.options import parameters_from_options
+
+        settings["parameters"] = parameters_from_options(method, written)
+    if text is not None:
+        settings["text"] = text
+    return settings
+
+
+def _listening(host: str | None, port: int | None, request_budgets: bool) -> list[str]:
+    """The options of vLLM's server that have a name of their own here."""
+    trusting = ["--trust-request-mm-kwargs"] if request_budgets else []
+    return [*_given("--host", host), *_given("--port", port), *trusting]
+
+
+def _run(launched: "Launch", print_command: bool) -> None:
+    """Run it, or only say what would be."""
+    typer.echo(launched.shown, err=not print_command)
+    if not print_command:
         launched.run()
 
 

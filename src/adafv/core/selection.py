@@ -26,14 +26,20 @@ from adafv.errors import BudgetError
 WEIGHTS = 33
 """Weights that `joint_search` tries. Neighbours differ by a factor of 1.09, which costs the bound 0.03 % at most."""
 FRANK_WOLFE_ROUNDS = 12
-SEARCHED_TOKENS = {2: 4096, 3: 384}
-"""Per K, the most tokens whose sets are all tried; see `_best_small_set`."""
+SEARCHED_TOKENS = {2: 256, 3: 64}
+"""Per K, the most tokens whose sets `joint_search` tries all; see `_best_few`. Some 2^17 sets, about 4 MiB per image."""
+_SEARCHED_BEFORE = {2: 4096, 3: 384}
+"""The same of `frank_wolfe_search`; see `_best_small_set`."""
 _WEIGHTS = 16
 _BLOCK = 2**21
 """Sets that are tried at a time, or splits x tokens, over all images: what bounds the memory."""
+_IMAGES = 16
+"""Whose sets of two or three tokens are tried at a time."""
 _ROUNDING = 1e-6
 """Of float32 sums of three products; what is not better by more is the same."""
 _TINY = 1e-30
+_NOTHING = 1e-140
+"""Times the largest float32 it is below every product of two, and its square is still a number of double precision."""
 _LAST = -0.0
 """Score of what is no candidate. It adds nothing to a mass, but its bits are the smallest whole number."""
 
@@ -91,16 +97,18 @@ def joint_search(text_attention: Tensor, saliency: Tensor, keep: int, candidates
     a try lie within that factor of T0 / S0.
 
     Sets that no weight ranks first can be better. Those of `split_search` are tried, too, all K + 1 of them: see
-    `_best_last`. Sets of one to three tokens are tried one by one, see `_best_small_set`.
+    `_best_last`. Sets of two or three tokens are tried one by one, see `_best_few`; a single token is the one with the
+    largest t * s.
 
-    The number of tensor operations does not depend on N, K (from four on) or the number of images, and memory grows with
-    N + K^1.5. Args and returns as `split_search`; certificates below 1e-6 are 0, which float32 cannot tell from it.
+    The number of tensor operations does not depend on N, K or the number of images (two or three tokens: of up to 16 images;
+    then their sets are tried in blocks), and memory grows with N + K^1.5. Args and returns as `split_search`; certificates
+    below 1e-6 are 0, which float32 cannot tell from it.
     """
     _check(text_attention, keep)
     if keep == 1:
         return _best_token(text_attention, saliency, candidates)
     if keep <= 3:
-        return frank_wolfe_search(text_attention, saliency, keep, candidates)
+        return _best_few(text_attention, saliency, keep, candidates)
     tokens = text_attention.shape[-1]
     scores = torch.stack((text_attention.float(), saliency.float()), dim=-2)
     if candidates is not None:
@@ -114,8 +122,7 @@ def joint_search(text_attention: Tensor, saliency: Tensor, keep: int, candidates
     else:
         last, most = index[:1].expand(place[..., 0, :1].shape), scores.sum(-1)
 
-    reach = math.log(4 * keep**2 / (keep**2 - 1))
-    weights = torch.logspace(-reach, reach, WEIGHTS, base=math.e, device=scores.device)
+    weights = _weights(keep, scores)
     text_most, saliency_most = most.clamp_min(_TINY).split(1, dim=-1)
     weights = weights * (text_most / saliency_most)
     ranked = torch.addcmul(scores[..., :1, :], weights.unsqueeze(-1), scores[..., 1:, :])
@@ -152,8 +159,8 @@ def frank_wolfe_search(
 
     With two or three tokens a fractional selection can be far better than every real one, and its vertices far from the
     best of them. So there the sets are tried one by one, after all tokens are ruled out that no better set can hold; a
-    single token is the one with the largest t * s. The certificate is 0 then, unless more than `SEARCHED_TOKENS` tokens
-    are left, which takes scores that are one another's opposite in almost every token.
+    single token is the one with the largest t * s. The certificate is 0 then, unless more than 4,096 (K = 2) or
+    384 (K = 3) tokens are left, which takes scores that are one another's opposite in almost every token.
 
     The duality gap of each round bounds the fractional optimum from above, hence every real selection too. So with
     `certificate` c no set of K tokens has a geometric mean above objective / (1 - c).
@@ -286,6 +293,86 @@ def _best_token(text_attention: Tensor, saliency: Tensor, candidates: Tensor | N
     return Selection(best.indices, objective, torch.zeros_like(objective))
 
 
+def _weights(keep: int, scores: Tensor) -> Tensor:
+    """The weights [`WEIGHTS`] that are worth a try, in units of T0 / S0, rising: see `joint_search`."""
+    reach = math.log(4 * keep**2 / (keep**2 - 1))
+    return torch.logspace(-reach, reach, WEIGHTS, base=math.e, dtype=scores.dtype, device=scores.device)
+
+
+def _best_few(text_attention: Tensor, saliency: Tensor, keep: int, candidates: Tensor | None) -> Selection:
+    """K = 2 or 3: the best of all sets of the `SEARCHED_TOKENS` most promising tokens.
+
+    Promising is what the sets that hold a token could reach (`_reach`). The K at the head of either list are always among
+    them, and with them all sets of `split_search`. Where none of the others could reach more than what was found, which is
+    the rule, no better set exists: the certificate is 0.
+
+    In double precision, where neither sums nor products of a few float32 tie or vanish that should not.
+    """
+    shape, tokens = text_attention.shape[:-1], text_attention.shape[-1]
+    # A score of 0 counts as next to nothing: then the other decides among sets that lack it, and no special case is left.
+    scores = torch.stack((text_attention.float(), saliency.float()), dim=-2).double().clamp_min(_NOTHING)
+    scores = scores.view(math.prod(shape), 2, tokens)
+    key = torch.arange(tokens, device=scores.device).expand(len(scores), tokens)
+    others = None
+    if candidates is not None:
+        others = ~candidates.expand(*shape, tokens).reshape(-1, tokens)
+        scores = scores.masked_fill(others.unsqueeze(1), _NOTHING * 1e-10)
+        key = key.add(others, alpha=tokens)  # behind all candidates, also in the order that equals are resolved by
+    most = min(SEARCHED_TOKENS[keep], tokens)
+    bound = None
+    if most < tokens:
+        reach, order = _reach(scores, keep, others).sort(dim=-1, descending=True, stable=True)
+        key, bound = key.gather(-1, order[:, :most]), reach[:, most]
+    tried = key.sort(dim=-1).values.remainder(tokens)
+    values = scores.gather(-1, tried.unsqueeze(1).expand(-1, 2, -1))
+    blocks = [_best_of_all(block, keep) for block in values.split(_IMAGES)]
+    value, places = blocks[0] if len(blocks) == 1 else map(torch.cat, zip(*blocks, strict=True))
+    objective = value.sqrt()
+    if bound is None:
+        certificate = torch.zeros_like(objective)
+    else:
+        certificate = torch.nn.functional.threshold(1 - objective / bound, _ROUNDING, 0.0)
+    indices = tried.gather(-1, places).sort(dim=-1).values
+    return Selection(indices.view(*shape, keep), objective.float().view(shape), certificate.float().view(shape))
+
+
+def _reach(scores: Tensor, keep: int, others: Tensor | None) -> Tensor:
+    """[B, N]: no set of K tokens that holds token j has a larger g; infinite for the K at the head of either list.
+
+    For each weight r the inequality of `joint_search` bounds the sets that hold j by r's score of j and its K - 1 best.
+    What is no candidate comes last, at 0.
+    """
+    ranked = scores.sort(dim=-1, descending=True, stable=True)
+    most = ranked.values[..., :keep].sum(-1)
+    text, salient = scores.split(1, dim=1)
+    text_most, salient_most = most.unsqueeze(-1).split(1, dim=1)
+    # g is at most (T + r * S) / (2 * r^0.5), and r is the square of this.
+    root = (_weights(keep, scores) * (text_most / salient_most)).sqrt().mT
+    score = torch.addcmul(text / root, salient, root)
+    best = score.topk(keep, dim=-1).values
+    with_it = score.minimum(best[..., -1:]) + best[..., :-1].sum(-1, keepdim=True)
+    reach = with_it.amin(1) / 2
+    if others is not None:
+        reach = reach.masked_fill(others, 0.0)
+    return reach.scatter(-1, ranked.indices[..., :keep].flatten(1), math.inf)
+
+
+def _best_of_all(values: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """(the largest T * S [B], places of the set [B, K], ascending) over all sets of 2 or 3 of M tokens, [B, 2, M].
+
+    Of equally good sets, the first in the order of their places.
+    """
+    tokens = values.shape[-1]
+    place = torch.arange(tokens, device=values.device)
+    # All tokens of a set but the last along one dimension, the last along the other.
+    fronts = place.unsqueeze(0) if keep == 2 else torch.triu_indices(tokens, tokens, 1, device=values.device)
+    front = values if keep == 2 else values[..., fronts[0]] + values[..., fronts[1]]
+    product = (front.unsqueeze(-1) + values.unsqueeze(-2)).prod(1)
+    value, first = product.masked_fill(place <= fronts[-1].unsqueeze(-1), -1.0).flatten(1).max(dim=-1)
+    chosen = [*fronts[:, first // tokens], first % tokens]
+    return value, torch.stack(chosen, dim=-1)
+
+
 def _at(scores: Tensor, indices: Tensor) -> Tensor:
     """[..., 2, N] at [..., sets, K]: [..., 2, sets, K]."""
     indices = indices.unsqueeze(-3).expand(*scores.shape[:-1], *indices.shape[-2:])
@@ -387,7 +474,7 @@ def _best_small_set(
     reach = _reach_with(text, salient, value, keep)
     reach = reach.masked_fill(~allowed | _has_betters(text, salient, keep), -1.0)
     open_ = reach > value.unsqueeze(-1) * (1 + _ROUNDING)
-    most = min(SEARCHED_TOKENS[keep], tokens)
+    most = min(_SEARCHED_BEFORE[keep], tokens)
     left = most
     if _is_on_host(open_) and open_.numel():  # where reading a count waits for no device, fewer are tried
         left = min(most, max(keep, int(open_.sum(-1).max())))

@@ -5,6 +5,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,25 @@ _SHOW_OUTCOME = f"""() => requestAnimationFrame(() => requestAnimationFrame(() =
 ))"""
 
 
+@dataclass
+class _Fields:
+    """What stands on the page and says something, or is told something."""
+
+    picture: Any
+    gallery: Any
+    """None where there are no samples."""
+    question: Any
+    keep: Any
+    methods: list[Any]
+    """A and B."""
+    options: list[Any]
+    """Of method A and B."""
+    longest: Any
+    button: Any
+    notice: Any
+    results: Any = None
+
+
 def build(answers: Answers, about: str, samples: Sequence[Sample], options: str = "") -> Any:
     """The page as Gradio blocks.
 
@@ -54,6 +74,88 @@ def build(answers: Answers, about: str, samples: Sequence[Sample], options: str 
         samples: to choose from.
         options: of method A when the page opens.
     """
+    with gradio.Blocks(title="adafv", analytics_enabled=False, delete_cache=(KEPT_SECONDS // 4, KEPT_SECONDS)) as page:
+        gradio.HTML(
+            f"<h1>adafv</h1><p>Keep the visual tokens that matter for the question. Questions are {escape(about)}.</p>",
+            elem_id="title",
+            js_on_load=None,
+        )
+        with gradio.Row():
+            with gradio.Column(scale=2, min_width=300):
+                fields = _form(samples, options)
+            with gradio.Column(scale=5, min_width=320):
+                fields.results = gradio.HTML(NOTHING_YET, elem_id="results", js_on_load=None, min_height=160)
+        _connect_pictures(fields, answers, samples)
+        _connect_question(fields, answers)
+    return page.queue(max_size=MOST_WAITING)
+
+
+def _form(samples: Sequence[Sample], options: str) -> _Fields:
+    """All that is filled in; below the button, what went wrong."""
+    methods = known_methods()
+    notice = gradio.HTML("", elem_id="notice", js_on_load=None, render=False)
+    picture, gallery = _picture_fields(samples)
+    question = gradio.Textbox(label="Question", placeholder="What is in the picture?", max_lines=4, elem_id="question")
+    keep = gradio.Textbox(
+        value="10%",
+        label="Visual tokens to keep",
+        info="A share (10%), a number (64), or all.",
+        max_lines=1,
+        elem_id="keep",
+    )
+    with gradio.Row():
+        chosen = [
+            gradio.Dropdown(list(methods), value=value, label=f"Method {letter}", min_width=120, elem_id=name)
+            for letter, value, name in (("A", METHOD_A, "first"), ("B", METHOD_B, "second"))
+        ]
+    button = gradio.Button("Ask", variant="primary", elem_id="ask")
+    notice.render()
+    with gradio.Accordion("More", open=False):
+        longest = gradio.Slider(1, MAX_ANSWER, value=32, step=1, label="Longest answer, in tokens", elem_id="longest")
+        written = [
+            gradio.Textbox(
+                value=value,
+                label=f"Options of method {letter}",
+                placeholder="objective=split",
+                max_lines=1,
+                elem_id=f"options-{letter.lower()}",
+            )
+            for letter, value in (("A", options), ("B", ""))
+        ]
+        gradio.Markdown("\n".join(map(_described, methods.values())))
+    return _Fields(picture, gallery, question, keep, chosen, written, longest, button, notice)
+
+
+def _picture_fields(samples: Sequence[Sample]) -> tuple[Any, Any]:
+    """(where a picture is put, what one is chosen from; None without samples)."""
+    picture = gradio.Image(
+        label=f"Picture ({MAX_BYTES // MEGABYTE} MB at most)",
+        type="filepath",
+        sources=["upload", "clipboard"],
+        height=260,
+        buttons=[],
+        alt_text="The picture that is asked about",
+        elem_id="picture",
+    )
+    if not samples:
+        return picture, None
+    # Not gradio.Examples: its thumbnails have no name that a screen reader could say.
+    gallery = gradio.Gallery(
+        [(str(sample.path), sample.path.stem) for sample in samples],
+        label="Or choose one",
+        columns=6,
+        height="auto",
+        object_fit="cover",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        elem_id="gallery",
+    )
+    return picture, gallery
+
+
+def _connect_pictures(fields: _Fields, answers: Answers, samples: Sequence[Sample]) -> None:
+    """A sample that is clicked, and a picture that is uploaded."""
 
     def check(payload: Any) -> tuple[Any, str]:
         """Tell at once whether an uploaded picture is one; else take it away again."""
@@ -76,7 +178,27 @@ def build(answers: Answers, about: str, samples: Sequence[Sample], options: str 
             number = None
         if type(number) is not int or not 0 <= number < len(samples):
             return gradio.skip(), gradio.skip(), _problem(AdaFVError("there is no such picture; choose another one"))
-        return gallery.value[number]["image"]["path"], samples[number].question or gradio.skip(), ""
+        path = fields.gallery.value[number]["image"]["path"]
+        return path, samples[number].question or gradio.skip(), ""
+
+    picture, notice = fields.picture, fields.notice
+    if fields.gallery is not None:
+        outcome = [picture, fields.question, notice]
+        fields.gallery.select(choose, None, outcome, api_visibility="private", show_progress="hidden")
+    # Not preprocessed: Gradio would open the picture itself, and fail without a message where it is none. Nor does it
+    # look where the path leads, unless the sender asks for it; `answers` does.
+    picture.upload(
+        check,
+        picture,
+        [picture, notice],
+        preprocess=False,
+        api_visibility="private",
+        show_progress="hidden",
+    )
+
+
+def _connect_question(fields: _Fields, answers: Answers) -> None:
+    """Asking, by the button or from a field."""
 
     def ask(
         payload: Any,
@@ -95,100 +217,18 @@ def build(answers: Answers, about: str, samples: Sequence[Sample], options: str 
         except Exception as error:
             return NOTHING_YET, _problem(error)
 
-    methods = known_methods()
-    with gradio.Blocks(title="adafv", analytics_enabled=False, delete_cache=(KEPT_SECONDS // 4, KEPT_SECONDS)) as page:
-        gradio.HTML(
-            f"<h1>adafv</h1><p>Keep the visual tokens that matter for the question. Questions are {escape(about)}.</p>",
-            elem_id="title",
-            js_on_load=None,
-        )
-        notice = gradio.HTML("", elem_id="notice", js_on_load=None, render=False)
-        with gradio.Row():
-            with gradio.Column(scale=2, min_width=300):
-                picture = gradio.Image(
-                    label=f"Picture ({MAX_BYTES // MEGABYTE} MB at most)",
-                    type="filepath",
-                    sources=["upload", "clipboard"],
-                    height=260,
-                    buttons=[],
-                    alt_text="The picture that is asked about",
-                    elem_id="picture",
-                )
-                if samples:
-                    # Not gradio.Examples: its thumbnails have no name that a screen reader could say.
-                    gallery = gradio.Gallery(
-                        [(str(sample.path), sample.path.stem) for sample in samples],
-                        label="Or choose one",
-                        columns=6,
-                        height="auto",
-                        object_fit="cover",
-                        allow_preview=False,
-                        interactive=False,
-                        buttons=[],
-                        elem_id="gallery",
-                    )
-                question = gradio.Textbox(
-                    label="Question", placeholder="What is in the picture?", max_lines=4, elem_id="question"
-                )
-                keep = gradio.Textbox(
-                    value="10%",
-                    label="Visual tokens to keep",
-                    info="A share (10%), a number (64), or all.",
-                    max_lines=1,
-                    elem_id="keep",
-                )
-                with gradio.Row():
-                    first = gradio.Dropdown(
-                        list(methods), value=METHOD_A, label="Method A", min_width=120, elem_id="first"
-                    )
-                    second = gradio.Dropdown(
-                        list(methods), value=METHOD_B, label="Method B", min_width=120, elem_id="second"
-                    )
-                button = gradio.Button("Ask", variant="primary", elem_id="ask")
-                notice.render()
-                with gradio.Accordion("More", open=False):
-                    longest = gradio.Slider(
-                        1, MAX_ANSWER, value=32, step=1, label="Longest answer, in tokens", elem_id="longest"
-                    )
-                    first_options, second_options = (
-                        gradio.Textbox(
-                            value=value,
-                            label=f"Options of method {letter}",
-                            placeholder="objective=split",
-                            max_lines=1,
-                            elem_id=f"options-{letter.lower()}",
-                        )
-                        for letter, value in (("A", options), ("B", ""))
-                    )
-                    gradio.Markdown("\n".join(map(_described, methods.values())))
-            with gradio.Column(scale=5, min_width=320):
-                results = gradio.HTML(NOTHING_YET, elem_id="results", js_on_load=None, min_height=160)
-
-        if samples:
-            gallery.select(choose, None, [picture, question, notice], api_visibility="private", show_progress="hidden")
-        # Not preprocessed: Gradio would open the picture itself, and fail without a message where it is none. Nor does it
-        # look where the path leads, unless the sender asks for it; `answers` does.
-        picture.upload(
-            check,
-            picture,
-            [picture, notice],
-            preprocess=False,
-            api_visibility="private",
-            show_progress="hidden",
-        )
-        asked = gradio.on(
-            [button.click, question.submit, keep.submit],
-            ask,
-            [picture, question, keep, first, second, longest, first_options, second_options],
-            [results, notice],
-            preprocess=False,
-            api_name="ask",
-            show_progress="full",
-            concurrency_limit=_SIDE_BY_SIDE,
-            js=_SHOW_PROGRESS,
-        )
-        asked.then(None, None, None, js=_SHOW_OUTCOME, api_visibility="private")
-    return page.queue(max_size=MOST_WAITING)
+    asked = gradio.on(
+        [fields.button.click, fields.question.submit, fields.keep.submit],
+        ask,
+        [fields.picture, fields.question, fields.keep, *fields.methods, fields.longest, *fields.options],
+        [fields.results, fields.notice],
+        preprocess=False,
+        api_name="ask",
+        show_progress="full",
+        concurrency_limit=_SIDE_BY_SIDE,
+        js=_SHOW_PROGRESS,
+    )
+    asked.then(None, None, None, js=_SHOW_OUTCOME, api_visibility="private")
 
 
 def _method(name: Any, options: Any) -> Any:
@@ -250,22 +290,7 @@ def serve(page: Any, uploads: Uploads, host: str, port: int, password: str, read
         ssr_mode=False,
         pwa=False,
         footer_links=[],
-        # Fonts by name alone are those of the user's own system; Gradio's default would be fetched.
-        theme=gradio.themes.Default(
-            primary_hue="amber",
-            neutral_hue="slate",
-            font=("ui-sans-serif", "system-ui", "sans-serif"),
-            font_mono=("ui-monospace", "monospace"),
-        ).set(
-            # Gradio's own are too pale to be read by everyone.
-            body_text_color_subdued="*neutral_600",
-            body_text_color_subdued_dark="*neutral_400",
-            input_placeholder_color="*neutral_500",
-            button_primary_background_fill="*primary_700",
-            button_primary_background_fill_hover="*primary_800",
-            button_primary_background_fill_dark="*primary_700",
-            button_primary_background_fill_hover_dark="*primary_800",
-        ),
+        theme=_theme(),
         css_paths=Path(__file__).with_name("style.css"),
     )
     try:
@@ -280,3 +305,23 @@ def serve(page: Any, uploads: Uploads, host: str, port: int, password: str, read
 def _same(given: str, password: str) -> bool:
     """Compared in a time that does not tell how much of it was right."""
     return hmac.compare_digest(given.encode(errors="surrogatepass"), password.encode(errors="surrogatepass"))
+
+
+def _theme() -> Any:
+    # Fonts by name alone are those of the user's own system; Gradio's default would be fetched.
+    theme = gradio.themes.Default(
+        primary_hue="amber",
+        neutral_hue="slate",
+        font=("ui-sans-serif", "system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "monospace"),
+    )
+    # Gradio's own are too pale to be read by everyone.
+    return theme.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        input_placeholder_color="*neutral_500",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+    )

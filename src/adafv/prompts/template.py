@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adafv.errors import OptionError
-from adafv.prompts.reading import IMAGE, LINE_BREAK, Marker, Pieces, Text, common_end, encoded
+from adafv.prompts.letters import IMAGE, LINE_BREAK, Marker, Pieces, Text, common_end, encoded
 
 _TIME = re.compile(r"<\d+(\.\d+)?seconds>")
 """Qwen3-VL's processor writes its time in front of every frame of a video: not the user's words."""

@@ -122,7 +122,7 @@ def choose(call: Call) -> None:
 
 
 def _embedded_words(call: Call, jobs: list[ImageJob]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Per image, input embeddings [T, D] and ids [T] of its words; looked up together, padded."""
+    """Per image, input embeddings [T, D] and ids [T] of its words; looked up together, as one row."""
     columns = [job.text for job in jobs if job.text is not None]
     if not columns:
         return {}
@@ -136,11 +136,8 @@ def _embedded_words(call: Call, jobs: list[ImageJob]) -> dict[int, tuple[Tensor,
             for job, text in zip(jobs, columns, strict=True)
         ]
     else:
-        padded = np.zeros((len(ids), max(map(len, ids))), dtype=np.int64)
-        for row, each in zip(padded, ids, strict=True):
-            row[: len(each)] = each
-        embeddings = call.model.get_input_embeddings()(torch.from_numpy(padded).to(call.device)).detach().to(device)
-        parts = [row[: len(each)] for row, each in zip(embeddings.unbind(), ids, strict=True)]
+        row = torch.from_numpy(np.concatenate(ids)).unsqueeze(0).to(call.device)
+        parts = list(call.model.get_input_embeddings()(row)[0].detach().to(device).split(list(map(len, ids))))
     return {id(job): (part, torch.from_numpy(each)) for job, part, each in zip(jobs, parts, ids, strict=True)}
 
 
