@@ -126,7 +126,10 @@ def cuts_of(method: Chooser, depth: int, tokens: int, keep: int) -> tuple[Cut, .
         if not layer < cut.layer < depth:
             refuse(f"gave layer {cut.layer} after {layer}; layers ascend, from 1 to {depth - 1} in this model")
         if cut.rated not in (cut.layer - 1, cut.layer):
-            refuse(f"asked at layer {cut.layer} for the attention of layer {cut.rated}; it can have that of the same or the one before")
+            refuse(
+                f"asked at layer {cut.layer} for the attention of layer {cut.rated}; it can have that of the same layer, or "
+                "of the one before"
+            )
         if not 1 <= cut.keep <= left:
             refuse(f"keeps {cut.keep} of {left} tokens at layer {cut.layer}; at least one stays, and none comes back")
         layer, left = cut.layer, cut.keep

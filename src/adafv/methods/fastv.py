@@ -12,21 +12,21 @@ from adafv.methods.base import LAYERS, Method
 
 @dataclass(frozen=True)
 class FastV(Method):
-    """Keep, from one decoder layer on, the tokens that the last token of the prompt attends to most in the layer before.
+    """Keep, from one decoder layer on, the tokens that the prompt's last token attends to most in the layer before.
 
-    Paper: FastV, arXiv 2403.06764. Public code: pkunlp-icler/FastV, described from its paper and what is known of its
-    `inplace` variant; nothing was copied. Where this departs:
+    Paper: FastV, arXiv 2403.06764. Public code: pkunlp-icler/FastV at 717a293, of which nothing was copied. Where this
+    departs:
 
-    - The paper's formula takes the mean attention from all tokens, its code that from the last one. This is the code's.
-    - The paper gives a share of tokens that go; here `keep` says how many stay, as for all methods. K = N / 2 and `layer=2`
-      are the paper's main setting.
-    - Each image has a budget of its own, where the code knows one image.
+    - The paper's formula is the mean attention from all tokens, its code that from the last one. This is the code's.
+    - The paper says what share of the tokens goes; `keep` says how many stay, as for all methods. Half of them and
+      `layer=2` is the paper's main setting.
+    - Each image has a budget of its own; the code knows one image.
     - Newlines between rows of a picture, which show none of it, go first; in the code they compete.
 
     Args:
-        layer: the decoder layer, counted from 0, from which on fewer tokens are seen; the attention is that of the layer before.
-        budget: what `keep` counts: "last", the tokens from that layer on, or "mean", the tokens per layer in the mean over
-            all layers, as the papers quote it.
+        layer: the first decoder layer, counted from 0, that sees fewer tokens; the attention is that of the one before.
+        budget: what `keep` counts: "last", the tokens from that layer on, or "mean", the tokens per layer in the mean
+            over all layers, as papers quote it.
     """
 
     layer: int = 2

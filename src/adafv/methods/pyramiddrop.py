@@ -12,24 +12,25 @@ from adafv.methods.base import LAYERS, Method
 
 @dataclass(frozen=True)
 class PyramidDrop(Method):
-    """Split the decoder layers into stages; between two of them drop what the last token of the prompt attends to least.
+    """Split the decoder layers into stages; between two of them drop what the prompt's last token attends to least.
 
-    The rating at the end of a stage is that of the next layer: its own projections and norm, of the last token's query and the
-    visual tokens' keys. The same share goes between any two stages.
+    The rating between two stages is the attention that the first layer of the next one would pay: its own norm and
+    projections, the query of the last token, the keys of all. The same share goes between any two stages.
 
-    Paper: PyramidDrop, arXiv 2410.17247. Public code: Cooperx521/PyramidDrop; nothing was copied. Where this departs:
+    Paper: PyramidDrop, arXiv 2410.17247. Public code: Cooperx521/PyramidDrop at 3f89f94, of which nothing was copied.
+    Where this departs:
 
-    - The paper fixes the share that stays from stage to stage (a half) and so leaves an eighth; here `keep` fixes what is left
-      and the share follows: `keep=0.125` with four stages is the paper's setting.
-    - Tokens keep the positions that they have in the full prompt; the code counts positions anew after every stage.
-    - Decoding reads the shortened cache of every layer and drops nothing more, as the paper's; training is refused here.
+    - The paper fixes the share that stays from stage to stage (a half); here `keep` fixes what is left, and the share
+      follows. An eighth, `keep=0.125`, with four stages is the paper's setting. Numbers are rounded, there cut off.
+    - Tokens keep the positions of the full prompt; the code counts positions anew after every stage.
+    - Training with it is refused; the paper trains, too.
     - Each image has a budget of its own. Newlines, which show no part of the picture, go first.
 
     Args:
-        parts: into how many stages the layers are split, as evenly as they can be; 2 or more. A model with fewer layers
+        parts: into how many stages the layers are split, as evenly as they can be, 2 or more. A model with fewer layers
             has as many stages as layers.
-        budget: what `keep` counts: "last", the tokens of the last stage, or "mean", the tokens per layer in the mean over all
-            layers, as the papers quote it.
+        budget: what `keep` counts: "last", the tokens of the last stage, or "mean", the tokens per layer in the mean
+            over all layers, as papers quote it.
     """
 
     parts: int = 4

@@ -19,27 +19,28 @@ PUBLISHED_LAYERS, PUBLISHED_DEPTH = (3, 7, 16), 32
 
 @dataclass(frozen=True)
 class SparseVLM(Method):
-    """Keep the tokens that the raters attend to most: those words that resemble the picture more than the mean word does.
+    """Keep the tokens that the raters attend to most: the words that resemble the picture more than the mean word does.
 
-    Before the first layer each word gets r = mean over visual tokens of softmax over words (v . e), of the embeddings that the
-    language model reads; words with r above the mean are the raters. At each cut a visual token's rating is its attention
-    from the raters, mean over heads and raters, in the layer before.
+    Before the first layer each word gets r = mean over visual tokens v of softmax over words e of (v . e), of the
+    embeddings that the language model reads; words with r above the mean are the raters. At each cut a visual token's
+    rating is the attention that the raters pay it in the layer before, mean over heads and raters.
 
-    Paper: SparseVLM, arXiv 2410.04417. Public code: Gumpest/SparseVLMs; nothing was copied. Where this departs:
+    Paper: SparseVLM, arXiv 2410.04417. Public code: Gumpest/SparseVLMs at 14cb5a9, of which nothing was copied. Where
+    this departs:
 
-    - No recycling: the paper merges dropped tokens into a few that are added; here they are gone.
-    - No rank: the paper finds the number of tokens at a layer from the rank of the attention; the published code takes it from
-      three lists for 64, 128 and 192 tokens of 576. Here any K will do, and the same share goes at every cut.
-    - Words: those that count (`text=` of `Pruner`), which may be the question alone; the code takes all text behind the
-      image, `text="after"` here. Words in front of the image do not see it and rate nothing; where none is behind it,
-      PyramidDrop's rating at the same layers takes over, with a warning.
+    - No recycling: the paper merges some dropped tokens into a few that are added; here they are gone.
+    - No rank: the paper takes the number that goes at a layer from the rank of the attention, the code from three lists
+      (64, 128 and 192 of 576 tokens). Here K is free, and the same share goes at every cut.
+    - The words are those that count (`text=` of `Pruner`), the question alone perhaps; the code takes all that stands
+      behind the image: `text="after"`. Words in front of the image do not see it and rate nothing. Where none stands
+      behind it, the last token rates at the same layers, as in PyramidDrop, and a warning says so.
     - Tokens keep the positions of the full prompt. Each image has a budget of its own. Newlines go first.
 
     Args:
-        layers: decoder layers from which on fewer tokens are seen, counted from 0, such as "3,7,16"; none: those of the
-            published code, in proportion to the depth of the model.
-        budget: what `keep` counts: "last", the tokens behind the last cut, or "mean", the tokens per layer in the mean over all
-            layers, as the paper quotes it.
+        layers: the decoder layers from which on fewer tokens are seen, counted from 0, such as "3,7,16"; none: those of
+            the published code, in proportion to the depth of the model.
+        budget: what `keep` counts: "last", the tokens behind the last cut, or "mean", the tokens per layer in the mean
+            over all layers, as papers quote it.
     """
 
     layers: str | None = None
@@ -83,7 +84,7 @@ class SparseVLM(Method):
         return [Cut(layer, number, rated=layer - 1) for layer, number in zip(layers, counts, strict=True)]
 
     def without_text(self) -> Method:
-        return _LastToken(self)
+        return _LastToken(of=self)
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         assert tokens.read is not None

@@ -112,8 +112,6 @@ class Call:
     device: torch.device
     generates: bool
     """A call of `generate`, not of `forward`."""
-    wrapped: bool = False
-    """Whether the stock model runs within the wrapper, which can reach into its layers."""
     packing: Packing | None = None
     """The prompts packed into each row; None where every row is one."""
     visuals: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -124,6 +122,8 @@ class Call:
     """Per modality, which of the images that were given are new."""
     jobs: list[ImageJob] = field(default_factory=list)
     """One per new image, in reading order."""
+    wrapped: bool = False
+    """Whether the stock model runs within the wrapper, which can reach into its layers."""
 
     @property
     def packed(self) -> bool:

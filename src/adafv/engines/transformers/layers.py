@@ -61,7 +61,8 @@ def decoder_of(model: Any) -> Any:
     Raises:
         UnsupportedModelError: it is not one in which tokens can go.
     """
-    decoder: Any = uncompiled(getattr(model.model, "language_model", None))
+    inner: Any = getattr(model.model, "language_model", None)
+    decoder: Any = uncompiled(inner)
     kind = type(decoder).__name__
     if kind not in DECODERS:
         raise UnsupportedModelError(
@@ -358,7 +359,9 @@ class InsideRun:
         chosen = job.method.select(tokens, cut.keep)
         check_kept(job.method, tokens, cut.keep, chosen)
         if chosen.weights is not None:
-            raise MethodError(f"the method {job.method.name} merges tokens inside the language model, where they only go")
+            raise MethodError(
+                f"the method {job.method.name} merges tokens inside the language model, where they only go"
+            )
         return place[chosen.indices[0]].to(kept.device)
 
     def _take_out(self, index: int) -> Tensor | None:
@@ -398,8 +401,8 @@ class InsideRun:
             return self._memo(value, self.rows, lambda part, rows: part.index_select(-1, rows))
         if name != "hidden_states" and self.length in value.shape:
             raise UnsupportedCallError(
-                f"{name} is {list(value.shape)}, as long as the prompt, but adafv does not know what it says of tokens that go "
-                "inside the language model; leave it out"
+                f"{name} is {list(value.shape)}, as long as the prompt, but adafv does not know what it says of tokens "
+                "that go inside the language model; leave it out"
             )
         return value
 
@@ -450,7 +453,7 @@ class InsideRun:
                 if entry.prompt == 0 and entry.columns[0] == image.job.image.columns[0]:
                     entry.selected, entry.place = Kept(image.kept.unsqueeze(0)), 0
                     entry.tokens_after, entry.method = len(image.kept), image.job.method.name
-                    entry.layers = {layer: kept for layer, kept in image.steps}
+                    entry.layers = dict(image.steps)
         record.layer_lengths = [self.length if rows is None else len(rows) for rows in self.held]
         record.prompt_length_after = record.layer_lengths[-1]
         record.kv_bytes_after = kv_bytes(self.model, 1) * sum(record.layer_lengths) // self.depth

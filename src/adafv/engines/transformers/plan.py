@@ -44,9 +44,10 @@ def plan_images(call: Call) -> None:
 def _plan_cuts(call: Call, job: ImageJob) -> None:
     """Where the tokens of an image go inside the language model; in front of it all of them stay."""
     if job.method.stages != {LAYERS}:
+        others = ", ".join(sorted(job.method.stages - {LAYERS}))
         raise MethodError(
-            f"the method {job.method.name} acts inside the language model and elsewhere ({', '.join(sorted(job.method.stages))}); "
-            "one method acts in one place: make two of it"
+            f"the method {job.method.name} acts inside the language model and elsewhere ({others}); one method acts in one "
+            "place: make two of it"
         )
     depth = len(decoder_of(call.model).layers)
     job.cuts = cuts_of(job.method, depth, job.image.layout.tokens, job.keep)

@@ -272,9 +272,7 @@ class PrunedModel:
             return stock.forward(*args, **kwargs)
         arguments = named_for_this_release(arguments)
         with host_by_default(), sharded_parts_ready(self.model):
-            call = compress_call(
-                stock, self.family, self.settings, arguments, whole_conversation=False, wrapped=True
-            )
+            call = compress_call(stock, self.family, self.settings, arguments, whole_conversation=False, wrapped=True)
         if call.contents is None:
             return self._run(call, stock.forward)
         # A tuple says neither where the cache is in it nor where the logits are.
