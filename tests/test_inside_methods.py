@@ -766,6 +766,59 @@ def test_two_threads() -> None:
     assert not any(layer._forward_pre_hooks for layer in model.model.language_model.layers)
 
 
+def test_calls_in_the_midst_of_one() -> None:
+    """Whoever looks on may run the model on something else, or copy it."""
+    row = ROWS["llava"]
+    model = row.build(text=DEEP_TEXT)
+    inputs, other = (make_inputs(row, model, [1], seed=seed) for seed in (0, 1))
+    long = torch.arange(3, 63).unsqueeze(0)
+    options = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
+    seen: list[Tensor] = []
+    copies: list[Any] = []
+
+    def look(ids: Tensor, scores: Tensor) -> Tensor:
+        seen.append(model(input_ids=long).logits)
+        seen.append(model.generate(**other, **options))
+        copies.append(copy.deepcopy(model))
+        return scores
+
+    with torch.no_grad():
+        text = model(input_ids=long).logits
+        stock = model(**inputs).logits
+        with pruner("fastv", 4)(model):
+            expected = model.generate(**inputs, **options)
+            others = model.generate(**other, **options)
+            found = model.generate(**inputs, **options, logits_processor=[look])
+        assert torch.equal(found, expected)
+        assert all(torch.equal(each, text) for each in seen[::2])
+        assert all(torch.equal(each, others) for each in seen[1::2])
+        assert all(torch.equal(each(**inputs).logits, stock) for each in copies)
+    assert len(copies) == 4
+
+
+def test_parts_on_disk(tmp_path: Any) -> None:
+    """Weights that accelerate loads when a part is called."""
+    accelerate = pytest.importorskip("accelerate")
+    row = ROWS["llava"]
+    model = row.build(text=DEEP_TEXT)
+    inputs = make_inputs(row, model, [1])
+    with torch.no_grad():
+        with pruner("pyramiddrop", 4)(model):
+            expected = model(**inputs).logits
+        accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"), offload_buffers=False)
+        assert model.model.language_model.layers[2].self_attn.q_proj.weight.is_meta
+        with pruner("pyramiddrop", 4)(model):
+            found = model(**inputs).logits
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_tensor_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = deep_model()
+    monkeypatch.setattr(model, "_tp_size", 2, raising=False)
+    with pruner("fastv", 4)(model), pytest.raises(UnsupportedModelError, match="need all heads in one process"):
+        model(**make_inputs(ROWS["llava"], model, [1]))
+
+
 def test_gradients_flow_in_evaluation() -> None:
     model = deep_model()
     inputs = make_inputs(ROWS["llava"], model, [1])

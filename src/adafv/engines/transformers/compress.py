@@ -107,7 +107,7 @@ def compress_call(
             new = call if isinstance(call, CompressedInputs) else call.inputs
             jobs = [] if isinstance(call, CompressedInputs) else call.jobs
             check_continued(model, new, bool(jobs), whole_conversation, wrapped)
-            new.inside = InsideRun.continued(model, held)
+            new.inside = InsideRun.continued(model, held, cache_of(inputs))
         if isinstance(call, CompressedInputs):
             return call
         call.wrapped = wrapped

@@ -6,7 +6,8 @@ states, positions and mask have the rows that stay. The layers themselves see a 
 stock model makes positions and masks by the length of layer 0's cache, which is the whole prompt; a deeper layer gets the
 columns of the mask that it has cached. Positions are those of the full prompt, so `positions` makes no difference.
 
-A hook acts in the thread that began the call, so two threads may call one model. All that is left of a call is written on
+A hook acts in the thread that began the call, and on its cache alone, so two threads may call one model, and whoever looks
+on while it decodes may call it as well. All that is left of a call is written on
 its cache: which columns each layer holds.
 """
 
@@ -75,6 +76,11 @@ def decoder_of(model: Any) -> Any:
         raise UnsupportedModelError(
             "methods that act inside the language model need layers that attend to every token before, and this one has a "
             "sliding window (or others); use a method that acts before it"
+        )
+    if getattr(model, "_tp_size", None) not in (None, 1):
+        raise UnsupportedModelError(
+            "methods that act inside the language model need all heads in one process, and this one is split (tensor "
+            "parallel); load it with device_map instead of tp_plan"
         )
     if config._attn_implementation not in ATTENTIONS:
         raise UnsupportedModelError(
@@ -173,6 +179,8 @@ class _Image:
     """An image on its way through the layers."""
 
     job: ImageJob
+    number: int
+    """Which of the call's images it is."""
     columns: Tensor
     """[N] long, of its placeholders in the prompt."""
     kept: Tensor
@@ -202,11 +210,12 @@ class InsideRun:
         self.images = [
             _Image(
                 job,
+                number,
                 job.image.columns.to(call.device),
                 torch.arange(job.image.layout.tokens, device=call.device),
                 None if job.text is None else job.text.to(call.device),
             )
-            for job in call.jobs
+            for number, job in enumerate(call.jobs)
             if job.cuts
         ]
         self.reading = True
@@ -214,18 +223,20 @@ class InsideRun:
         self._begin()
 
     @classmethod
-    def continued(cls, model: Any, held: HeldColumns) -> "InsideRun":
+    def continued(cls, model: Any, held: HeldColumns, cache: Any) -> "InsideRun":
         """Of a call that goes on with a cache."""
         run = cls.__new__(cls)
         run.model, run.decoder = model, decoder_of(model)
         run.depth, run.length, run.images, run.reading = len(run.decoder.layers), held.length, [], False
         run.held = list(held.layers)
         run._begin()
+        run._cache = cache
         return run
 
     def _begin(self) -> None:
         self.rows: Tensor | None = None
         self._thread = threading.get_ident()
+        self._cache: Any = None
         self._cut: dict[tuple[int, int], tuple[Any, Any, Any]] = {}
 
     @contextmanager
@@ -258,6 +269,7 @@ class InsideRun:
             self._cut.clear()
         if self.reading:
             if index == 0:
+                self._cache = cache_of(kwargs)
                 self._read(hidden)
             with torch.no_grad():
                 stays = self._choose(index, layer, hidden, kwargs)
@@ -270,7 +282,7 @@ class InsideRun:
                 return None
             changed = {name: self._of_rows(name, value) for name, value in kwargs.items()}
         else:
-            if self.held[index] is None:
+            if self.held[index] is None or self._cache is None or cache_of(kwargs) is not self._cache:
                 return None
             changed = dict(kwargs)
             if kwargs.get("attention_mask") is not None:
@@ -308,7 +320,10 @@ class InsideRun:
             if not rated:
                 continue
             seen = hidden if stays is None else hidden.index_select(1, stays.to(hidden.device))
-            rows = self._rows_now.to(hidden.device)
+            home = layer.input_layernorm.weight.device
+            if home.type != "meta":  # else it is loaded, and what it is given moved, when it is called
+                seen = seen.to(home)
+            rows = self._rows_now.to(seen.device)
             looks = _Attention(layer, seen, rows, self.attended, kwargs["position_embeddings"])
             for image, cut in rated:
                 image.steps.append((cut.layer, self._select(image, cut, looks)))
@@ -448,12 +463,10 @@ class InsideRun:
     def describe(self, record: Record) -> None:
         """Write into the record what was kept."""
         assert self.rows is not None
-        for entry in record.images:
-            for image in self.images:
-                if entry.prompt == 0 and entry.columns[0] == image.job.image.columns[0]:
-                    entry.selected, entry.place = Kept(image.kept.unsqueeze(0)), 0
-                    entry.tokens_after, entry.method = len(image.kept), image.job.method.name
-                    entry.layers = dict(image.steps)
+        for image in self.images:
+            entry = record.images[image.number]
+            entry.selected, entry.place, entry.tokens_after = Kept(image.kept.unsqueeze(0)), 0, len(image.kept)
+            entry.layers = dict(image.steps)
         record.layer_lengths = [self.length if rows is None else len(rows) for rows in self.held]
         record.prompt_length_after = record.layer_lengths[-1]
         record.kv_bytes_after = kv_bytes(self.model, 1) * sum(record.layer_lengths) // self.depth
@@ -468,11 +481,12 @@ class _Hook:
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.run.before(self.index, layer, args, kwargs)
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        return _nothing  # of a copy that another thread makes meanwhile
-
     def __reduce__(self) -> Any:
-        return "_nothing"
+        return _no_hook, ()  # a copy of the model that is made meanwhile is one of the stock model
+
+
+def _no_hook() -> Any:
+    return _nothing
 
 
 def _nothing(layer: Any, args: Any, kwargs: Any) -> None:
@@ -501,9 +515,9 @@ class _Attention:
             attended: [S] bool, the prompt's mask.
             embeddings: (cosines, sines), [..., S, d], of the whole prompt.
         """
-        self.rows = rows
         self._attention = attention = layer.self_attn
         self._normed = layer.input_layernorm(hidden.detach())
+        rows = self.rows = rows.to(self._normed.device)
         self._embeddings = [part.to(rows.device).index_select(-2, rows) for part in embeddings]
         self._there = attended.to(rows.device)[rows]
         everything = slice(None)
