@@ -769,7 +769,7 @@ def test_two_threads() -> None:
 def test_calls_in_the_midst_of_one() -> None:
     """Whoever looks on may run the model on something else, or copy it."""
     row = ROWS["llava"]
-    model = row.build(text=DEEP_TEXT)
+    model = deep_model(implementation="eager")  # which always has a mask
     inputs, other = (make_inputs(row, model, [1], seed=seed) for seed in (0, 1))
     long = torch.arange(3, 63).unsqueeze(0)
     options = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
