@@ -12,9 +12,11 @@ from adafv.core import class_attention, text_to_image_attention, top_tokens
 from adafv.core.tokens import HIDDEN, KEYS, SALIENCY, Words
 from adafv.errors import BudgetError, OptionError
 from adafv.methods import known_methods, method_named
+from adafv.methods.base import LAYERS, TOKENS
 
 METHODS = known_methods()
-SELECTING = [name for name in METHODS if name != "downsample"]
+SELECTING = [name for name, method in METHODS.items() if method.stages == {TOKENS}]
+"""Those between tower and language model; test_inside_methods.py is about those inside it."""
 
 
 def tokens(groups: int = 2, rows: int = 6, columns: int = 8, newlines: bool = False, seed: int = 0) -> VisualTokens:
@@ -63,6 +65,7 @@ def test_the_catalogue() -> None:
     assert {"evs", "hired", "prumerge", "prumerge-plus", "thumbnail", "tome", "trim"} <= METHODS.keys()
     assert {"visionzip", "vispruner"} <= METHODS.keys()
     assert {"cdpruner", "cenprune", "divprune", "eadp", "mmtok", "scope"} <= METHODS.keys()
+    assert {"fastv", "pyramiddrop", "sparsevlm"} <= METHODS.keys()
     for name, method in METHODS.items():
         assert is_dataclass(method)
         assert method.name == name
@@ -79,6 +82,9 @@ def test_what_chooses_where_no_word_counts(name: str) -> None:
     assert not other.needs_words
     if not method.needs_words:
         assert other is method
+        return
+    if LAYERS in method.stages:
+        assert other.stages == method.stages  # it goes on at the same place
         return
     image = replace(tokens(), words=None)
     expected = method_named("saliency").select(image, 7)

@@ -395,7 +395,7 @@ class Wish:
 
 
 def twenty_wishes(folder: Path) -> list[Wish]:
-    names = OF_IMAGES
+    names = [name for name in OF_IMAGES if name != "fastv"]  # which needs three layers, and here are two
     wishes = []
     for number in range(20):
         path = folder / f"user{number}.png"

@@ -220,7 +220,9 @@ class Session:
             )
         prompt = inputs["input_ids"].shape[1]
         answer = self.processor.tokenizer.decode(output.sequences[0, prompt:], skip_special_tokens=True).strip()
-        cached = prompt if record is None else record.prompt_length_after
+        cached: int | list[int] = prompt
+        if record is not None:
+            cached = record.layer_lengths or record.prompt_length_after
         return Answer(answer, _cache_bytes(returned_cache(output), cached) / MIB, record, note)
 
     def compare(
@@ -294,11 +296,12 @@ class Session:
         return tower_view(pixels, [value / scale for value in mean], [value / scale for value in std])
 
 
-def _cache_bytes(cache: Any, length: int) -> int:
-    """Bytes of the keys and values of the first `length` tokens, read from the tensors themselves."""
+def _cache_bytes(cache: Any, length: int | list[int]) -> int:
+    """Bytes of the keys and values of the first `length` tokens (of each layer), read from the tensors themselves."""
+    lengths = [length] * len(cache.layers) if isinstance(length, int) else length
     return sum(
-        part[..., :length, :].numel() * part.element_size()
-        for layer in cache.layers
+        part[..., :held, :].numel() * part.element_size()
+        for layer, held in zip(cache.layers, lengths, strict=True)
         for part in (layer.keys, layer.values)
         if part is not None
     )

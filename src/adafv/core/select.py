@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adafv.core.encoded import EncodedImage
 from adafv.core.layout import ImageLayout
-from adafv.core.tokens import READ, SALIENCY, STRINGS, Kept, Plan, Signal, VisualTokens, Words
+from adafv.core.tokens import READ, SALIENCY, STRINGS, Cut, Kept, Plan, Signal, VisualTokens, Words
 from adafv.errors import BudgetError, MethodError
 
 TOKENS, TOWER = "tokens", "tower"
@@ -40,6 +40,7 @@ class Chooser(Protocol):
     @property
     def mixes(self) -> str: ...
     def plan(self, layout: ImageLayout, keep: int) -> Plan: ...
+    def cuts(self, depth: int, tokens: int, keep: int) -> Sequence[Cut]: ...
     def count(self, tokens: VisualTokens, keep: int) -> Tensor: ...
     def select(self, tokens: VisualTokens, keep: int) -> Kept: ...
 
@@ -109,6 +110,41 @@ def plan_of(method: Chooser, layout: Any, keep: int) -> Plan:
                 f"{allowed} tokens; give at most that"
             )
     return plan
+
+
+def cuts_of(method: Chooser, depth: int, tokens: int, keep: int) -> tuple[Cut, ...]:
+    """The method's cuts inside a language model of `depth` layers, checked; those that take nothing are left out.
+
+    Raises:
+        MethodError: they are not in order, or leave more than the budget or nothing.
+    """
+    cuts = tuple(method.cuts(depth, tokens, keep))
+
+    def refuse(what: str) -> None:
+        raise MethodError(f"`cuts` of the method {method.name} {what}")
+
+    if not cuts:
+        refuse("gave none; give at least one Cut")
+    layer, left = 0, tokens
+    for cut in cuts:
+        if not isinstance(cut, Cut):
+            refuse(f"gave a {type(cut).__name__}; give Cut(layer, keep, rated)")
+        if any(type(value) is not int for value in (cut.layer, cut.keep, cut.rated)):
+            refuse(f"gave {cut}, whose numbers must be of type int")
+        if not layer < cut.layer < depth:
+            refuse(f"gave layer {cut.layer} after {layer}; layers ascend, from 1 to {depth - 1} in this model")
+        if cut.rated not in (cut.layer - 1, cut.layer):
+            refuse(
+                f"asked at layer {cut.layer} for the attention of layer {cut.rated}; it can have that of the same layer, or "
+                "of the one before"
+            )
+        if not 1 <= cut.keep <= left:
+            refuse(f"keeps {cut.keep} of {left} tokens at layer {cut.layer}; at least one stays, and none comes back")
+        layer, left = cut.layer, cut.keep
+    if left > keep:
+        refuse(f"leave {left} tokens where the budget leaves {keep}; they may leave fewer, never more")
+    before = (tokens, *(cut.keep for cut in cuts))
+    return tuple(cut for cut, there in zip(cuts, before, strict=False) if cut.keep < there)
 
 
 def check_method(

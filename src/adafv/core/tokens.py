@@ -18,7 +18,8 @@ class Signal:
     """Something that a method may ask for besides the visual tokens themselves."""
 
     kind: str
-    """"words", "strings", or of the tower: "saliency", "keys", "hidden", "read"."""
+    """"words", "strings"; of the tower: "saliency", "keys", "hidden", "read"; of the language model: "last attention",
+    "word attention"."""
     layer: int | None = None
     """Of the tower, counted as `vision_feature_layer` counts hidden states: -1 is the last layer, 0 the embeddings. None:
     the layer that the projector reads."""
@@ -28,11 +29,17 @@ class Signal:
         """Whether the tower says it; the others are read off the prompt."""
         return self.kind in TOWER_SIGNALS
 
+    @property
+    def of_layers(self) -> bool:
+        """Whether a layer of the language model says it."""
+        return self.kind in LAYER_SIGNALS
+
     def __str__(self) -> str:
         return self.kind if self.layer is None else f"{self.kind} of layer {self.layer}"
 
 
 TOWER_SIGNALS = ("saliency", "keys", "hidden", "read")
+LAYER_SIGNALS = ("last attention", "word attention")
 
 WORDS = Signal("words")
 """Input embeddings and ids of the text that counts."""
@@ -44,6 +51,11 @@ KEYS = Signal("keys")
 """[N, H, d]: keys of the attention, all heads, positions applied. A token made of several patches has their mean."""
 HIDDEN = Signal("hidden")
 """[N, E]: output of the layer, which is what the projector reads. A token made of several patches has their mean."""
+LAST_ATTENTION = Signal("last attention")
+"""[N] float32, of methods that act inside the language model: what the last token of the prompt looks at, in the layer that
+a `Cut` names; mean over heads. The softmax is over all columns that it sees, so the sum is below 1."""
+WORD_ATTENTION = Signal("word attention")
+"""[N, T] float32: the same of each word that counts. Words in front of an image do not see it, and are left out."""
 
 READ = Signal("read")
 """[N, E]: what the projector reads, of several layers side by side, with its gradients. Engines ask for it where a method
@@ -102,6 +114,9 @@ class VisualTokens:
     """(vertical, horizontal) arrangement of the crops behind a thumbnail: see `ImageLayout`."""
     grid: tuple[int, int] | None = None
     """(rows, columns) of `features` where the plan asked for a lower resolution: then they are [G, rows * columns, D]."""
+    read: Tensor | None = None
+    """[G, all, D], of methods that act inside the language model: every visual token that it read at first, those that have
+    gone since included. All other fields are of those that are still there. None for other methods."""
 
     @property
     def saliency(self) -> Tensor:
@@ -133,6 +148,19 @@ class Plan:
         if self.crops is None:
             return layout.tokens
         return int(layout.of_crops(self.crops).sum())
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where inside the language model visual tokens of an image go, for a method of the stage "layers"."""
+
+    layer: int
+    """The first decoder layer that no longer sees them, counted from 0; 1 to the last."""
+    keep: int
+    """Tokens of the image that stay from this layer on."""
+    rated: int
+    """The decoder layer whose attention the method is shown: `layer` itself, whose queries and keys are made of all tokens
+    that came so far, or the one in front of it."""
 
 
 @dataclass(frozen=True)

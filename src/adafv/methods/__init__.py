@@ -4,7 +4,7 @@ Every module of this package that defines a `Method` is found by itself; adding 
 test. `methods/base.py` is the whole interface.
 """
 
-from adafv.core.tokens import Kept, Plan, VisualTokens
+from adafv.core.tokens import Cut, Kept, Plan, VisualTokens
 from adafv.methods.base import Method, found_methods, known_methods, method_named
 
-__all__ = ["Kept", "Method", "Plan", "VisualTokens", "found_methods", "known_methods", "method_named"]
+__all__ = ["Cut", "Kept", "Method", "Plan", "VisualTokens", "found_methods", "known_methods", "method_named"]

@@ -10,8 +10,10 @@ A method says at which stages it acts:
 
     image   before the tower: `plan` asks for a lower resolution (down-sampling)
     tokens  between tower and language model: `select` chooses tokens, or mixes them
-    tower   inside the tower; layers   inside the language model: known by name, so that an engine that has no such
-            place refuses such a method. No engine has one yet; it comes with the first method that needs it.
+    layers  inside the language model: `cuts` says at which decoder layers, `select` chooses at each of them. transformers
+            alone has this stage, within a `Pruner`
+    tower   inside the tower: known by name, so that an engine that has no such place refuses such a method. No engine has
+            it yet; it comes with the first method that needs it.
 
 An image that keeps all its tokens is never shown to a method.
 """
@@ -19,6 +21,7 @@ An image that keeps all its tokens is never shown to a method.
 import inspect
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, ClassVar
@@ -26,7 +29,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.tokens import READ, Kept, Plan, Signal, VisualTokens
+from adafv.core.tokens import READ, Cut, Kept, Plan, Signal, VisualTokens
 from adafv.errors import MethodError, OptionError
 from adafv.registry import Found, find
 
@@ -58,7 +61,7 @@ class Method(ABC):
     @property
     def needs_words(self) -> bool:
         """Whether it looks at the prompt."""
-        return any(not signal.of_tower for signal in self.needs)
+        return any(not signal.of_tower and not signal.of_layers for signal in self.needs)
 
     @property
     def of_tower(self) -> frozenset[Signal]:
@@ -87,6 +90,22 @@ class Method(ABC):
         raise MethodError(
             f"the method {self.name} plans to count tokens after the scores, but has no `count`; write it, or plan a number"
         )
+
+    def cuts(self, depth: int, tokens: int, keep: int) -> Sequence[Cut]:
+        """Where inside the language model tokens go; asked on the host, of methods of the stage LAYERS in place of `plan`.
+
+        At each cut `select` is then shown the tokens that are still there, one image at a time, with the attention of one
+        layer among the signals (`LAST_ATTENTION`, `WORD_ATTENTION`), and what it leaves out is gone from `Cut.layer` on.
+
+        Args:
+            depth: decoder layers of the language model.
+            tokens: N, of the image.
+            keep: what the budget says, 0 < keep < N. The last cut may leave fewer, never more.
+
+        Raises:
+            BudgetError, MethodError: the method cannot keep so few, or the model has too few layers.
+        """
+        raise MethodError(f"the method {self.name} acts inside the language model, but has no `cuts`; write it")
 
     def without_text(self) -> "Method":
         """What chooses in this method's place for an image that no word counts for: a method that needs no text.

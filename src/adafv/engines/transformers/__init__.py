@@ -10,6 +10,7 @@
     compaction.py    taking columns out of a prompt,
     columns.py       out of everything that runs along it,
     positions.py     and out of its positions
+    layers.py        tokens that leave inside the language model
     encoded.py       `encode`: images that go through the tower once, for many questions
     families/        what differs between models, one file each
     towers.py        how vision towers are read without touching them

@@ -24,6 +24,16 @@ _MEND = "pass the conversation that this cache was made from, continued, or star
 
 
 @dataclass(frozen=True)
+class HeldColumns:
+    """Which columns of the first prompt each layer holds, where tokens went inside the language model."""
+
+    length: int
+    """S, columns of that prompt; what came later is in every layer."""
+    layers: tuple[Tensor | None, ...]
+    """[n] long, ascending, one for each decoder layer; None: all of them."""
+
+
+@dataclass(frozen=True)
 class CacheContents:
     """The prompt behind a pruned cache."""
 
@@ -36,13 +46,15 @@ class CacheContents:
     the number of attended tokens."""
     attended: Tensor | None = None
     """[B] long on the host, that number."""
+    inside: HeldColumns | None = None
+    """Where tokens went inside the language model."""
 
     def rows(self, index: Tensor) -> "CacheContents":
         """Of other rows: those at `index` ([B'] long on the host)."""
         tokens, delta, attended = (
             None if part is None else part[index] for part in (self.tokens, self.position_delta, self.attended)
         )
-        return CacheContents(self.compaction.rows(index), tokens, delta, attended)
+        return CacheContents(self.compaction.rows(index), tokens, delta, attended, self.inside)
 
     @property
     def batch(self) -> int:
@@ -138,6 +150,25 @@ def holds_pruned(cache: Any) -> bool:
     """Whether `cache` holds a prompt from which columns were taken out."""
     contents = contents_of(cache)
     return contents is not None and contents.compaction.changed
+
+
+def shortened_inside(cache: Any) -> HeldColumns | None:
+    """What the layers of `cache` hold, where tokens went inside the language model.
+
+    Raises:
+        CacheError: it was changed since, where that could not be followed.
+    """
+    contents = contents_of(cache)
+    held = None if contents is None else contents.inside
+    if held is None:
+        return None
+    more = cached_length(cache) - held.length
+    whole = [held.length if columns is None else len(columns) for columns in held.layers]
+    if more < 0 or [layer.keys.shape[-2] for layer in cache.layers] != [length + more for length in whole]:
+        raise CacheError(f"tokens of this cache went inside the language model, and it was changed since; {_MEND}")
+    if _rows_held(cache) != 1:
+        raise CacheError(f"tokens of this cache went inside the language model, one prompt at a time; {_MEND}")
+    return held
 
 
 def positions_known(cache: Any) -> bool:

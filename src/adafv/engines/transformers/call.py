@@ -5,7 +5,7 @@ One object per call, and in it one per image, go through the five steps of `comp
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from adafv.core import ImageLayout
 from adafv.core.encoded import EncodedImage
 from adafv.core.select import Selected
-from adafv.core.tokens import Plan
+from adafv.core.tokens import Cut, Plan
 from adafv.engines.transformers.cache import (
     CacheContents,
     cached_length,
@@ -35,6 +35,9 @@ from adafv.errors import CacheError, PromptError, UnsupportedCallError
 from adafv.methods import Method
 from adafv.prompts.prompt import PlacedImage, Prompt, frames_of, place_images
 
+if TYPE_CHECKING:
+    from adafv.engines.transformers.layers import InsideRun
+
 
 class CompressedInputs(dict[str, Any]):
     """Inputs for `model.generate(**...)` or `model(**...)`, with what was done to them."""
@@ -49,6 +52,13 @@ class CompressedInputs(dict[str, Any]):
     """[B, S] bool, which of those columns were visual tokens that did not stay."""
     contents: CacheContents | None = None
     """What the cache will hold; None where that is what any cache would hold."""
+    inside: "InsideRun | None" = None
+    """Where tokens go inside the language model, or went when the cache was filled."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the last layer sees fewer columns than the caller gave."""
+        return self.compaction.changed or (self.inside is not None and bool(self.inside.images))
 
 
 @dataclass
@@ -64,6 +74,8 @@ class ImageJob:
     """K; until the tokens are chosen, what the budget leaves."""
     plan: Plan | None = None
     """None: all of it stays."""
+    cuts: tuple[Cut, ...] = ()
+    """Where its tokens go inside the language model; then all of it stays in front of it."""
     text: Tensor | None = None
     """[T] long, the columns of the words that count; None where the method needs none."""
     encoded: EncodedImage | None = None
@@ -110,6 +122,8 @@ class Call:
     """Per modality, which of the images that were given are new."""
     jobs: list[ImageJob] = field(default_factory=list)
     """One per new image, in reading order."""
+    wrapped: bool = False
+    """Whether the stock model runs within the wrapper, which can reach into its layers."""
 
     @property
     def packed(self) -> bool:

@@ -16,7 +16,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from adafv.core.budget import Budget
 from adafv.core.select import Wanted, select_tokens
 from adafv.core.tokens import STRINGS
-from adafv.engines.transformers.cache import CacheContents, cached_length, contents_of, remember
+from adafv.engines.transformers.cache import (
+    CacheContents,
+    cached_length,
+    contents_of,
+    remember,
+    shortened_inside,
+)
 from adafv.engines.transformers.call import Call, CompressedInputs, ImageJob, read_call
 from adafv.engines.transformers.columns import take_out
 from adafv.engines.transformers.compaction import compact
@@ -24,6 +30,7 @@ from adafv.engines.transformers.devices import host_by_default
 from adafv.engines.transformers.encode import encode_images
 from adafv.engines.transformers.families import Family, family_of
 from adafv.engines.transformers.families.base import stock_model
+from adafv.engines.transformers.layers import InsideRun, check_continued
 from adafv.engines.transformers.packing import shorten_borders
 from adafv.engines.transformers.plan import plan_images
 from adafv.engines.transformers.positions import needs_guard, set_linear_positions, set_rotary_positions
@@ -78,18 +85,33 @@ def compress(
 
 
 def compress_call(
-    model: Any, family: Family, settings: Settings, inputs: Mapping[str, Any], *, whole_conversation: bool
+    model: Any,
+    family: Family,
+    settings: Settings,
+    inputs: Mapping[str, Any],
+    *,
+    whole_conversation: bool,
+    wrapped: bool = False,
 ) -> CompressedInputs:
     """`compress` for one call of `generate` or `forward`, with or without a cache, in five steps.
 
     Args:
         whole_conversation: with a cache, whether the prompt repeats what is cached (`generate`) or not (`forward`).
+        wrapped: whether the caller runs the stock model within `inside` of the result, where it has one: then methods may
+            act inside the language model.
     """
     seconds: dict[str, float] = {}
+    held = shortened_inside(cache_of(inputs))
     with timed(seconds, "compaction"):
         call = read_call(model, family, settings, inputs, whole_conversation)
+        if held is not None:
+            new = call if isinstance(call, CompressedInputs) else call.inputs
+            jobs = [] if isinstance(call, CompressedInputs) else call.jobs
+            check_continued(model, new, bool(jobs), whole_conversation, wrapped)
+            new.inside = InsideRun.continued(model, held, cache_of(inputs))
         if isinstance(call, CompressedInputs):
             return call
+        call.wrapped = wrapped
         plan_images(call)
     with timed(seconds, "tower"):
         encode_images(call)
@@ -97,6 +119,8 @@ def compress_call(
         choose(call)
     with timed(seconds, "compaction"):
         write(call)
+        if any(job.cuts for job in call.jobs):
+            call.inputs.inside = InsideRun(call)
     if call.jobs:
         call.inputs.record = record_of(call, seconds)
     return call.inputs
@@ -164,7 +188,8 @@ def write(call: Call) -> None:
         result["mm_encoder_outputs"] = _by_prompt(call)
     cached = contents_of(cache_of(result))
     tokens = cached.tokens if call.tokens is None and cached is not None else call.tokens
-    result.contents = CacheContents(result.compaction, tokens, delta, attended)
+    held = None if cached is None else cached.inside
+    result.contents = CacheContents(result.compaction, tokens, delta, attended, held)
 
 
 def _stays(call: Call) -> Tensor:

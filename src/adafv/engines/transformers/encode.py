@@ -10,7 +10,7 @@ from adafv.errors import StaleImagesError
 def encode_images(call: Call) -> None:
     """Give every image what the tower makes of it."""
     signals = frozenset[Signal]().union(
-        *(job.method.of_tower for job in call.jobs if job.plan is not None and job.plan.grid is None)
+        *(job.method.of_tower for job in call.jobs if job.cuts or (job.plan is not None and job.plan.grid is None))
     )
     for modality in call.visuals:
         jobs = [job for job in call.jobs if job.image.modality == modality]

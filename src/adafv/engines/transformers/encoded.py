@@ -24,7 +24,7 @@ from adafv.engines.transformers.families.base import stock_model
 from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import PromptError, StaleImagesError, UnsupportedCallError
 from adafv.methods import Method, method_named
-from adafv.methods.base import TOKENS
+from adafv.methods.base import LAYERS, TOKENS
 
 ENCODED = "images"
 """Name under which encoded images are passed to `generate`, `forward` and `compress`."""
@@ -111,7 +111,7 @@ class EncodedImages:
     def serves(self, method: Method) -> bool:
         """Whether a method, and what chooses in its place without words, can do with what was read off the tower."""
         needed = method.of_tower | method.without_text().of_tower
-        return method.stages == {TOKENS} and not method.may_repeat and needed <= self.signals
+        return method.stages in ({TOKENS}, {LAYERS}) and not method.may_repeat and needed <= self.signals
 
     def take(self, modality: str, numbers: Sequence[int], device: torch.device) -> list[EncodedImage]:
         """Some of the images of one modality, on the device of the model."""

@@ -25,7 +25,7 @@ def logits_asked_for(call: CompressedInputs, settings: Settings) -> Any:
         UnsupportedCallError: columns by their numbers, of a prompt whose columns move.
     """
     asked = call.get("logits_to_keep")
-    if isinstance(asked, Tensor) and call.compaction.changed:
+    if isinstance(asked, Tensor) and call.changed:
         if settings.logits != "prompt":
             raise UnsupportedCallError(
                 "logits_to_keep must be a number with logits='kept': the columns of the prompt move; use logits='prompt'"

@@ -2,14 +2,15 @@
 
 import warnings
 
-from adafv.core.select import check_method, plan_of
-from adafv.core.tokens import STRINGS, WORDS, Signal
+from adafv.core.select import check_method, cuts_of, plan_of
+from adafv.core.tokens import STRINGS, WORD_ATTENTION, WORDS, Signal
 from adafv.engines.transformers.call import Call, ImageJob
 from adafv.engines.transformers.columns import refuse_unknown_columns
 from adafv.engines.transformers.families import CallWithImages
+from adafv.engines.transformers.layers import check_call, decoder_of
 from adafv.engines.transformers.releases import cache_of
-from adafv.errors import NoWordsError, UnsupportedCallError, UnsupportedModelError
-from adafv.methods.base import IMAGE, TOKENS, TOWER
+from adafv.errors import MethodError, NoWordsError, UnsupportedCallError, UnsupportedModelError
+from adafv.methods.base import IMAGE, LAYERS, TOKENS, TOWER
 from adafv.prompts.text import text_columns
 
 
@@ -28,11 +29,29 @@ def plan_images(call: Call) -> None:
         if call.settings.method.needs_words:
             _find_words(call, job)
         _check_method(call, job)
+        if LAYERS in job.method.stages:
+            _plan_cuts(call, job)
+            continue
         job.plan = plan_of(job.method, job.image.layout, job.keep)
         job.keep = job.keep if job.plan.keep is None else job.plan.keep
         _follow(call, job)
+    if any(job.cuts for job in losing):
+        check_call(call)
     if losing or call.prefix.changed:
         refuse_unknown_columns(call.inputs, (call.prompt.length, call.prefix.length + call.prompt.length))
+
+
+def _plan_cuts(call: Call, job: ImageJob) -> None:
+    """Where the tokens of an image go inside the language model; in front of it all of them stay."""
+    if job.method.stages != {LAYERS}:
+        others = ", ".join(sorted(job.method.stages - {LAYERS}))
+        raise MethodError(
+            f"the method {job.method.name} acts inside the language model and elsewhere ({others}); one method acts in one "
+            "place: make two of it"
+        )
+    depth = len(decoder_of(call.model).layers)
+    job.cuts = cuts_of(job.method, depth, job.image.layout.tokens, job.keep)
+    job.keep = job.image.layout.tokens
 
 
 def _find_words(call: Call, job: ImageJob) -> None:
@@ -41,6 +60,10 @@ def _find_words(call: Call, job: ImageJob) -> None:
     settings, image = call.settings, job.image
     try:
         job.text = text_columns(call.prompt, image, settings.scope, settings.template)
+        if WORD_ATTENTION in settings.method.needs:
+            job.text = job.text[job.text > int(image.columns[-1])]
+            if not len(job.text):
+                raise NoWordsError("no word that counts stands behind it, and words in front do not look at it")
     except NoWordsError as error:
         job.method = settings.method_without_text
         if job.method.needs_words:
@@ -57,10 +80,11 @@ def _check_method(call: Call, job: ImageJob) -> None:
 
     def has(signal: Signal) -> bool:
         if signal == STRINGS:
-            return call.settings.tokenizer is not None and _ids_known(call, job)
-        return signal == WORDS
+            return call.settings.tokenizer is not None and _ids_known(call, job) and LAYERS not in job.method.stages
+        return signal == WORDS or (signal.of_layers and LAYERS in job.method.stages)
 
-    check_method(job.method, "transformers", frozenset({IMAGE, TOKENS}), has, (TOKENS, TOWER))
+    stages = {IMAGE, TOKENS, LAYERS} if call.wrapped else {IMAGE, TOKENS}  # `compress` makes inputs and no more
+    check_method(job.method, "transformers", frozenset(stages), has, (TOKENS, TOWER))
     try:
         call.family.check_signals(call.model, job.method.of_tower)
     except UnsupportedModelError as error:

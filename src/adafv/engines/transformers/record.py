@@ -47,6 +47,9 @@ class ImageRecord:
     """[G, N] float32, saliency of those."""
     place: int = field(repr=False)
     """Which of those it is."""
+    layers: dict[int, Tensor] | None = None
+    """Of methods that act inside the language model: decoder layer -> [K] long, the tokens that stay from it on. `kept` are
+    those of the last one. None for other methods."""
 
     @property
     def _restated(self) -> bool:
@@ -135,6 +138,7 @@ class Record:
     """In the prompts' order."""
     prompt_length_before: int
     prompt_length_after: int
+    """As the language model saw it; its last layer, where tokens go inside it."""
     kv_bytes_before: int
     """Bytes of keys and values for the prompts of the batch, as given."""
     kv_bytes_after: int
@@ -146,6 +150,9 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time per stage: "tower" (with the projector), "selection", "compaction", "model" (the call of the stock
     model). On an accelerator work is queued, so without synchronising it is the time to queue it."""
+    layer_lengths: list[int] | None = None
+    """Of methods that act inside the language model: columns of the prompt that each decoder layer saw, and its cache holds.
+    None for other methods: every layer sees `prompt_length_after`."""
 
     @cached_property
     def keep_mask(self) -> Tensor:

@@ -15,7 +15,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -69,7 +69,8 @@ class Pruner:
         keep: tokens per image over all its crops (64), or share of the image's tokens (0.1 or "10%"; 1.0 or "all" keeps
             all); see `adafv.core.Budget`.
         positions: "compact": tokens move up to close the gaps, as in the paper; "original": each keeps the position it
-            has in the full prompt. With M-RoPE (Qwen), where there are no gaps, both are the same.
+            has in the full prompt. With M-RoPE (Qwen), where there are no gaps, both are the same; so they are for methods
+            that act inside the language model, where tokens keep the positions of the full prompt.
         text: which text counts, "question", "turn" or "after"; see `adafv.prompts.text`. None: "question"
             with a processor whose chat template shows the user's words, else "turn".
         processor: the model's processor, to know its chat template.
@@ -236,7 +237,9 @@ class PrunedModel:
         with host_by_default(), torch.no_grad():
             fill_in_mask(self.model, arguments)
             with sharded_parts_ready(self.model):
-                call = compress_call(stock, self.family, self.settings, arguments, whole_conversation=True)
+                call = compress_call(
+                    stock, self.family, self.settings, arguments, whole_conversation=True, wrapped=True
+                )
             refuse_mixed_up(self.model, call)
             prompt = arguments.get("input_ids")
             if call.contents is not None:
@@ -269,13 +272,16 @@ class PrunedModel:
             return stock.forward(*args, **kwargs)
         arguments = named_for_this_release(arguments)
         with host_by_default(), sharded_parts_ready(self.model):
-            call = compress_call(stock, self.family, self.settings, arguments, whole_conversation=False)
+            call = compress_call(stock, self.family, self.settings, arguments, whole_conversation=False, wrapped=True)
         if call.contents is None:
             return self._run(call, stock.forward)
         # A tuple says neither where the cache is in it nor where the logits are.
         as_tuple = not call.pop("return_dict", getattr(self.model.config, "return_dict", True))
         asked = logits_asked_for(call, self.settings)
         output = self._run(call, functools.partial(stock.forward, return_dict=True))
+        if call.inside is not None and call.inside.images:
+            call.compaction = call.new = call.inside.compaction
+            call.dropped = call.inside.dropped
         with host_by_default():
             if self.settings.logits == "prompt" and call.compaction.changed:
                 in_the_callers_columns(output, call, asked)
@@ -304,12 +310,22 @@ class PrunedModel:
         return any(value is not None and self.family.named(name) in pixels for name, value in arguments.items())
 
     def _run(self, call: CompressedInputs, function: Callable[..., Any]) -> Any:
-        record = call.record
+        record, inside = call.record, call.inside
         if record is None:
-            return function(**call)
+            with nullcontext() if inside is None else inside.hooked():
+                return function(**call)
+        if inside is None:
+            self._latest = self._own.record = record
+            with timed(record.seconds, "model"):
+                return function(**call)
+        with timed(record.seconds, "model"), inside.hooked():
+            output = function(**call)
+        if inside.images:
+            inside.describe(record)
+            if call.contents is not None:
+                call.contents = replace(call.contents, inside=inside.columns_held)
         self._latest = self._own.record = record
-        with timed(record.seconds, "model"):
-            return function(**call)
+        return output
 
     def _remember(self, call: CompressedInputs, output: Any, given_cache: Any, one_answer: bool) -> None:
         """Write on the cache what it holds.
