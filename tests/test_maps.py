@@ -121,12 +121,10 @@ class TestReadme:
     def test_is_short(self) -> None:
         assert len(text("README.md").splitlines()) <= README_LINES
 
-    def test_lists_every_method(self) -> None:
-        """A method's line begins with its name in code, as `adafv methods` shows it."""
+    def test_names_every_method(self) -> None:
         methods = text("README.md").partition("## Methods\n")[2].partition("\n## ")[0]
-        assert set(re.findall(r"^\| `([\w-]+)` \|", methods, re.MULTILINE)) == {
-            line.split()[0] for line in run("methods").stdout.splitlines() if not line.startswith(" ")
-        }
+        table = [line for line in methods.splitlines() if line.startswith("|")]
+        assert sorted(re.findall(r"`([\w-]+)`", "".join(table))) == every_method()
 
     def test_counts_the_families(self) -> None:
         """The table is the one that `adafv families` prints: tests/test_families.py."""
@@ -137,6 +135,18 @@ class TestReadme:
     def test_lists_every_example(self) -> None:
         examples = {name for name in FILES if re.fullmatch(r"examples/\w+\.py", name)}
         assert set(re.findall(r"\((examples/\w+\.py)\)", text("README.md"))) == examples
+
+
+class TestMethods:
+    def test_the_document_lists_every_method(self) -> None:
+        """At the front of a row each, but for `downsample`, which has a section of its own."""
+        rows = re.findall(r"^\| (`.*?) \|", text("docs/methods.md"), re.MULTILINE)
+        assert sorted([*re.findall(r"`([\w-]+)`", " ".join(rows)), "downsample"]) == every_method()
+
+
+def every_method() -> list[str]:
+    """As `adafv methods` shows them."""
+    return sorted(line.split()[0] for line in run("methods").stdout.splitlines() if not line.startswith(" "))
 
 
 def anchors(path: Path) -> set[str]:
