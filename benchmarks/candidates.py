@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adafv.core import joint_search, top_tokens
-from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, VisualTokens
+from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, Signal, VisualTokens, saliency_of
 from adafv.methods import Method
 
 _TINY = 1e-12
@@ -285,7 +285,67 @@ class Top(Method):
         return Kept(top_tokens(Volume(quality=self.quality).quality_of(tokens, keep), keep, tokens.candidates))
 
 
+@dataclass(frozen=True)
+class Ablation(Method):
+    """AdaFV with one of the paper's choices changed."""
+
+    temperature: float = 100.0
+    words: str = "max"
+    """"max" or "mean": over the words of the text."""
+    mean: str = "geometric"
+    """"geometric"; "arithmetic": the top K of t / sum t + s / sum s; "product": the top K of t * s; "raw sum": of t + s."""
+    floor: float = 0.0
+    """Share of the budget that each list gets without a search, as in the published code (a quarter)."""
+    layer: int | None = None
+    """Of the saliency, as `saliency_of` counts; None: the one that the projector reads."""
+
+    name = "ablation"
+    summary = "AdaFV with one choice changed"
+
+    @property
+    def saliency(self) -> Signal:
+        return SALIENCY if self.layer is None else saliency_of(self.layer)
+
+    @property
+    def needs(self) -> frozenset[Signal]:  # type: ignore[override]
+        return frozenset({WORDS, self.saliency})
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        shown, mask = tokens.candidates, tokens.text.mask.unsqueeze(-1)
+        per_word = attention_per_word(tokens, self.temperature, 0.0).masked_fill(~mask, 0.0)
+        t = per_word.amax(1) if self.words == "max" else per_word.sum(1) / mask.sum(1)
+        s = tokens.signals[self.saliency].masked_fill(~shown, 0.0)
+        if self.mean == "geometric" and not self.floor:
+            return Kept(joint_search(t, s, keep, shown).indices)
+        if self.mean == "geometric":
+            first = int(self.floor * keep)
+            sure = torch.zeros_like(shown)
+            for scores in (t, s) if first else ():
+                sure.scatter_(1, top_tokens(scores, first, shown), True)
+            # Each list's head stays whatever the search says: it gets the rest of the budget to choose.
+            rest = joint_search(t.masked_fill(sure, 0.0), s.masked_fill(sure, 0.0), keep, shown & ~sure)
+            chance = torch.zeros_like(t).scatter(1, rest.indices, 1 + (t + s).gather(1, rest.indices))
+            return Kept(top_tokens(chance.masked_fill(sure, 1e6), keep, shown))
+        whole = [scores / scores.sum(-1, keepdim=True).clamp_min(_TINY) for scores in (t, s)]
+        mixed = {"arithmetic": whole[0] + whole[1], "product": whole[0] * whole[1], "raw sum": t + s}[self.mean]
+        return Kept(top_tokens(mixed, keep, shown))
+
+
 CANDIDATES: dict[str, Method] = {
+    # the paper's choices
+    "as-it-is": Ablation(),
+    "temperature-10": Ablation(temperature=10.0),
+    "temperature-30": Ablation(temperature=30.0),
+    "temperature-300": Ablation(temperature=300.0),
+    "mean-over-words": Ablation(words="mean"),
+    "arithmetic": Ablation(mean="arithmetic"),
+    "raw-sum": Ablation(mean="raw sum"),
+    "product": Ablation(mean="product"),
+    "floors": Ablation(floor=0.25),
+    "layer-last": Ablation(layer=-1),
+    "layer-3": Ablation(layer=-3),
+    "layer-4": Ablation(layer=-4),
+    "layer-6": Ablation(layer=-6),
     # masses
     "m3": Masses(),
     "m3-tokens": Masses(space="tokens"),

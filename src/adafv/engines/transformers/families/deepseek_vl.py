@@ -19,9 +19,6 @@ class DeepseekVL(Llava):
     as_tensor = ("image",)
     tower_name = "vision_model"
 
-    def projects(self, model: Any) -> bool:
-        return False  # the aligner reads a norm of the last layer
-
     def reads(self, model: Any, visuals: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
         check_tower(model.model.vision_model, -1, "full")
         return -1, {}

@@ -12,6 +12,15 @@ from adafv.engines.transformers.families.base import Encoded, Family, Signals, i
 from adafv.engines.transformers.towers import TappedTower, check_tower, patch_grid, scale_down, uncompiled, with_tower
 from adafv.prompts.prompt import Run
 
+PROJECTED = (
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaNextVideoForConditionalGeneration",
+    "VideoLlavaForConditionalGeneration",
+    "VipLlavaForConditionalGeneration",
+)
+"""Models whose `multi_modal_projector` maps what the tower says token by token."""
+
 
 class Llava(Family):
     name = "LLaVA-1.5"
@@ -43,7 +52,8 @@ class Llava(Family):
         return self.reads(model, {})[0]
 
     def projects(self, model: Any) -> bool:
-        return True
+        # By name: a family derived from this one may have another projector, and would be wrong without a word.
+        return any(base.__name__ in PROJECTED for base in type(model).__mro__)
 
     def project(self, model: Any, rows: Tensor) -> Tensor:
         return model.model.multi_modal_projector(rows)  # type: ignore[no-any-return]

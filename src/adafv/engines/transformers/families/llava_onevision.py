@@ -39,9 +39,6 @@ class LlavaOnevision(Llava):
     downsamples = False
     as_tensor = ("video",)
 
-    def projects(self, model: Any) -> bool:
-        return False  # a token is made of several patches after the projector
-
     def take(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
     ) -> dict[str, Any]:
