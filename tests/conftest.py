@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """A family without videos is not asked about videos; that it refuses them is in test_families.py.
 
     Of the product family x mode x batch, every pair is run, not every triple: see pairwise.py. With ADAFV_WHOLE=1
-    (`make test-all`) the product is, as before a release.
+    (`make test-all`) the product is, as before a release; and so is what is marked "release".
     """
 
     def exists(parameters: dict[str, Any]) -> bool:
@@ -78,6 +78,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if exists(parameters_of(item))]
     if os.environ.get("ADAFV_WHOLE"):
         return
+    items[:] = [item for item in items if item.get_closest_marker("release") is None]
     of_product = {id(item): found for item in items if (found := case(item)) is not None}
     chosen = every_pair(list(of_product.values()))
     items[:] = [item for item in items if id(item) not in of_product or of_product[id(item)] in chosen]

@@ -28,6 +28,8 @@ from training.world.scenes import Scene, render, sample_scene
 
 ALONE = [stage for stage in STAGES.values() if not stage.needs]
 """Stages that start from nothing."""
+OFTEN = ("projector", list(STAGES)[-1])
+"""Stages of which every run of the tests asks whether they learn: two with several kinds of batches."""
 
 
 def scenes(count: int, split: str = "train") -> list[Scene]:
@@ -54,7 +56,11 @@ def minimal_batches(stage: Stage) -> list[Any]:
 
 
 class TestStages:
-    @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+    @pytest.mark.parametrize(
+        "stage",
+        [pytest.param(stage, marks=[] if name in OFTEN else pytest.mark.release) for name, stage in STAGES.items()],
+        ids=STAGES,
+    )
     def test_learns_and_changes_only_what_it_names(self, stage: Stage) -> None:
         pupil = Pupil()
         before = {name: value.clone() for name, value in pupil.state_dict().items()}
@@ -113,7 +119,11 @@ def stopped_at(stage: Stage, step: int) -> Stage:
 
 @pytest.mark.usefixtures("no_photographs")
 class TestGoingOn:
-    @pytest.mark.parametrize("stage", ALONE, ids=[stage.name for stage in ALONE])
+    @pytest.mark.parametrize(
+        "stage",
+        [pytest.param(stage, marks=[] if stage is ALONE[-1] else pytest.mark.release) for stage in ALONE],
+        ids=[stage.name for stage in ALONE],
+    )
     def test_stopping_changes_nothing(self, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         stage, steps = dataclasses.replace(stage, size=2, steps=4), 4
         whole, parts = tmp_path / "whole", tmp_path / "parts"
