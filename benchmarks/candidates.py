@@ -383,7 +383,7 @@ CANDIDATES: dict[str, Method] = {
     "a-minmax": Apart(),
     "a-minmax-centred": Apart(centred=True),
     # coverage
-    "scope": Covering(),
+    "scope-again": Covering(),
     "scope-joint": Covering(quality="joint"),
     "scope-minmax": Covering(quality="minmax"),
     "scope-joint-centred": Covering(quality="joint", centred=True),

@@ -36,7 +36,7 @@ from torch import Tensor
 
 import adafv
 from adafv import Pruner
-from adafv.methods import Method
+from adafv.methods import Method, known_methods
 from adafv.methods.base import TOKENS
 from adafv.methods.options import method_from_text
 from benchmarks.accuracy import Asker, batch_of, first_answer_logits, interval
@@ -140,6 +140,8 @@ def methods_of(words: Sequence[str]) -> dict[str, Method]:
     """By the word that names them; of the catalogue, or candidates of `benchmarks.candidates`."""
     from benchmarks.candidates import CANDIDATES
 
+    # What a table calls by the name of a method is that method.
+    assert not CANDIDATES.keys() & known_methods().keys()
     return {
         word: CANDIDATES[word] if word in CANDIDATES else method_from_text(word)[0]
         for word in words

@@ -231,6 +231,51 @@ def test_two_images_have_a_budget_each() -> None:
         assert all(image.layout.shows_patch[image.kept].all() for image in record.images)  # newlines go first
 
 
+@dataclass(frozen=True)
+class Seeing(FastV):
+    """Notes what it is shown: of the tower, too."""
+
+    seen: ClassVar[list[VisualTokens]] = []
+    needs = frozenset({LAST_ATTENTION, SALIENCY})
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        self.seen.append(tokens)
+        return super().select(tokens, keep)
+
+
+@dataclass(frozen=True)
+class SeeingBefore(Seeing):
+    """The same in front of the language model."""
+
+    seen: ClassVar[list[VisualTokens]] = []
+    needs = frozenset({SALIENCY})
+    stages = frozenset({TOKENS})
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        self.seen.append(tokens)
+        return Kept(torch.arange(keep).expand(len(tokens.source), keep))
+
+
+def test_what_is_shown_is_what_other_stages_are_shown() -> None:
+    """Crops as they are arranged, and nothing where a newline stands: as in the one preparation of all methods."""
+    row = ROWS["llava-next"]
+    model = row.build(text=DEEP_TEXT)
+    inputs = make_inputs(row, model, [1])
+    for method in (Seeing(layer=1), SeeingBefore()):
+        method.seen.clear()
+        with torch.no_grad(), Pruner(method, 7)(model):
+            model(**inputs)
+    [inside], [before] = Seeing.seen, SeeingBefore.seen
+    assert not before.candidates.all()
+    assert (inside.signals[SALIENCY][~inside.candidates] == 0).all()
+    assert before.tiling is not None
+    assert inside.tiling == before.tiling
+    for name in ("features", "candidates", "source", "crops", "rows", "columns"):
+        one, other = getattr(inside, name), getattr(before, name)
+        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+    assert torch.equal(inside.signals[SALIENCY], before.signals[SALIENCY])
+
+
 def test_videos() -> None:
     row = ROWS["qwen2-vl"]
     with shared_model(row) as model:

@@ -245,6 +245,17 @@ def visual_tokens(images: Sequence[Wanted]) -> VisualTokens:
     )
 
 
+def at_places(tokens: VisualTokens, places: Tensor) -> VisualTokens:
+    """Of the tokens of every image those at `places` ([n] long) alone."""
+    return replace(
+        tokens,
+        features=tokens.features[:, places],
+        candidates=tokens.candidates[:, places],
+        source=tokens.source[:, places],
+        signals={signal: values[:, places] for signal, values in tokens.signals.items()},
+    )
+
+
 def _words(images: Sequence[Wanted]) -> Words:
     parts = [image.words for image in images]
     device = parts[0].device  # type: ignore[union-attr]

@@ -14,15 +14,15 @@ its cache: which columns each layer holds.
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from adafv.core.select import check_kept
-from adafv.core.tokens import LAST_ATTENTION, WORD_ATTENTION, Cut, Kept, VisualTokens, Words
+from adafv.core.select import Wanted, at_places, check_kept, visual_tokens
+from adafv.core.tokens import LAST_ATTENTION, WORD_ATTENTION, Cut, Kept, Plan, VisualTokens
 from adafv.engines.transformers.cache import HeldColumns
 from adafv.engines.transformers.call import Call, CompressedInputs, ImageJob
 from adafv.engines.transformers.compaction import Compaction
@@ -342,35 +342,15 @@ class InsideRun:
         job, kept = image.job, image.kept
         device = looks.rows.device
         columns, place = image.columns.to(device)[kept.to(device)], kept.to(device)
-        signals = {}
+        tokens = at_places(self._shown(image, device), place)
+        looked = {}
         if LAST_ATTENTION in job.method.needs:
             last = torch.tensor([self.last], device=device)
-            signals[LAST_ATTENTION] = looks.of(last, columns)
+            looked[LAST_ATTENTION] = looks.of(last, columns)
         if WORD_ATTENTION in job.method.needs:
             assert image.words is not None
-            signals[WORD_ATTENTION] = looks.of(image.words.to(device), columns).mT.unsqueeze(0)
-        assert job.encoded is not None
-        for signal in job.method.of_tower:
-            signals[signal] = job.encoded.signals[signal].to(device)[place].unsqueeze(0)
-        source = job.layout.source.to(device)[place].unsqueeze(0)
-        words = None
-        if image.words is not None:
-            assert image.embeddings is not None
-            there = torch.ones(1, len(image.words), dtype=torch.bool, device=device)
-            ids = self.ids[image.words].to(device).unsqueeze(0)
-            words = Words(image.embeddings.to(device).unsqueeze(0), there, ids)
-        features = job.encoded.features.detach().to(device) if image.read is None else image.read.to(device)
-        tokens = VisualTokens(
-            features=features[place].unsqueeze(0),
-            candidates=source >= 0,
-            source=source,
-            crops=job.layout.crops,
-            rows=job.layout.rows,
-            columns=job.layout.columns,
-            signals=signals,
-            words=words,
-            read=features.unsqueeze(0),
-        )
+            looked[WORD_ATTENTION] = looks.of(image.words.to(device), columns).mT.unsqueeze(0)
+        tokens = replace(tokens, signals={**tokens.signals, **looked})
         chosen = job.method.select(tokens, cut.keep)
         check_kept(job.method, tokens, cut.keep, chosen)
         if chosen.weights is not None:
@@ -378,6 +358,20 @@ class InsideRun:
                 f"the method {job.method.name} merges tokens inside the language model, where they only go"
             )
         return place[chosen.indices[0]].to(kept.device)
+
+    def _shown(self, image: _Image, device: torch.device) -> VisualTokens:
+        """All tokens of an image, as in front of the language model; but for methods that look at words, as it read them."""
+        job = image.job
+        assert job.encoded is not None
+        features = job.encoded.features.detach() if image.read is None else image.read
+        signals = {signal: values.to(device) for signal, values in job.encoded.signals.items()}
+        encoded = replace(job.encoded, features=features.to(device), signals=signals)
+        words = ids = None
+        if image.words is not None:
+            assert image.embeddings is not None
+            words, ids = image.embeddings.to(device), self.ids[image.words]
+        tokens = visual_tokens([Wanted(encoded, job.method, Plan(len(features)), len(features), words, ids)])
+        return replace(tokens, read=tokens.features)
 
     def _take_out(self, index: int) -> Tensor | None:
         """Drop what was chosen to go from this layer on; which of the rows stay, None: all."""
