@@ -6,14 +6,6 @@ fewer of them is masked. Equal values are resolved in favour of what stands firs
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
-
-
-def cosines(values: Tensor, others: Tensor | None = None) -> Tensor:
-    """[..., N, C] (and [..., M, C]) -> [..., N, M] float32, cosine similarities; 0 to what is 0."""
-    values = normalize(values.detach().float(), dim=-1)
-    others = values if others is None else normalize(others.detach().float(), dim=-1)
-    return values @ others.transpose(-1, -2)
 
 
 def rows_at(values: Tensor, indices: Tensor) -> Tensor:
@@ -68,6 +60,29 @@ def means(indices: Tensor, belongs: Tensor) -> Tensor:
     """
     members = (indices.unsqueeze(-1) == belongs.unsqueeze(-2)).float()
     return members / members.sum(-1, keepdim=True).clamp_min(1.0)
+
+
+def with_the_rest(
+    indices: Tensor, weights: Tensor, kept: Tensor, candidates: Tensor, shares: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Add one token that is a mix of the candidates that were not kept; it stands in the place of the last of them.
+
+    Where nothing is left that shows a patch, the next newline stays as it is.
+
+    Args:
+        indices: [..., K] long, the tokens that stay; weights: [..., K, N], of their mixes; kept: [..., N] bool, the same.
+        candidates: [..., N] bool.
+        shares: [..., N] or [..., 1] float32, of the candidates that were not kept.
+
+    Returns:
+        Indices [..., K + 1], ascending, and weights [..., K + 1, N].
+    """
+    rest = candidates & ~kept
+    place = torch.where(rest.any(-1), last_true(rest), first_true(~kept)).unsqueeze(-1)
+    newline = marks_of(place, kept.shape[-1]).float()
+    row = torch.where(rest.any(-1, keepdim=True), shares * rest, newline)
+    indices, order = torch.cat((indices, place), dim=-1).sort(dim=-1)
+    return indices, rows_at(torch.cat((weights, row.unsqueeze(-2)), dim=-2), order)
 
 
 def outliers(scores: Tensor, candidates: Tensor) -> Tensor:

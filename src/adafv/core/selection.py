@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adafv.core.merging import first_true
 from adafv.errors import BudgetError
 
 WEIGHTS = 33
@@ -467,7 +468,7 @@ def _best_small_set(
     if keep == 1:
         product = (text * salient).masked_fill(~allowed, -1.0)
         best = product.amax(-1, keepdim=True)
-        indices = torch.where(best > 0, _first(product == best).unsqueeze(-1), indices)
+        indices = torch.where(best > 0, first_true(product == best).unsqueeze(-1), indices)
         reached = (best.squeeze(-1).clamp_min(0).sqrt() * unit).reshape(shape[:-1])
         return indices.reshape(shape), reached, torch.ones_like(reached, dtype=torch.bool)
 
@@ -543,16 +544,11 @@ def _try_all(text: Tensor, salient: Tensor, is_open: Tensor, keep: int) -> tuple
         product = torch.where(masses[0] < 0, masses[0], masses[0] * masses[1])
         product = product.masked_fill(place <= front[:, -1:], -1.0).flatten(1)
         value = product.amax(-1)
-        first = _first(product == value.unsqueeze(-1))
+        first = first_true(product == value.unsqueeze(-1))
         chosen = torch.cat((front[first // tokens], (first % tokens).unsqueeze(-1)), dim=-1)
         places = torch.where((value > best).unsqueeze(-1), chosen, places)
         best = torch.maximum(best, value)
     return best, places
-
-
-def _first(marks: Tensor) -> Tensor:
-    """Index of the first True along the last dimension; `argmax` promises that of equals on no device."""
-    return torch.where(marks, torch.arange(marks.shape[-1], device=marks.device), marks.shape[-1] - 1).amin(-1)
 
 
 def _selection(text_attention: Tensor, saliency: Tensor, indices: Tensor, bound: Tensor) -> Selection:

@@ -120,6 +120,17 @@ class Method(ABC):
         """Choose `keep` tokens, as planned. 0 < keep < N."""
 
 
+class Mixing(Method):
+    """Base of methods that merge tokens where their option says: in front of the projector, or behind it."""
+
+    before_projector: bool
+    """A field of every subclass, in the place that it shall have among the options."""
+
+    @property
+    def mixes(self) -> str:  # type: ignore[override]
+        return TOWER if self.before_projector else TOKENS
+
+
 @cache
 def found_methods() -> Found[Method]:
     """The methods of this package and of the entry points `adafv.methods`, and what could not be loaded."""

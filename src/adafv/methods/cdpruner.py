@@ -7,8 +7,8 @@ from torch import Tensor
 from adafv.core.greedy import Parts, determinantal_search
 from adafv.core.likeness import cosines, crop_of, masked_mean, min_max, unit_vectors
 from adafv.core.tokens import WORDS, Kept, VisualTokens
-from adafv.errors import OptionError
 from adafv.methods.base import Method
+from adafv.methods.checks import check_choice, check_sign
 
 WORD_CHOICES = ("best", "mean")
 CROP_CHOICES = ("each", "together")
@@ -71,15 +71,3 @@ def parts_of(tokens: VisualTokens, crops: str) -> Parts | None:
     if crops == "together" or tokens.crops == 1:
         return None
     return Parts(crop_of(tokens.source, tokens.rows * tokens.columns), tokens.crops)
-
-
-def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise OptionError unless `value` is one of those."""
-    if value not in known:
-        raise OptionError(f"{name}={value!r}; known are: {', '.join(known)}")
-
-
-def check_sign(sign: int) -> None:
-    """Raise OptionError unless it is 1 or -1."""
-    if sign not in (1, -1):
-        raise OptionError(f"sign={sign!r}; give 1, or -1: tokens that are unlike the text count as relevant")

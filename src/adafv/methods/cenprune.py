@@ -8,7 +8,8 @@ from adafv.core.greedy import determinantal_search, max_min_search
 from adafv.core.likeness import masked_mean, min_max, unit_vectors
 from adafv.core.tokens import WORDS, Kept, VisualTokens
 from adafv.methods.base import Method
-from adafv.methods.cdpruner import WORD_CHOICES, check_choice, check_sign, relevance
+from adafv.methods.cdpruner import WORD_CHOICES, relevance
+from adafv.methods.checks import check_choice, check_sign
 
 BASES = ("divprune", "cdpruner")
 SCALES = ("min-max", "sigmoid")

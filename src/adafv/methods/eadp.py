@@ -12,7 +12,7 @@ from adafv.core.likeness import cosines, masked_mean, min_max, self_cosines, uni
 from adafv.core.tokens import WORDS, Kept, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods.base import Method
-from adafv.methods.cdpruner import check_sign
+from adafv.methods.checks import check_sign
 
 TEMPERATURE = 100.0
 ENTROPY_TEMPERATURE = 0.01

@@ -8,6 +8,7 @@ from adafv.core.cuts import BUDGETS, shrinking
 from adafv.core.tokens import LAST_ATTENTION, Cut, Kept, VisualTokens
 from adafv.errors import MethodError, OptionError
 from adafv.methods.base import LAYERS, Method
+from adafv.methods.checks import check_choice
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ class FastV(Method):
     def __post_init__(self) -> None:
         if self.layer < 1:
             raise OptionError(f"layer={self.layer}; give 1 or more: the attention is that of the layer before")
-        if self.budget not in BUDGETS:
-            raise OptionError(f"budget={self.budget!r}; known are: {', '.join(BUDGETS)}")
+        check_choice("budget", self.budget, BUDGETS)
 
     def cuts(self, depth: int, tokens: int, keep: int) -> Sequence[Cut]:
         if self.layer >= depth:

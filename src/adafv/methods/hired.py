@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from adafv.core import top_tokens
+from adafv.core.likeness import crop_of
 from adafv.core.tokens import SALIENCY, Kept, VisualTokens, saliency_of
-from adafv.errors import OptionError
 from adafv.methods.base import Method
+from adafv.methods.checks import check_budget_share
 
 EARLY = saliency_of(1)
 _ALMOST = 1e-6
@@ -44,14 +45,13 @@ class HiRED(Method):
     needs = frozenset({SALIENCY, EARLY})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise OptionError(f"alpha={self.alpha}; give a share of the budget, 0 to 1")
+        check_budget_share("alpha", self.alpha)
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         if tokens.crops == 1:
             return Kept(top_tokens(tokens.saliency, keep, tokens.candidates))
         number = torch.arange(tokens.crops + 1, device=tokens.source.device)
-        crop = tokens.source.div(tokens.rows * tokens.columns, rounding_mode="floor")
+        crop = crop_of(tokens.source, tokens.rows * tokens.columns)
         crop = crop.masked_fill(~tokens.candidates, tokens.crops)  # in none
         sizes = (crop.unsqueeze(-1) == number).sum(-2)  # [G, crops + 1]
         budgets = self._budgets(tokens, crop, sizes[:, :-1], keep)

@@ -11,7 +11,7 @@ from adafv.core.likeness import cosines, self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, STRINGS, WORDS, Kept, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods.base import Method
-from adafv.methods.cdpruner import check_choice
+from adafv.methods.checks import check_choice
 
 TEXT_TEMPERATURE = 0.01
 IMAGE_TEMPERATURE = 0.2

@@ -6,24 +6,23 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout, top_tokens
+from adafv.core.likeness import cosines, unit_vectors
 from adafv.core.merging import (
-    cosines,
     evenly,
-    first_true,
     in_turn,
     indices_of,
-    last_true,
     marks_of,
     outliers,
     rows_at,
+    with_the_rest,
 )
 from adafv.core.tokens import KEYS, SALIENCY, Kept, Plan, VisualTokens
 from adafv.errors import OptionError
-from adafv.methods.base import TOKENS, TOWER, Method
+from adafv.methods.base import Mixing
 
 
 @dataclass(frozen=True)
-class PruMerge(Method):
+class PruMerge(Mixing):
     """Keep the outliers of the attention of [CLS], add to each what its key resembles, and one token for all the rest.
 
     Paper: arXiv 2403.15388; public code: 42Shawn/LLaVA-PruMerge, llava/model/multimodal_encoder/clip_encoder.py (read at
@@ -57,10 +56,6 @@ class PruMerge(Method):
         if self.neighbours < 0:
             raise OptionError(f"neighbours={self.neighbours}; give 0 or more")
 
-    @property
-    def mixes(self) -> str:  # type: ignore[override]
-        return TOWER if self.before_projector else TOKENS
-
     def plan(self, layout: ImageLayout, keep: int) -> Plan:
         return Plan(keep if self.fill else None)
 
@@ -81,13 +76,7 @@ class PruMerge(Method):
         indices = indices_of(kept, max(1, keep - 1))
         weights = self._with_neighbours(tokens, saliency, indices)
         if keep > 1:
-            rest = tokens.candidates & ~kept
-            # Where nothing is left that shows a patch, the next newline stays as it is.
-            place = torch.where(rest.any(-1), last_true(rest), first_true(~kept)).unsqueeze(-1)
-            newline = marks_of(place, kept.shape[-1]).float()
-            row = torch.where(rest.any(-1, keepdim=True), saliency * rest, newline)
-            indices, order = torch.cat((indices, place), dim=-1).sort(dim=-1)
-            weights = rows_at(torch.cat((weights, row.unsqueeze(-2)), dim=-2), order)
+            indices, weights = with_the_rest(indices, weights, kept, tokens.candidates, saliency)
         return Kept(indices, weights)
 
     def _with_neighbours(self, tokens: VisualTokens, saliency: Tensor, indices: Tensor) -> Tensor:
@@ -97,7 +86,7 @@ class PruMerge(Method):
         neighbours = min(self.neighbours, count - 1)
         if not neighbours:
             return own
-        keys = tokens.signals[KEYS].flatten(2)
+        keys = unit_vectors(tokens.signals[KEYS].detach().flatten(2))
         likeness = cosines(rows_at(keys, indices), keys)
         aside = (own > 0) | ~tokens.candidates.unsqueeze(-2) | ~tokens.candidates.gather(-1, indices).unsqueeze(-1)
         likeness = likeness.masked_fill(aside, float("-inf"))

@@ -8,6 +8,7 @@ from adafv.core.cuts import BUDGETS, shrinking
 from adafv.core.tokens import LAST_ATTENTION, Cut, Kept, VisualTokens
 from adafv.errors import MethodError, OptionError
 from adafv.methods.base import LAYERS, Method
+from adafv.methods.checks import check_choice
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ class PyramidDrop(Method):
     def __post_init__(self) -> None:
         if self.parts < 2:
             raise OptionError(f"parts={self.parts}; give 2 or more: tokens are dropped between stages")
-        if self.budget not in BUDGETS:
-            raise OptionError(f"budget={self.budget!r}; known are: {', '.join(BUDGETS)}")
+        check_choice("budget", self.budget, BUDGETS)
 
     def cuts(self, depth: int, tokens: int, keep: int) -> Sequence[Cut]:
         if depth < 2:

@@ -7,7 +7,8 @@ from adafv.core.likeness import self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, Kept, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods.base import Method
-from adafv.methods.cdpruner import CROP_CHOICES, check_choice, parts_of
+from adafv.methods.cdpruner import CROP_CHOICES, parts_of
+from adafv.methods.checks import check_choice
 
 
 @dataclass(frozen=True)

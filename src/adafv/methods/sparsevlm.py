@@ -11,6 +11,7 @@ from adafv.core.cuts import BUDGETS, shrinking
 from adafv.core.tokens import WORD_ATTENTION, WORDS, Cut, Kept, VisualTokens
 from adafv.errors import MethodError, OptionError
 from adafv.methods.base import LAYERS, Method
+from adafv.methods.checks import check_choice
 from adafv.methods.pyramiddrop import PyramidDrop
 
 PUBLISHED_LAYERS, PUBLISHED_DEPTH = (3, 7, 16), 32
@@ -55,8 +56,7 @@ class SparseVLM(Method):
 
     def __post_init__(self) -> None:
         self._layers(None)
-        if self.budget not in BUDGETS:
-            raise OptionError(f"budget={self.budget!r}; known are: {', '.join(BUDGETS)}")
+        check_choice("budget", self.budget, BUDGETS)
 
     def _layers(self, depth: int | None) -> list[int]:
         """Of the cuts, for a model of so many layers."""

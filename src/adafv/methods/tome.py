@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from adafv.core import top_tokens
-from adafv.core.merging import cosines, first_largest, in_turn, marks_of, means, rows_at
+from adafv.core.likeness import cosines, unit_vectors
+from adafv.core.merging import first_largest, in_turn, marks_of, means, rows_at
 from adafv.core.tokens import KEYS, Kept, VisualTokens
-from adafv.methods.base import TOKENS, TOWER, Method
+from adafv.methods.base import Mixing
 
 
 @dataclass(frozen=True)
-class ToMe(Method):
+class ToMe(Mixing):
     """Merge the visual tokens by bipartite soft matching until the budget is reached.
 
     Paper: "Token Merging: Your ViT But Faster", arXiv 2210.09461 (ICLR 2023); public code: facebookresearch/ToMe,
@@ -36,10 +37,6 @@ class ToMe(Method):
     cost = "N x N, log(N / K) rounds"
     needs = frozenset({KEYS})
 
-    @property
-    def mixes(self) -> str:  # type: ignore[override]
-        return TOWER if self.before_projector else TOKENS
-
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         images, count = tokens.source.shape
         own = torch.arange(count, device=tokens.source.device).expand(images, count)
@@ -50,7 +47,9 @@ class ToMe(Method):
         while listed.shape[-1] > keep:  # as often for every image: with fewer candidates there is nothing left to merge
             place = torch.arange(listed.shape[-1], device=listed.device)
             valid = place < left
-            likeness = cosines(keys[:, ::2], keys[:, 1::2]).masked_fill(~valid[:, 1::2].unsqueeze(-2), -2.0)
+            likeness = cosines(unit_vectors(keys[:, ::2]), unit_vectors(keys[:, 1::2])).masked_fill(
+                ~valid[:, 1::2].unsqueeze(-2), -2.0
+            )
             match, score = first_largest(likeness), likeness.amax(-1)
             merges = (left - keep).clamp_min(0).minimum(left // 2)
             order = score.masked_fill(~valid[:, ::2], -3.0).argsort(dim=-1, descending=True, stable=True)

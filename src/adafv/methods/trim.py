@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adafv.core import ImageLayout, top_tokens
-from adafv.core.merging import first_true, indices_of, last_true, marks_of, outliers, rows_at
+from adafv.core.merging import indices_of, marks_of, outliers, with_the_rest
 from adafv.core.scores import TEMPERATURE
 from adafv.core.tokens import WORDS, Kept, Plan, VisualTokens
-from adafv.methods.base import TOKENS, TOWER, Method
+from adafv.methods.base import Mixing
 
 
 @dataclass(frozen=True)
-class Trim(Method):
+class Trim(Mixing):
     """Keep the tokens whose similarity to the question is an outlier, and the mean of all others.
 
     Paper: arXiv 2409.11402; public code: FreedomIntelligence/TRIM, llava/model/multimodal_encoder/clip_encoder.py,
@@ -45,10 +45,6 @@ class Trim(Method):
     cost = "sort"
     needs = frozenset({WORDS})
 
-    @property
-    def mixes(self) -> str:  # type: ignore[override]
-        return TOWER if self.before_projector else TOKENS
-
     def plan(self, layout: ImageLayout, keep: int) -> Plan:
         return Plan(keep if self.fill else None)
 
@@ -60,14 +56,9 @@ class Trim(Method):
         if keep > 1:
             kept = marks_of(top_tokens(self._likeness(tokens), keep - 1, tokens.candidates), kept.shape[-1])
         indices = indices_of(kept, keep - 1)
-        rest = tokens.candidates & ~kept
-        # Where nothing is left that shows a patch, the next newline stays as it is.
-        place = torch.where(rest.any(-1), last_true(rest), first_true(~kept)).unsqueeze(-1)
-        row = torch.where(rest.any(-1, keepdim=True), rest, marks_of(place, kept.shape[-1])).float()
         own = torch.nn.functional.one_hot(indices, kept.shape[-1]).float()
-        indices, order = torch.cat((indices, place), dim=-1).sort(dim=-1)
-        row = row / row.sum(-1, keepdim=True)
-        return Kept(indices, rows_at(torch.cat((own, row.unsqueeze(-2)), dim=-2), order))
+        alike = 1 / (tokens.candidates & ~kept).sum(-1, keepdim=True).clamp_min(1).float()
+        return Kept(*with_the_rest(indices, own, kept, tokens.candidates, alike))
 
     def _likeness(self, tokens: VisualTokens) -> Tensor:
         """[G, N] float32, a softmax over the candidates."""

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 import torch
 
 from adafv.core import top_tokens
-from adafv.core.merging import cosines, first_largest, in_turn, indices_of, marks_of, means, rows_at
+from adafv.core.likeness import cosines, unit_vectors
+from adafv.core.merging import first_largest, in_turn, indices_of, marks_of, means, rows_at
 from adafv.core.tokens import KEYS, SALIENCY, Kept, VisualTokens
-from adafv.errors import OptionError
-from adafv.methods.base import TOKENS, TOWER, Method
+from adafv.methods.base import Mixing
+from adafv.methods.checks import check_budget_share
 
 
 @dataclass(frozen=True)
-class VisionZip(Method):
+class VisionZip(Mixing):
     """Keep dominant tokens as they are, and merge all others into contextual ones.
 
     Paper: arXiv 2412.04467 (CVPR 2025); public code: dvlab-research/VisionZip (known by the paper, and by what others
@@ -40,12 +41,7 @@ class VisionZip(Method):
     needs = frozenset({SALIENCY, KEYS})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.contextual <= 1:
-            raise OptionError(f"contextual={self.contextual}; give a share of the budget, 0 to 1")
-
-    @property
-    def mixes(self) -> str:  # type: ignore[override]
-        return TOWER if self.before_projector else TOKENS
+        check_budget_share("contextual", self.contextual)
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         merged, count = min(math.floor(self.contextual * keep + 0.5), keep), tokens.source.shape[1]
@@ -57,7 +53,7 @@ class VisionZip(Method):
         rest = tokens.candidates & ~kept
         step = (rest.sum(-1, keepdim=True) // merged).clamp_min(1)
         targets = in_turn(rest, ~kept).gather(-1, torch.arange(merged, device=step.device) * step)
-        keys = tokens.signals[KEYS].float().mean(-2)
+        keys = unit_vectors(tokens.signals[KEYS].detach().float().mean(-2))
         likeness = cosines(keys, rows_at(keys, targets))  # [G, N, merged]
         likeness = likeness.masked_fill(~tokens.candidates.gather(-1, targets).unsqueeze(-2), -2.0)
         nearest = targets.gather(-1, first_largest(likeness))  # [G, N]

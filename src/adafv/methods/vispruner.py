@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from adafv.core import top_tokens
-from adafv.core.merging import cosines, in_turn, marks_of, rows_at
+from adafv.core.likeness import cosines, unit_vectors
+from adafv.core.merging import in_turn, marks_of, rows_at
 from adafv.core.tokens import HIDDEN, SALIENCY, Kept, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods.base import Method
+from adafv.methods.checks import check_budget_share
 
 _SHRINKS = 0.75
 """Share of the cosines' rows below which they are copied without those that are not needed any more."""
@@ -43,8 +45,7 @@ class VisPruner(Method):
     needs = frozenset({SALIENCY, HIDDEN})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.important <= 1:
-            raise OptionError(f"important={self.important}; give a share of the budget, 0 to 1")
+        check_budget_share("important", self.important)
         if self.step < 1:
             raise OptionError(f"step={self.step}; give 1 or more duplicates to drop in a round")
 
@@ -55,7 +56,8 @@ class VisPruner(Method):
         scores = tokens.saliency.masked_fill(~tokens.candidates, float("-inf"))
         order = scores.argsort(dim=-1, descending=True, stable=True)
         left = (tokens.candidates.sum(-1, keepdim=True) - important).clamp_min(0)  # [G, 1], candidates in the list
-        likeness = cosines(tokens.signals[HIDDEN]).masked_fill(~tokens.candidates.unsqueeze(-1), -2.0)
+        unit = unit_vectors(tokens.signals[HIDDEN].detach())
+        likeness = cosines(unit, unit).masked_fill(~tokens.candidates.unsqueeze(-1), -2.0)
         diverse = self._without_duplicates(likeness, order[:, important:], left, keep - important)
         kept = marks_of(torch.cat((order[:, :important], diverse), dim=-1), scores.shape[-1])
         return Kept(top_tokens(kept.float(), keep, tokens.candidates))

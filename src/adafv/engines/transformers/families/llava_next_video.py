@@ -29,7 +29,7 @@ class LlavaNextVideo(LlavaNext):
 
     def projects(self, model: Any) -> bool:
         # The resampler is in front of the projector, and READ the mean of the patches of a token.
-        return bool(model.config.spatial_pool_mode == "average")
+        return super().projects(model) and bool(model.config.spatial_pool_mode == "average")
 
     def take(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
