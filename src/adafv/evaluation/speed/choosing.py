@@ -77,7 +77,13 @@ def measure_methods(
                 rows.append({"method": label, "tokens": tokens, "keep": keep, **_measured(run, device, rounds)})
             except (AdaFVError, torch.OutOfMemoryError) as error:
                 notes.append(f"{label} at {keep} of {tokens}: {error}")
-    return {"dtype": str(dtype).removeprefix("torch."), "batch": batch, "words": WORDS_ASKED, "rows": rows, "notes": notes}
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": batch,
+        "words": WORDS_ASKED,
+        "rows": rows,
+        "notes": notes,
+    }
 
 
 def _measured(run: Callable[[], object], device: torch.device, rounds: int) -> dict[str, Any]:
@@ -92,7 +98,8 @@ def _measured(run: Callable[[], object], device: torch.device, rounds: int) -> d
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before, heard = torch.cuda.memory_allocated(device), {}
+        before = torch.cuda.memory_allocated(device)
+        heard: dict[str, int] = {}
         with listening(stages), counted_waits(stages, heard):
             run()
         torch.cuda.synchronize(device)
@@ -178,7 +185,8 @@ def _chosen_inside(
     cuts = cuts_of(method, DEPTH, tokens, keep)
     shown: list[list[tuple[int, VisualTokens]]] = []
     for image in wanted:
-        whole, steps = visual_tokens([image]), []
+        whole = visual_tokens([image])
+        steps: list[tuple[int, VisualTokens]] = []
         for cut in cuts:
             left = tokens if not steps else steps[-1][0]
             attention = torch.rand(1, left, WORDS_ASKED, device=device) / tokens

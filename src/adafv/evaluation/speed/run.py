@@ -20,12 +20,15 @@ from adafv.errors import AdaFVError, OptionError, UnsupportedModelError
 from adafv.evaluation.speed.counting import Counting, Counts, counted_waits
 from adafv.evaluation.speed.shapes import Subject
 from adafv.evaluation.speed.stages import LAYERS, StageClock, Stages, listening
-from adafv.evaluation.speed.ways import Way, ideal, listened_to, pruned, published, unpruned
+from adafv.evaluation.speed.ways import Way, again, ideal, listened_to, pruned, published, unpruned
+from adafv.methods import Method
 
 STAGES = ("tower", "projector", "scores", "selection", "compaction", "prefill", "rest")
 """Of a call, in order. "selection" has the scores of methods that do not tell them apart; "compaction" is reading the prompt
 and writing the shorter one; "rest" is in none of them."""
 FEWEST_ROUNDS = 3
+DECODING_ROUNDS = 5
+"""Rounds in which decoding is measured as well: a round has several tokens of it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Options:
 
     budgets: Sequence[int | float | str] = ()
     """Empty: those of the shape."""
-    methods: Sequence[str] = ()
+    methods: Sequence[str | Method] = ()
     """Beside AdaFV, at every budget."""
     batch: int = 1
     rounds: int = 10
@@ -84,7 +87,7 @@ def measure(subject: Subject, options: Options) -> dict[str, Any]:
                 stages = _stages_of(subject, way)
                 found.stages.append(stages)
                 found.seconds.append(sum(stages.values()))
-                if way.generates and options.decode:
+                if way.generates and options.decode and number < DECODING_ROUNDS:
                     found.decode.append(_decoded(subject, way, inputs, options.decode))
     visual = int((inputs["input_ids"][0] == subject.model.config.image_token_id).sum())
     return {
@@ -117,7 +120,7 @@ def _ways(subject: Subject, inputs: dict[str, Any], options: Options, notes: lis
     found = [unpruned(subject, inputs)]
     for keep in budgets:
         found += [pruned(subject, inputs, keep, method) for method in ("adafv", *options.methods)]
-        found.append(ideal(subject, inputs, keep))
+        found += [ideal(subject, inputs, keep), again(subject, inputs, keep)]
         if options.published:
             try:
                 found.append(published(subject, inputs, keep))
@@ -232,14 +235,17 @@ def _counted(subject: Subject, way: Way, inputs: dict[str, Any], options: Option
         _ready(device)
         gc.collect()
         torch.cuda.reset_peak_memory_stats(device)
-        before, waits = torch.cuda.memory_allocated(device), {}
+        before = torch.cuda.memory_allocated(device)
+        waits: dict[str, int] = {}
         stages = Stages()
         with listening(stages), counted_waits(stages, waits):
             way.run()
         _ready(device)
         peak = torch.cuda.max_memory_allocated(device) - before
+        if LAYERS in waits:
+            waits["prefill"] = waits.get("prefill", 0) + round(subject.scale * waits.pop(LAYERS))
         for name, stage in found["stages"].items():
-            stage["waits"] = waits.pop(NAMES_OF_SLICES.get(name, name), 0)
+            stage["waits"] = waits.pop(name, 0)
         for name, number in waits.items():
             found["stages"].setdefault(name, asdict(Counts()))["waits"] = number
     found["peak_bytes"] = peak
@@ -248,19 +254,14 @@ def _counted(subject: Subject, way: Way, inputs: dict[str, Any], options: Option
     return found
 
 
-NAMES_OF_SLICES = {LAYERS: "prefill"}
-
-
 def _scaled_counts(counts: dict[str, Counts], scale: float) -> dict[str, Counts]:
     found = dict(counts)
     if LAYERS in found:
         layers, prefill = found.pop(LAYERS), found.pop("prefill", Counts())
-        found["prefill"] = Counts(
-            **{
-                name: (round if isinstance(value, int) else float)(value + scale * getattr(layers, name))
-                for name, value in asdict(prefill).items()
-            }
-        )
+        summed: dict[str, Any] = {
+            name: type(value)(round(value + scale * getattr(layers, name))) for name, value in asdict(prefill).items()
+        }
+        found["prefill"] = Counts(**summed)
     return found
 
 
@@ -313,17 +314,14 @@ def _described(way: Way, found: _Runs, runs: list[_Runs], ways: list[Way], count
         "stages": stages,
         "peak_bytes": counted["peak_bytes"],
         "kv_bytes": counted["kv_bytes"],
-        "total": {
-            name: sum(stage[name] for stage in counted["stages"].values())
-            for name in asdict(Counts())
-        },
+        "total": {name: sum(stage[name] for stage in counted["stages"].values()) for name in asdict(Counts())},
     }
     for other, theirs in zip(ways, runs, strict=True):
         if other.name == "unpruned" and way is not other:
             described["to_unpruned"] = _ratio(found.seconds, theirs.seconds)
             if found.decode and theirs.decode:
                 described["decode_to_unpruned"] = _ratio(found.decode, theirs.decode)
-        if other.name == "ideal" and other.keep == way.keep and way is not other:
+        if other.name == "ideal" and other.keep == way.keep and way.encodes and way is not other:
             described["to_ideal"] = _ratio(found.seconds, theirs.seconds)
     if found.decode:
         described["decode"] = {"seconds": spread(found.decode), **counted["decode"]}

@@ -128,7 +128,11 @@ SHAPES = {
         "qwen2.5-vl",
         {
             **QWEN_TOWER,
-            **{"depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "window_size": 56},
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 4,
+            "window_size": 56,
             "fullatt_block_indexes": [1, 3],
         },
         {**TINY, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}},
@@ -224,9 +228,7 @@ def _of_shape(
     elif not 1 <= layers <= depth:
         raise OptionError(f"layers={layers}; {name} has {depth}")
     if layers < depth:
-        notes.append(
-            f"{layers} of {depth} decoder layers were built; their share is scaled by {depth / layers:g}, the rest is measured"
-        )
+        notes.append(f"{layers} of {depth} decoder layers were built; their share is scaled by {depth / layers:g}")
     model = build(shape, device, dtype, layers)
     processor = image_processor(shape)
     photo = noise_picture(shape.picture) if picture is None else opened(picture)
@@ -238,9 +240,7 @@ def _of_shape(
     return Subject(name, model, prepare, shape.budgets, depth, layers, notes)
 
 
-def _of_checkpoint(
-    name: str, device: torch.device, dtype: torch.dtype, picture: Path | None, question: str
-) -> Subject:
+def _of_checkpoint(name: str, device: torch.device, dtype: torch.dtype, picture: Path | None, question: str) -> Subject:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from adafv.asking.models import checked_model, folder_or_id, hub_options

@@ -7,6 +7,7 @@ the time from its first kernel's turn to its last one's, time in which the devic
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class StageClock(Stages):
             torch.cuda.synchronize(self._device)
         marks = self._marks[first : None if last is None else last + 1]
         found: dict[str, float] = {}
-        for (_, before), (name, after) in zip(marks, marks[1:], strict=False):
+        for (_, before), (name, after) in pairwise(marks):
             lasted = before.elapsed_time(after) / 1e3 if self._cuda else after - before
             found[name] = found.get(name, 0.0) + lasted
         return found

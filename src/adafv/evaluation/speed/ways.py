@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from adafv.core import published_search, published_tokens, text_to_image_attention
 from adafv.core.budget import Budget
 from adafv.core.stages import stage
+from adafv.engines.transformers.encoded import encode
 from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.wrapper import PrunedModel, Pruner
 from adafv.errors import UnsupportedModelError
@@ -34,6 +35,8 @@ class Way:
     """The model's output, with `logits` [B, 1, V] and a cache."""
     handle: PrunedModel | None = None
     """Of pruned ways; it has the record of the last run."""
+    encodes: bool = True
+    """Whether the tower is part of it."""
     generates: bool = False
     """Whether it can go on: `generate` is measured on it."""
 
@@ -72,8 +75,7 @@ def unpruned(subject: Subject, inputs: dict[str, Any]) -> Way:
 def pruned(subject: Subject, inputs: dict[str, Any], keep: Any, method: str | Method = "adafv") -> Way:
     """The stock model within a `Pruner`."""
     pruner = Pruner(method, keep=keep)
-    name = method if isinstance(method, str) else method.name
-    way = Way(name, keep, lambda: None, generates=True)
+    way = Way(method if isinstance(method, str) else label(method), keep, lambda: None, generates=True)
 
     def run() -> Any:
         with pruner(subject.model) as way.handle:
@@ -81,6 +83,22 @@ def pruned(subject: Subject, inputs: dict[str, Any], keep: Any, method: str | Me
 
     way.run = run
     return way
+
+
+def again(subject: Subject, inputs: dict[str, Any], keep: Any) -> Way:
+    """Another question on a picture that was encoded before: no tower."""
+    encoded = encode(subject.model, inputs)
+    asked = {name: value for name, value in inputs.items() if not name.startswith("pixel")}
+    way = pruned(subject, {**asked, "images": encoded}, keep)
+    way.name, way.encodes, way.generates = "adafv, encoded", False, False
+    return way
+
+
+def label(method: Method) -> str:
+    """A method by its name and the options that are not its defaults."""
+    own: Any = method
+    changed = [getattr(own, each.name) for each in fields(own) if each.init and getattr(own, each.name) != each.default]
+    return " ".join([method.name, *map(str, changed)])
 
 
 def ideal(subject: Subject, inputs: dict[str, Any], keep: Any) -> Way:
