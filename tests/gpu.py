@@ -81,6 +81,7 @@ class Script:
             if self.left < part.expected:
                 self.result["left_out"].append(part.name)
                 print(f"{part.name}: left out, {self.left:.0f} s are left", flush=True)
+                self.write()
                 continue
             begun = time.monotonic()
             try:
