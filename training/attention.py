@@ -16,6 +16,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     causal = bool(getattr(module, "is_causal", False))
     if query.device.type != "cpu":
+        query, key = query.to(value.dtype), key.to(value.dtype)  # rotation has left them in float32
         mixed = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling)
         return mixed.transpose(1, 2).contiguous(), None
     logits = (query * scaling) @ key.transpose(-1, -2)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 class StackedMuon(torch.optim.Muon):
     """Stock Muon, with matrices of one shape in one product.
 
-    The stock one takes them one by one: 78 matrices are some 2,000 launches, a good part of a step on a GPU.
+    The stock one takes them one by one: 78 matrices are some 2,000 launches, a good part of a step on a GPU. For a GPU
+    only: on a CPU such products of bfloat16 are far slower than one by one.
     """
 
     @torch.no_grad()
@@ -83,7 +84,8 @@ class Optimiser:
                 other.setdefault(rate, []).append(parameter)
         self.parts: list[torch.optim.Optimizer] = []
         if hidden:
-            self.parts.append(StackedMuon(hidden, lr=matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+            muon = StackedMuon if all(parameter.is_cuda for parameter in hidden) else torch.optim.Muon
+            self.parts.append(muon(hidden, lr=matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
         for rate, parameters_at in other.items():
             fused = all(parameter.is_cuda for parameter in parameters_at)
             self.parts.append(

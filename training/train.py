@@ -65,6 +65,8 @@ def train_stage(
         copies: another folder for the weights, in half precision: as soon as the stage is done, and at checkpoints.
     """
     begun_here = time.monotonic()
+    if copies:
+        copies.mkdir(parents=True, exist_ok=True)
     finished, checkpoint = folder / f"{stage.name}.pt", folder / f"{stage.name}.checkpoint.pt"
     if finished.exists():
         print(f"{stage.name}: done before", flush=True)
@@ -174,8 +176,6 @@ def main() -> None:
     options = parser.parse_args()
     begun = options.begun or time.time()
     options.output.mkdir(parents=True, exist_ok=True)
-    if options.copies:
-        options.copies.mkdir(parents=True, exist_ok=True)
     if options.stage:
         if options.threads:
             torch.set_num_threads(options.threads)
