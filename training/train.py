@@ -39,6 +39,7 @@ CHECKPOINT_SECONDS = 60
 REPORT_STEPS = 25
 TEXT_WORKERS = 0.2
 """Share of the drawing processes that is for the language model's own stages."""
+OPEN_FILES = 32768
 CLOSING_SECONDS = 4
 """What it takes to stop the drawing and to write the weights."""
 
@@ -180,8 +181,9 @@ def main() -> None:
         if options.threads:
             torch.set_num_threads(options.threads)
         # Every tensor of a batch on its way from the drawing takes a file, and there are many.
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if most == resource.RLIM_INFINITY or most > OPEN_FILES:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(files, OPEN_FILES), most))
         for stage in (STAGES[name] for name in options.stage):
             if options.crops and stage.make is lesson:
                 stage = dataclasses.replace(stage, make=partial(stage.make, crops=options.crops))
