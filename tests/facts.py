@@ -5,7 +5,7 @@ On purpose not the code that asks the questions, so that each can find a mistake
 
 import re
 
-from training.world.scenes import Scene, Thing
+from adafv.evaluation.world.scenes import Scene, Thing
 
 _SINGULAR = {"leaves": "leaf", "fish": "fish", "scissors": "scissors"}
 _NUMBERS = ["zero", "one", "two", "three", "four"]

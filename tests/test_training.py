@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import training.batches
 import training.train
+from adafv.evaluation.world.scenes import Scene, render, sample_scene
 from training.architecture import SIDE, VISUAL_TOKENS
 from training.batches import normalised, patches_in, pixels
 from training.conversations import IGNORED, converse
@@ -24,7 +25,6 @@ from training.optimiser import Optimiser
 from training.stages import NEXT_EVERY, NEXT_TOKENS, STAGES, Outcome, Pupil, Stage
 from training.train import train_stage
 from training.vocabulary import ASSISTANT, END, IMAGE, PAD, USER, tokenizer
-from training.world.scenes import Scene, render, sample_scene
 
 ALONE = [stage for stage in STAGES.values() if not stage.needs]
 """Stages that start from nothing."""

@@ -11,11 +11,11 @@ from facts import right_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adafv.evaluation.world.backgrounds import _PHOTOS, TEXTURES, photographs_installed
+from adafv.evaluation.world.objects import COLOURS, KINDS, draw
+from adafv.evaluation.world.questions import QUESTION_KINDS, a, ask, caption, plural
+from adafv.evaluation.world.scenes import HELD_OUT, SPLITS, Box, Scene, render, sample_scene
 from training.vocabulary import UNKNOWN, tokenizer
-from training.world.backgrounds import _PHOTOS, TEXTURES, photographs_installed
-from training.world.objects import COLOURS, KINDS, draw
-from training.world.questions import QUESTION_KINDS, a, ask, caption, plural
-from training.world.scenes import HELD_OUT, SPLITS, Box, Scene, render, sample_scene
 
 SIDE = 144
 splits = st.sampled_from(SPLITS)

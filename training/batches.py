@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from adafv.evaluation.world.scenes import Box, Scene, render, sample_scene
 from training.architecture import DEVIATION, GRID, MEAN, SIDE
-from training.world.scenes import Box, Scene, render, sample_scene
 
 
 class Batches(Dataset):

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
 
+from adafv.evaluation.world.backgrounds import BACKGROUNDS
+from adafv.evaluation.world.objects import COLOURS, KINDS
+from adafv.evaluation.world.scenes import Box, Scene
 from training.architecture import GRID, WIDTH
 from training.batches import patches_in
 from training.conversations import IGNORED, Conversations
 from training.vocabulary import IDS, IMAGE
-from training.world.backgrounds import BACKGROUNDS
-from training.world.objects import COLOURS, KINDS
-from training.world.scenes import Box, Scene
 
 _PAINT_NAMES = tuple(COLOURS)
 THINGS = [IDS[word] for word in (*KINDS, *BACKGROUNDS)]

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
+from adafv.evaluation.world.scenes import Scene
 from training import attention
 from training.architecture import SIDE, VISUAL_TOKENS, WIDTH, llava_config, llava_next_config
 from training.batches import Batches, normalised, pixels
 from training.conversations import Conversations, converse
 from training.language import GridEmbedding, SceneText, scene_grid, scene_list
 from training.losses import Alignment, Shown, answer_loss, shown
-from training.world.scenes import Scene
 
 SEED = 20251
 
