@@ -1,5 +1,5 @@
-"""The command line: `adafv ask`, `adafv page`, `adafv serve`, `adafv methods`, `adafv families`,
-`adafv env`.
+"""The command line: `adafv ask`, `adafv page`, `adafv serve`, `adafv bench`, `adafv analyze`,
+`adafv methods`, `adafv families`, `adafv env`.
 
 torch and transformers take seconds to import, so a command imports them once its options are known to be sound.
 Answers go to standard output, everything else to standard error; no error ends in a traceback.
@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from adafv.cli.analyze import analyze
 from adafv.cli.ask import ask
 from adafv.cli.env import env
 from adafv.cli.failures import FAILED, INTERRUPTED, failures_as_messages, put
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command("ask")(ask)
 app.command("page")(page)
 app.command("serve")(serve)
+app.command("analyze")(analyze)
 app.command("env")(env)
 
 

@@ -128,7 +128,9 @@ def _by_patch(session: "Session", layout: ImageLayout, picture: Image.Image, que
     """[crops * rows * columns, h, w, 3] in 0..255: the pixels of every patch, as the tower sees them."""
     view: Any = session.tower_view(session.inputs(picture, question))
     if view.dim() != 4 or view.shape[0] < layout.crops:
-        raise PlacesError(f"the pixels come as {list(view.shape)}, but the picture has {layout.crops} crops; they do not fit")
+        raise PlacesError(
+            f"the pixels come as {list(view.shape)}, but the picture has {layout.crops} crops; they do not fit"
+        )
     view = view[: layout.crops].float()
     height, width = (max(2, -(-view.shape[2] // layout.rows)), max(2, -(-view.shape[3] // layout.columns)))
     size = (height * layout.rows, width * layout.columns)

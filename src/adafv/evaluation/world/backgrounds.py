@@ -69,6 +69,19 @@ def photographs_installed() -> bool:
     return find_spec("skimage") is not None
 
 
+def check_photographs() -> None:
+    """Find out whether photographs can be had.
+
+    Raises:
+        MissingPhotographsError: they cannot; the message says how.
+    """
+    if not photographs_installed():
+        raise MissingPhotographsError(
+            "pieces of photographs stand behind some of the drawn scenes, and they come with scikit-image, which is not "
+            f"installed; {install_command('eval')}, or leave them out with --no-photos (photos=False)"
+        )
+
+
 def _muted(random: Random) -> NDArray[numpy.float32]:
     level = random.uniform(70, 235)
     return numpy.array([level + random.uniform(-22, 22) for _ in range(3)], dtype=numpy.float32)
@@ -88,10 +101,8 @@ def _photo(side: int, random: Random, split: str) -> Image.Image:
 
 @cache
 def _photograph(name: str) -> Image.Image:
+    check_photographs()
     spec = find_spec("skimage")
-    if spec is None or spec.origin is None:
-        raise MissingPhotographsError(
-            "pieces of photographs stand behind some of the drawn scenes, and they come with scikit-image, which is not "
-            f"installed; {install_command('eval')}, or leave them out (photos=False; --no-photos)"
-        )
+    assert spec is not None
+    assert spec.origin is not None
     return Image.open(Path(spec.origin).parent / "data" / name).convert("RGB")
