@@ -28,6 +28,7 @@ LAYERS = (
     ("engines.transformers", "engines.vllm"),
     ("picture",),
     ("asking.session",),
+    ("evaluation",),
     ("environment", "page"),
     ("cli",),
     ("__main__",),
@@ -111,6 +112,8 @@ def test_dependencies_point_inward(module: str) -> None:
         ("adafv.engines.transformers.record", "def later():\n    from adafv.asking.session import Session"),
         ("adafv.asking.session", "from adafv.cli.ask import parse_keep"),
         ("adafv.page.app", "from adafv.cli.options import METHOD"),
+        ("adafv.asking.session", "from adafv.evaluation.store import Store"),
+        ("adafv.evaluation.answers", "from adafv.cli.options import METHOD"),
         ("adafv.engines.transformers.compress", "from adafv import Pruner"),
     ],
 )
