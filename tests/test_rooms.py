@@ -114,6 +114,8 @@ def test_dependencies_point_inward(module: str) -> None:
         ("adafv.page.app", "from adafv.cli.options import METHOD"),
         ("adafv.picture", "from adafv.evaluation.world.scenes import render"),
         ("adafv.evaluation.world.scenes", "from adafv.page.app import build"),
+        ("adafv.asking.session", "from adafv.evaluation.store import Store"),
+        ("adafv.evaluation.answers", "from adafv.cli.options import METHOD"),
         ("adafv.engines.transformers.compress", "from adafv import Pruner"),
     ],
 )

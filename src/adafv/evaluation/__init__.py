@@ -1,4 +1,17 @@
-"""What pruning loses, saves and keeps, measured: a product of its own on top of the rest; nothing below imports it.
+"""What pruning does to answers, asked of a model: what `adafv check`, `adafv bench accuracy` and `adafv analyze` are made of.
 
-world/      a generated world of simple scenes, with the pictures and the words that describe them
+    questions.py   questions about pictures, read from JSON lines, CSV, a folder or a data set on disk
+    answers.py     asks a model: every picture goes through the tower once for all questions, methods and budgets
+    store.py       answers on disk, so that a run that was killed goes on
+    matching.py    whether an answer is right
+    statistics.py  paired differences that count pictures, and claims that hold with the confidence they state
+    world/         a generated world of simple scenes, with the pictures and the words that describe them
+    drawn.py       that world as pictures and questions like all others
+    places.py      where in a picture each visual token lies, whatever the processor does to it
+    boxes.py       pictures with boxes around what can be asked for
+    alignment.py   whether scores know where things are: the measurements behind figures 2 to 4 of the paper
+    analysis.py    what is said of them: figures, tables, paragraphs, JSON
+    chart.py       charts as SVG
+
+Nothing below imports it.
 """
