@@ -66,7 +66,7 @@ class Mean:
     def text(self, digits: int = 1, times: float = 100.0, sign: str = "") -> str:
         return f"{times * self.mean:{sign}.{digits}f} ± {times * self.half:.{digits}f}"
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         return {"mean": _rounded(self.mean), "half_of_95": _rounded(self.half)}
 
 
