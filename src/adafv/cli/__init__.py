@@ -15,6 +15,7 @@ import typer
 
 from adafv.cli.analyze import analyze
 from adafv.cli.ask import ask
+from adafv.cli.bench import bench
 from adafv.cli.env import env
 from adafv.cli.failures import FAILED, INTERRUPTED, failures_as_messages, put
 from adafv.cli.page import page
@@ -36,6 +37,7 @@ app.command("page")(page)
 app.command("serve")(serve)
 app.command("analyze")(analyze)
 app.command("env")(env)
+app.add_typer(bench, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

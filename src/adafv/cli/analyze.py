@@ -1,11 +1,6 @@
 """`adafv analyze`: whether a model's scores know where things are; figures 2 to 4 of the paper."""
 
 import json
-import os
-import sys
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +10,7 @@ from adafv.asking.failures import UsageError, check_text
 from adafv.asking.models import about, checked_model, folder_or_id, hub_options, unknown_words, unknown_words_warning
 from adafv.cli.failures import failures_as_messages, put, say, warnings_as_messages
 from adafv.cli.options import DTYPES, RUN, DeviceOption, DtypeOption, ModelOption, TextOption, one_of
+from adafv.cli.output import counted, writable_folder, write_whole
 from adafv.printable import shortened
 
 if TYPE_CHECKING:
@@ -94,7 +90,7 @@ def analyze(
                 raise UsageError(
                     "--ask has neither {} nor {a}, which stand for what is asked for; as in: Where is the {}?"
                 )
-        folder = None if to is None else _folder(to)
+        folder = None if to is None else writable_folder("--to", to)
         checked = checked_model(model)
         hub_options(folder_or_id(checked))
         _run(
@@ -113,20 +109,6 @@ def analyze(
             device,
             threads,
         )
-
-
-def _folder(path: Path) -> Path:
-    """The folder, once it is known that it can be written to."""
-    name = f"--to {shortened(path)}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise UsageError(f"{name} may not be written; choose another place")
-    except FileExistsError as error:
-        raise UsageError(f"{name} is a file; name a folder") from error
-    except OSError as error:
-        raise UsageError(f"{name} cannot be made ({shortened(error.strerror)}); choose another place") from error
-    return path
 
 
 def _run(
@@ -178,8 +160,13 @@ def _run(
             template = ask or (WORLD_QUESTION if world and each is data[-1] else PHOTO_QUESTION)
             each = Boxed(each.name, each.pictures[:limit] if limit and each is not data[-1] else each.pictures)
             _warn_of_unknown(session, each, template)
+            told, total = counted(each.name, "pictures"), len(each.pictures)
             some, left[each.name] = measure(
-                session, each, template, scope=scope, progress=_progress(each.name, len(each.pictures))
+                session,
+                each,
+                template,
+                scope=scope,
+                progress=lambda done, told=told, total=total: told(done, total, done),
             )
             found += some
     if not found:
@@ -192,8 +179,8 @@ def _run(
     files: dict[str, str] = {}
     if folder is not None:
         files = _write_figures(analysis, folder)
-        _write(folder / "analysis.json", written + "\n")
-        _write(folder / "analysis.md", analysis.markdown(files))
+        write_whole(folder / "analysis.json", written + "\n")
+        write_whole(folder / "analysis.md", analysis.markdown(files))
         say(f"wrote {', '.join([*files.values(), 'analysis.md', 'analysis.json'])} to {folder}")
     put(written if as_json else analysis.markdown(files).rstrip("\n"))
 
@@ -221,41 +208,6 @@ def _write_figures(analysis: object, folder: Path) -> dict[str, str]:
     files = {}
     for name, (file, figure) in drawn.items():
         if figure:
-            _write(folder / file, figure)
+            write_whole(folder / file, figure)
             files[name] = file
     return files
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(f".adafv-{os.getpid()}-{path.name}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
-        raise UsageError(
-            f"{shortened(path)} cannot be written ({shortened(error.strerror)}); choose another place"
-        ) from error
-
-
-def _progress(name: str, total: int) -> Callable[[int], None]:
-    """A line on standard error every ten seconds; on a terminal, one line that is written over."""
-    start = last = time.monotonic()
-    terminal = sys.stderr.isatty()
-
-    def told(done: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < (1 if terminal else 10) and done < total:
-            return
-        last = now
-        seconds = (now - start) / done * (total - done)
-        line = f"{shortened(name)}: {done} of {total} pictures, {seconds:.0f} s left"
-        if terminal:
-            typer.echo(f"\r{line:<70}", err=True, nl=done == total)
-        else:
-            say(line)
-
-    return told

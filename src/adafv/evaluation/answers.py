@@ -25,12 +25,15 @@ from adafv.core import Budget
 from adafv.core.encoded import EncodedImage
 from adafv.engines.transformers import EncodedImages, Pruner, Record, encode
 from adafv.engines.transformers.encoded import ENCODED
-from adafv.errors import ImageError
+from adafv.engines.transformers.settings import POSITIONS
+from adafv.errors import ImageError, OptionError
 from adafv.evaluation.questions import REFUSE, BadRecord, Question, Questions, refusal
-from adafv.evaluation.store import Given, Store, Way, key_of
+from adafv.evaluation.store import Chances, Given, Store, Way, key_of
 from adafv.images import check_shape
 from adafv.methods import Method
 from adafv.methods.options import method_from_text
+from adafv.printable import shortened
+from adafv.prompts.text import SCOPES
 
 UNPRUNED, BLANK = "unpruned", "blank"
 """Ways to answer that are no methods: the model as it is, and with every picture of its mean colour."""
@@ -45,6 +48,8 @@ class Configuration:
     """`UNPRUNED`, `BLANK`, or the method with its options in one word."""
     budget: Budget
     method: Method | None = None
+    pruning: tuple[tuple[str, str], ...] = ()
+    """(option, value) of `Pruner` for this way alone: of "text" and "positions"."""
 
     @property
     def way(self) -> Way:
@@ -65,7 +70,8 @@ def configurations(
     """The unpruned model, the blanked picture, and every method at every budget.
 
     Args:
-        methods: in one word each, "adafv" or "adafv:objective=split".
+        methods: in one word each, "adafv" or "adafv:objective=split". Beside the method's own options, `text` and `positions`
+            of `Pruner` are known: "adafv:text=turn".
 
     Raises:
         OptionError: there is no such method, or option.
@@ -74,12 +80,30 @@ def configurations(
     everything = Budget(1.0)
     made = [Configuration(UNPRUNED, everything), *([Configuration(BLANK, everything)] if blank else [])]
     for word in methods:
-        method, name = method_from_text(word)
+        method, name, pruning = _read_way(word)
         for budget in budgets:
-            each = Configuration(name, Budget.of(budget), method)
+            each = Configuration(name, Budget.of(budget), method, pruning)
             if each not in made:
                 made.append(each)
     return made
+
+
+def _read_way(word: str) -> tuple[Method, str, tuple[tuple[str, str], ...]]:
+    """The method, its name, and the options of `Pruner` that were given with it."""
+    name, *options = word.split(":")
+    own, pruning = [], {}
+    for option in options:
+        key, _, value = (part.strip() for part in option.partition("="))
+        known = {"text": SCOPES, "positions": POSITIONS}.get(key)
+        if known is None:
+            own.append(option)
+        elif value not in known:
+            raise OptionError(f"{key}={shortened(value, 60)}; known are: {', '.join(known)}")
+        else:
+            pruning[key] = value
+    method, called = method_from_text(":".join([name, *own]))
+    listed = tuple(pruning.items())
+    return method, ":".join([called, *(f"{key}={value}" for key, value in listed)]), listed
 
 
 @dataclass(frozen=True)
@@ -249,7 +273,9 @@ class Asker:
     def _pruner(self, way: Configuration) -> Pruner:
         if way.way not in self._pruners:
             method = "saliency" if way.method is None else way.method  # keeps everything, so any will do
-            self._pruners[way.way] = self.session.pruner(method, way.budget, self._scope, **self._options)
+            options = {"scope": self._scope, **self._options, **dict(way.pruning)}
+            options["scope"] = options.pop("text", options["scope"])
+            self._pruners[way.way] = self.session.pruner(method, way.budget, **options)
         return self._pruners[way.way]
 
     def _answers(
@@ -271,15 +297,22 @@ class Asker:
         if encoded.serves(pruner.settings.method):
             taken = encoded.pixels
             inputs = {**{name: value for name, value in inputs.items() if name not in taken}, ENCODED: encoded}
-        answers, record = self.session.answers(inputs, pruner, self.max_new_tokens)
+        answers, record = self._said(inputs, pruner, [question for question, _ in asked])
         found = []
-        for number, answer in enumerate(answers):
+        for number, (answer, chances) in enumerate(answers):
             image = record.images[number]
             assert image.prompt == number, "one picture a question"
             other = image.method if way.method is not None and image.method != way.method.name else ""
             kept = image.kept.tolist() if image.tokens_after < image.tokens_before else None
-            found.append((Given(answer, image.tokens_before, image.tokens_after, other), kept))
+            found.append((Given(answer, image.tokens_before, image.tokens_after, other, chances), kept))
         return found
+
+    def _said(
+        self, inputs: Any, pruner: Pruner, questions: Sequence[Question]
+    ) -> tuple[list[tuple[str, Chances]], Record]:
+        """Answers to a batch, each with how likely the model finds some of them; and what was pruned."""
+        answers, record = self.session.answers(inputs, pruner, self.max_new_tokens)
+        return [(answer, ()) for answer in answers], record
 
     _latest: tuple[Any, Any] = ((), None)
 

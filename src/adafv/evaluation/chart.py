@@ -231,7 +231,7 @@ def _range(lines: Sequence[Line], levels: Sequence[Level]) -> tuple[float, float
 def _ticks(low: float, high: float) -> list[float]:
     """Four to nine round numbers."""
     step = 10.0 ** math.floor(math.log10(high - low))
-    step = next(step * factor for factor in (0.1, 0.2, 0.25, 0.5, 1.0) if (high - low) / (step * factor) <= 8)
+    step = next(step * factor for factor in (0.1, 0.2, 0.25, 0.5, 1.0, 2.0) if (high - low) / (step * factor) <= 8)
     return [count * step for count in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 

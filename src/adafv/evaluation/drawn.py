@@ -79,6 +79,11 @@ def drawn_questions(count: int, side: int, *, photos: bool = True) -> list[Quest
     ]
 
 
+def faint_ones(count: int, *, photos: bool = True) -> frozenset[str]:
+    """Names of the questions whose answer hangs on a small, faint object."""
+    return frozenset(f"{scene.number} {asked.text}" for scene, asked in held_out(count, photos=photos) if asked.faint)
+
+
 def side_for(model: Any) -> int:
     """How large to draw for a model: as its tower sees a picture, or twice that where it sees it in crops as well.
 

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ class StoreError(AdaFVError, ValueError):
     """A store cannot be read or written, or holds the answers of another model."""
 
 
+Chances = tuple[tuple[str, float], ...]
+"""(answer, probability), of some answers."""
+
+
 @dataclass(frozen=True)
 class Given:
     """An answer, and what it took."""
@@ -41,6 +45,8 @@ class Given:
     """Of these, those that the language model read; its last layer, where tokens go inside it."""
     chosen_by: str = ""
     """The method that chose where it is another than the one asked for: no word of the question counted."""
+    chances: Chances = ()
+    """How likely the model finds the answers to choose from, or those that are right; where that was asked for."""
 
 
 Way = tuple[str, str]
@@ -102,6 +108,12 @@ class Store:
         """The answer to a question; None where it was not asked yet."""
         return self._given.get(key, {}).get(way)
 
+    def answers(self) -> Iterator[tuple[str, Way, Given]]:
+        """(key of the question, way, what was answered) of all of them."""
+        for key, given in self._given.items():
+            for way, answer in given.items():
+                yield key, way, answer
+
     def __len__(self) -> int:
         """Answers."""
         return sum(map(len, self._given.values()))
@@ -132,6 +144,8 @@ class Store:
             entry |= {"tokens": given.tokens, "kept": given.kept}
             if given.chosen_by:
                 entry["chosen_by"] = given.chosen_by
+            if given.chances:
+                entry["chances"] = given.chances
             if kept is not None:
                 entry["mask"] = mask_of(kept)
             lines.append(json.dumps(entry, ensure_ascii=True).encode() + b"\n")
@@ -180,7 +194,8 @@ class Store:
                 if number == 1:
                     self._check(entry)
                 else:
-                    given = Given(entry["answer"], entry["tokens"], entry["kept"], entry.get("chosen_by", ""))
+                    chances = tuple((str(answer), float(chance)) for answer, chance in entry.get("chances", ()))
+                    given = Given(entry["answer"], entry["tokens"], entry["kept"], entry.get("chosen_by", ""), chances)
                     self._remember(entry["question"], (entry["method"], entry["keep"]), given, place)
             except (ValueError, KeyError, TypeError) as error:
                 if isinstance(error, StoreError):
