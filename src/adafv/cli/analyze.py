@@ -1,6 +1,7 @@
 """`adafv analyze`: whether a model's scores know where things are; figures 2 to 4 of the paper."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ from adafv.asking.failures import UsageError, check_text
 from adafv.asking.models import about, checked_model, folder_or_id, hub_options, unknown_words, unknown_words_warning
 from adafv.cli.failures import failures_as_messages, put, say, warnings_as_messages
 from adafv.cli.options import DTYPES, RUN, DeviceOption, DtypeOption, ModelOption, TextOption, one_of
-from adafv.cli.output import counted, writable_folder, write_whole
+from adafv.cli.output import counted, model_label, writable_folder, write_whole
 from adafv.printable import shortened
 
 if TYPE_CHECKING:
@@ -160,13 +161,13 @@ def _run(
             template = ask or (WORLD_QUESTION if world and each is data[-1] else PHOTO_QUESTION)
             each = Boxed(each.name, each.pictures[:limit] if limit and each is not data[-1] else each.pictures)
             _warn_of_unknown(session, each, template)
-            told, total = counted(each.name, "pictures"), len(each.pictures)
+            told = _progress(each.name, len(each.pictures))
             some, left[each.name] = measure(
                 session,
                 each,
                 template,
                 scope=scope,
-                progress=lambda done, told=told, total=total: told(done, total, done),
+                progress=told,
             )
             found += some
     if not found:
@@ -174,7 +175,7 @@ def _run(
     templates = (
         {ask} if ask else {WORLD_QUESTION} if not sources else {PHOTO_QUESTION, *([WORLD_QUESTION] if world else [])}
     )
-    analysis = Analysis(model, " / ".join(sorted(map(str, templates))), found, left)
+    analysis = Analysis(model_label(model), " / ".join(sorted(map(str, templates))), found, left)
     written = json.dumps(analysis.as_dict(), indent=1, allow_nan=False)
     files: dict[str, str] = {}
     if folder is not None:
@@ -211,3 +212,8 @@ def _write_figures(analysis: object, folder: Path) -> dict[str, str]:
             write_whole(folder / file, figure)
             files[name] = file
     return files
+
+
+def _progress(name: str, total: int) -> Callable[[int], None]:
+    told = counted(name, "pictures")
+    return lambda done: told(done, total, done)

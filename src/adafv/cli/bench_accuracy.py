@@ -11,7 +11,7 @@ from adafv.asking.failures import UsageError, check_text
 from adafv.asking.models import about, checked_model, folder_or_id, hub_options
 from adafv.cli.failures import failures_as_messages, put, say, warnings_as_messages
 from adafv.cli.options import DTYPES, METHOD, RUN, DeviceOption, DtypeOption, ModelOption, TextOption, one_of
-from adafv.cli.output import counted, writable_folder, write_whole
+from adafv.cli.output import counted, model_label, writable_folder, write_whole
 from adafv.core.budget import Budget
 from adafv.printable import shortened
 
@@ -161,8 +161,8 @@ def accuracy(
     """Ask every question unpruned, with the picture blanked, and by every method at every budget; count who is right.
 
     Prints tables in Markdown; --to writes them, with a figure, as CSV and as JSON. Differences are paired and have 95 %
-    intervals that count pictures. What was answered is kept in the folder: a run that was stopped goes on, and methods or budgets
-    can be added later.
+    intervals that count pictures. What was answered is kept in the folder: a run that was stopped goes on, and methods or
+    budgets can be added later.
 
         adafv bench accuracy --world --to bench
         adafv bench accuracy photos --model llava-hf/llava-1.5-7b-hf --choices Yes,No --keep 192,128,64 --to bench
@@ -367,16 +367,16 @@ def _answered(
             scores.append(Scores(each, ways, store, keys, what=SURE if wish.sure else RIGHT, rule=rule))
         told = {str(way): why for way, why in refusals.items()}
         shown = {**settings, "rule": wish.rule, "dtype": session.dtype, "device": str(session.device)}
-        report = AccuracyReport(model, scores, against, wish.part, wish.kinds, told, shown)
+        report = AccuracyReport(model_label(model), scores, against, wish.part, wish.kinds, told, shown)
         figures: dict[str, str] = {}
         written = json.dumps(report.as_dict(), indent=1, allow_nan=False)
         if folder is not None:
-            for number, each in enumerate(scores, 1):
-                drawn = report.figure(each)
+            for number, own in enumerate(scores, 1):
+                drawn = report.figure(own)
                 if drawn:
                     name = f"accuracy-{number}.svg" if len(scores) > 1 else "accuracy.svg"
                     write_whole(folder / name, drawn)
-                    figures[each.data.name] = name
+                    figures[own.data.name] = name
             write_whole(folder / "accuracy.md", report.markdown(figures))
             write_whole(folder / "accuracy.csv", report.csv())
             write_whole(folder / "accuracy.json", written + "\n")

@@ -49,6 +49,11 @@ def write_whole(path: Path, text: str) -> None:
         raise UsageError(f"{shortened(path)} cannot be written ({why}); choose another place") from error
 
 
+def model_label(model: str) -> str:
+    """A model in a report: a folder by its own name, as others have it elsewhere."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
 def counted(name: str, what: str) -> Callable[[int, int, int], None]:
     """Tells of progress on standard error: on a terminal in one line that is written over, else every ten seconds.
 

@@ -250,9 +250,9 @@ def run_in_processes(
     made = [job(share_of(questions.questions, number, jobs, batch), file, listed) for number, file in enumerate(files)]
     # What there is already need not be asked again: the parts begin with it.
     for each in made:
-        with Store(each.store, store.fingerprint) as part:
-            for key, way, given in store.answers():
-                part.add(way, [(key, given, store.kept(key, way))])
+        with Store(each.store, store.fingerprint) as beginning:
+            for key, answered, given in store.answers():
+                beginning.add(answered, [(key, given, store.kept(key, answered))])
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         running = [pool.submit(run_job, each) for each in made if each.questions]
         waiting = set(running)

@@ -110,7 +110,7 @@ class Scores:
         by_kind: dict[Any, list[Any]] = defaultdict(list)
         for question in self.questions.values():
             by_kind[question.kind].append(question)
-        found = {}
+        found: dict[str, float] = {}
         for own in by_kind.values():
             answers = Counter(answer for question in own for answer in question.answers or ())
             best = max(answers, key=lambda answer: answers[answer])
@@ -118,7 +118,7 @@ class Scores:
         return found
 
     def mean(self, key: Key, minus: Key | None = None, column: str | None = None) -> Mean | None:
-        """Mean of a way, minus that of another on the same questions, in one column (see `columns`); None: nothing is there."""
+        """Mean of a way, or that minus another's on the same questions; in one of `columns`. None: nothing is there."""
         mine, other = self.values.get(key, {}), self.values.get(minus, {}) if minus else {}
         names = [
             name
@@ -136,7 +136,8 @@ class Scores:
             kinds: dict[str, set[str]] = defaultdict(set)
             for name, question in self.questions.items():
                 kinds[question.kind or (question.answers or ("",))[0]].add(name)
-            found = {kind: frozenset(names) for kind, names in sorted(kinds.items())} if 1 < len(kinds) <= 20 else {}
+            found: dict[str, frozenset[str]] = {}
+            found |= {kind: frozenset(names) for kind, names in sorted(kinds.items())} if 1 < len(kinds) <= 20 else {}
             found |= {mark: frozenset(names & self.questions.keys()) for mark, names in self.data.marks.items()}
             self._columns = {name: names for name, names in found.items() if names}
         return self._columns
@@ -206,6 +207,7 @@ class AccuracyReport:
     def figure(self, scores: Scores) -> str:
         """Accuracy against budget, one line a method; empty where nothing was pruned."""
         methods = list(dict.fromkeys(name for name, _ in scores.pruned()))
+        methods.sort(key=lambda name: (name == RANDOM, name not in self.against))  # colours by the order
         if not methods:
             return ""
         lines = []
@@ -218,9 +220,8 @@ class AccuracyReport:
                 if mean is not None:
                     share = scores.kept[name, budget][1]
                     points.append(Point(share, 100 * mean.mean, 100 * mean.half if shown else None))
-            lines.append(
-                Line(name, sorted(points, key=lambda point: point.x), strong=name == self.against[0], band=strong)
-            )
+            points.sort(key=lambda point: point.x)
+            lines.append(Line(name, points, strong=name == self.against[0], band=strong, grey=name == RANDOM))
         levels = []
         for key in scores.references():
             mean = scores.mean(key)
@@ -260,8 +261,8 @@ class AccuracyReport:
                 parts += [f"**{_cell(title)}**", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
             parts += [_cell(note) for note in self.notes(scores)]
         parts.append(
-            "95 % intervals count pictures. Differences are paired, question by question; \\*: the interval does not hold 0, as "
-            "one in twenty would by luck."
+            "95 % intervals count pictures. Differences are paired, question by question; \\*: the interval does not hold 0, "
+            "as one in twenty would by luck."
         )
         parts += [f"Not run: {_cell(name)}: {_cell(why)}" for name, why in self.refused.items()]
         return "\n\n".join(parts) + "\n"

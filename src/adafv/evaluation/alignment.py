@@ -41,7 +41,7 @@ ALL_COUNTED = 64
 """Up to so many tokens `adafv` is asked for every number; above, for numbers 5 % apart."""
 MASS_OF = 0.1
 """Share of the tokens, the highest, whose share of a score says how peaked it is."""
-BINS = torch.linspace(-1, 1, 201)
+BINS = torch.linspace(-1, 1, 101)
 """Edges of the histograms of similarities."""
 
 
@@ -65,7 +65,7 @@ class Measured:
     similarity: tuple[float, float]
     """Mean cosine of the object's word with tokens on the object, and with the others (NaN where there are none)."""
     histograms: tuple[Tensor, Tensor]
-    """[200] shares of tokens per bin of `BINS`, on the object and elsewhere."""
+    """[100] shares of tokens per bin of `BINS`, on the object and elsewhere."""
     peaks: dict[str, float]
     """Of `question` and `saliency`: the share of their sum in the highest tenth of the tokens."""
 
@@ -266,6 +266,6 @@ def peak(scores: Tensor) -> float:
 
 
 def _histogram(values: Tensor) -> Tensor:
-    """[200] shares; all 0 where there is nothing."""
+    """[100] shares; all 0 where there is nothing."""
     counts = torch.histogram(values.clamp(-1, 1).double(), BINS.double()).hist
     return counts / counts.sum().clamp_min(1)

@@ -252,7 +252,7 @@ class Analysis:
                 Point(share, 100 * mean.mean, None if way == RANDOM else 100 * mean.half)
                 for share, mean in zip(shares, means, strict=True)
             ]
-            lines.append(Line(NAMES[way], points, strong=way == ADAFV, band=True))
+            lines.append(Line(NAMES[way], points, strong=way == ADAFV, band=True, grey=way == RANDOM))
         ticks = [(tick, f"{100 * tick:g} %") for tick in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if tick >= low]
         return line_chart(
             f"How many tokens until one is on the object? {data}",
@@ -303,7 +303,7 @@ class Analysis:
             tokens = statistics.median(each.tokens for each in own)
             words = f"{printable(data)}: of {tokens:g} tokens, half of the objects have one on them after {', '.join(parts)}."
             gap = Mean.of(own, lambda each: _reached(each, ADAFV, 0.05) - _reached(each, RANDOM, 0.05))
-            words += f" With 5 % kept, {_against(gap, 'adafv', 'random', ' of the objects reached')}."
+            words += f" With 5 % kept, {_against(gap, 'adafv', 'random', ' % of the objects reached')}."
             said.append(words)
         return " ".join(said)
 

@@ -9,19 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH = 720
+WIDTH = 660
 """Of every chart, in units of its own; it scales with the page."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 20, 62, 54
-_SIZE = 13
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 66, 58
+_SIZE = 14
 """Of letters."""
-_LINE = 16
+_LINE = 17
 """Between two labels, one above the other."""
 _DASHES = ("", "7 4", "2 3")
 """Where there are more lines than colours."""
 
 _LIGHT = ("#0b62b8", "#c2410c", "#15803d", "#9333ea", "#be123c", "#0e7490", "#a16207", "#4d4d57")
 _DARK = ("#6cb4ff", "#ff9b5e", "#5fd38a", "#c79bff", "#ff8095", "#5fd0e6", "#e6c04d", "#b4b4c0")
-"""Eight colours that can be told apart, in both schemes at least 4.5 to 1 against the paper."""
+"""Colours that can be told apart, in both schemes at least 4.5 to 1 against the paper; and a grey one."""
+_COLOURS = len(_LIGHT) - 1
 
 
 def _style() -> str:
@@ -63,6 +64,8 @@ class Line:
     """Drawn thicker, and on top."""
     band: bool = False
     """Whether intervals are a band, in place of bars."""
+    grey: bool = False
+    """Of what others are held against, such as chance."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,9 @@ def line_chart(
         ends.append((y, WIDTH - right, level.name, "var(--pale)"))
     for number, line in sorted(enumerate(lines), key=lambda each: each[1].strong):
         points = [(across(place(point.x)), down(point.y)) for point in line.points]
-        colour, dash = f"var(--c{number % len(_LIGHT)})", _DASHES[number // len(_LIGHT) % len(_DASHES)]
+        colour, dash = f"var(--c{number % _COLOURS})", _DASHES[number // _COLOURS % len(_DASHES)]
+        if line.grey:
+            colour, dash = f"var(--c{_COLOURS})", _DASHES[0]
         parts += _intervals(line, points, down, colour)
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         width = 3 if line.strong else 1.6
@@ -164,7 +169,7 @@ def value_chart(
     ends += [] if reference is None else [reference]
     low, high = x_range or (min(ends), max(ends))
     pad = 0.0 if x_range else 0.04 * (high - low or 1)
-    across = _Scale(low - pad, high + pad, left, WIDTH - 120)
+    across = _Scale(low - pad, high + pad, left, WIDTH - 124)
     parts = []
     for tick in _ticks(low - pad, high + pad):
         x = across(tick)
@@ -198,7 +203,7 @@ def value_chart(
             said += f" ± {_number(value.half, (high - low) / 10)}" if value.half is not None else ""
             parts.append(f'<text class="end" x="{WIDTH - 14}" y="{y:.1f}">{said}</text>')
         y += 6
-    middle = (left + WIDTH - 120) / 2
+    middle = (left + WIDTH - 124) / 2
     parts.append(f'<text class="pale middle" x="{middle:.1f}" y="{height - 12:.1f}">{escape(x_label)}</text>')
     return _drawing(title, subtitle, height, parts)
 
@@ -293,7 +298,7 @@ def _labels(ends: list[tuple[float, float, str, str]], x: float, top: float, bot
 
 def _length(text: str) -> float:
     """Width of a label, about: its font is the reader's."""
-    return 7.1 * len(text)
+    return 7.4 * len(text)
 
 
 def _drawing(title: str, subtitle: str, height: float, parts: Sequence[str]) -> str:

@@ -56,11 +56,9 @@ class FirstTokenAsker(Asker):
         if choices is not None and question.choices:
             choices = tuple(letter_of(place) for place in range(len(question.choices)))
         if choices is not None:
-            chances = logits[self._tokens(choices)].softmax(-1).tolist()
-            best = max(range(len(choices)), key=lambda place: chances[place])
-            return choices[best], tuple(
-                (name, round(chance, _DIGITS)) for name, chance in zip(choices, chances, strict=True)
-            )
+            among = logits[self._tokens(choices)].softmax(-1)
+            listed = zip(choices, among.tolist(), strict=True)
+            return choices[int(among.argmax())], tuple((name, round(chance, _DIGITS)) for name, chance in listed)
         chances = logits.softmax(-1)
         right = tuple(dict.fromkeys(question.answers or ()))
         found = tuple((answer, round(float(chances[self._first(answer)]), _DIGITS)) for answer in right)
@@ -70,8 +68,8 @@ class FirstTokenAsker(Asker):
         tokens = [self._first(choice) for choice in choices]
         if len(set(tokens)) < len(tokens):
             raise OptionError(
-                f"two of the choices {shortened(', '.join(choices))} begin with the same token of this model, so that its first "
-                "token does not tell them apart; give others"
+                f"two of the choices {shortened(', '.join(choices))} begin with the same token of this model, so that its "
+                "first token does not tell them apart; give others"
             )
         return tokens
 
