@@ -1,4 +1,4 @@
-"""The command line: `adafv ask`, `adafv page`, `adafv serve`, `adafv methods`, `adafv families`,
+"""The command line: `adafv ask`, `adafv check`, `adafv page`, `adafv serve`, `adafv methods`, `adafv families`,
 `adafv env`.
 
 torch and transformers take seconds to import, so a command imports them once its options are known to be sound.
@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from adafv.cli.ask import ask
+from adafv.cli.check import check
 from adafv.cli.env import env
 from adafv.cli.failures import FAILED, INTERRUPTED, failures_as_messages, put
 from adafv.cli.page import page
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("ask")(ask)
+app.command("check")(check)
 app.command("page")(page)
 app.command("serve")(serve)
 app.command("env")(env)
