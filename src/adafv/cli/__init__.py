@@ -1,4 +1,4 @@
-"""The command line: `adafv ask`, `adafv page`, `adafv serve`, `adafv bench`, `adafv analyze`,
+"""The command line: `adafv ask`, `adafv check`, `adafv bench`, `adafv analyze`, `adafv page`, `adafv serve`,
 `adafv methods`, `adafv families`, `adafv env`.
 
 torch and transformers take seconds to import, so a command imports them once its options are known to be sound.
@@ -16,6 +16,7 @@ import typer
 from adafv.cli.analyze import analyze
 from adafv.cli.ask import ask
 from adafv.cli.bench import bench
+from adafv.cli.check import check
 from adafv.cli.env import env
 from adafv.cli.failures import FAILED, INTERRUPTED, failures_as_messages, put
 from adafv.cli.page import page
@@ -33,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("ask")(ask)
+app.command("check")(check)
 app.command("page")(page)
 app.command("serve")(serve)
 app.command("analyze")(analyze)

@@ -5,6 +5,12 @@
     store.py       answers on disk, so that a run that was killed goes on
     matching.py    whether an answer is right
     statistics.py  paired differences that count pictures, and claims that hold with the confidence they state
+    check.py       the result of `adafv check` as one JSON object
+    words.py       the same in sentences, and as a table
+    page.py        the same as one HTML file
+    accuracy.py    every method at every budget, in one process or several: `adafv bench accuracy`
+    accuracy_report.py  its tables, figure, CSV and JSON
+    first_token.py answers read off the logits of the first token
     world/         a generated world of simple scenes, with the pictures and the words that describe them
     drawn.py       that world as pictures and questions like all others
     places.py      where in a picture each visual token lies, whatever the processor does to it
@@ -13,5 +19,5 @@
     analysis.py    what is said of them: figures, tables, paragraphs, JSON
     chart.py       charts as SVG
 
-Nothing below imports it.
+It uses the engine of transformers, and nothing below the command line uses it.
 """

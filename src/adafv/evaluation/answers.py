@@ -158,6 +158,15 @@ class Asker:
             "versions": {name: _version(name) for name in ("adafv", "torch", "transformers")},
         }
 
+    def check_ways(self, ways: Sequence[Configuration]) -> None:
+        """Make the pruners of these ways.
+
+        Raises:
+            OptionError, UnsupportedModelError: one does not go with this model.
+        """
+        for way in ways:
+            self._pruner(way)
+
     def check(self, questions: Questions, policy: str) -> Questions:
         """The questions that this model can be asked.
 

@@ -22,8 +22,9 @@ the others (Holm 1979, for sequences: Bretz and others 2009). Again, one wrong c
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -88,7 +89,8 @@ class Paired:
         sums, sizes = np.zeros(len(places)), np.zeros(len(places))
         np.add.at(sums, numbers, values)
         np.add.at(sizes, numbers, 1.0)
-        return cls(sums, sizes, worst, best, seed)
+        # Thirds add up differently in another order; equal pictures are to be found as such.
+        return cls(np.round(sums, 9), sizes, worst, best, seed)
 
     @property
     def mean(self) -> float:
@@ -126,9 +128,22 @@ class Paired:
         """
         if -self.mean >= loss:
             return None
+        return self._times(lambda times: float((self._means(self.worst, times) <= -loss).mean()) <= level)
 
-        def passes(times: float) -> bool:
-            return float((self._means(self.worst, times) <= -loss).mean()) <= level
+    def enough_to_refute(self, loss: float, level: float) -> int | None:
+        """The same for the opposite claim, that more than `loss` is lost; None where less was, or about so much."""
+        if -self.mean <= loss:
+            return None
+        return self._times(lambda times: float((self._means(self.best, times) >= -loss).mean()) <= level)
+
+    def mirrored(self) -> "Paired":
+        """As if as many answers changed, and by as much, but as often for the better as for the worse."""
+        return Paired(
+            np.concatenate([self.sums, -self.sums]), np.concatenate([self.sizes] * 2), self.worst, self.best, self.seed
+        )
+
+    def _times(self, passes: Callable[[float], bool]) -> int | None:
+        """Pictures at which `passes` begins to hold, given how often each of those that are there is met."""
 
         high = 1.0
         while not passes(high):
@@ -144,21 +159,31 @@ class Paired:
     def _means(self, extreme: float, times: float = 1.0) -> np.ndarray:
         """[DRAWS] weighted mean differences, with one picture more at an extreme.
 
-        Dirichlet(1, ..., 1) are exponential numbers over their sum, and those of equal pictures add up to one gamma number.
-
         Args:
             times: as if every picture had been met so often.
         """
+        added, above, below = self._drawn if times == 1.0 else self._draw(times)
+        largest = self.sizes.max()
+        return (above + added * extreme * largest) / (below + added * largest)
+
+    @cached_property
+    def _drawn(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self._draw(1.0)
+
+    def _draw(self, times: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[DRAWS] each: the weight of the picture that is added, and the weighted sums of differences and of sizes.
+
+        Dirichlet(1, ..., 1) are exponential numbers over their sum, and those of equal pictures add up to one gamma number.
+        """
         kinds, counts = np.unique(np.stack([self.sums, self.sizes]), axis=1, return_counts=True)
         random = np.random.default_rng(self.seed)
-        largest = self.sizes.max()
         added = random.standard_exponential(DRAWS)
-        above, below = added * extreme * largest, added * largest
+        above, below = np.zeros(DRAWS), np.zeros(DRAWS)
         for (total, size), count in zip(kinds.T, counts, strict=True):
             weight = random.standard_gamma(count * times, DRAWS)
             above += weight * total
             below += weight * size
-        return above / below
+        return added, above, below
 
 
 @dataclass(frozen=True)
