@@ -93,7 +93,7 @@ def test_peak() -> None:
 def test_scores_of_one_object_by_hand() -> None:
     """Four tokens, the second of them on the object."""
     scores = {
-        WORD: torch.tensor([0.1, 0.9, 0.2, 0.3]),
+        WORD: torch.tensor([0.11, 0.91, 0.21, 0.31]),
         QUESTION: torch.tensor([0.4, 0.3, 0.2, 0.1]),
         SALIENCY: torch.tensor([0.4, 0.1, 0.3, 0.2]),
         MIDDLE: torch.tensor([0.0, 0.0, 0.5, 0.0]),
@@ -102,8 +102,8 @@ def test_scores_of_one_object_by_hand() -> None:
     assert found.areas == pytest.approx({WORD: 1.0, QUESTION: 2 / 3, SALIENCY: 0.0, MIDDLE: (0.5 + 0 + 0.5) / 3})
     # By adafv: {0} alone is best; of two, {0, 2} has 0.6 * 0.7, and {0, 1} 0.7 * 0.5; of three {0, 1, 2} has the most.
     assert found.fewest == {WORD: 1, QUESTION: 2, SALIENCY: 4, ADAFV: 3}
-    assert found.similarity == pytest.approx((0.9, 0.2))
-    assert [int(shares.argmax()) for shares in found.histograms] == [94, 55]
+    assert found.similarity == pytest.approx((0.91, 0.21))
+    assert [int(shares.argmax()) for shares in found.histograms] == [95, 55]  # bins of 0.02 from -1
     assert [float(shares.sum()) for shares in found.histograms] == pytest.approx([1.0, 1.0])
 
 
