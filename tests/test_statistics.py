@@ -68,12 +68,12 @@ class TestBound:
 class TestEnough:
     def test_so_many_pass(self) -> None:
         few = singles(2, 2, 96)
-        needed = few.enough(0.05, 0.05)
+        needed = few.enough(0.02, 0.05)
         assert needed is not None
         assert needed > 100
         times = needed / 100
         more = singles(round(2 * times), round(2 * times), round(96 * times))
-        assert more.p_value(0.05) == pytest.approx(0.05, abs=0.01)
+        assert more.p_value(0.02) == pytest.approx(0.05, abs=0.01)
 
     def test_none_where_too_much_was_lost(self) -> None:
         assert singles(5, 0, 95).enough(0.01, 0.05) is None
@@ -175,7 +175,7 @@ class TestSequences:
     def test_ends_at_the_first_that_fails(self) -> None:
         [steps] = fixed_sequences([[0.01, 0.04, 0.2, 0.001]])
         assert [step.passed if step else None for step in steps] == [True, True, False, None]
-        assert {step.level for step in steps if step} == {pytest.approx(0.05)}
+        assert [step.level for step in steps if step] == [pytest.approx(0.05)] * 3
 
     def test_methods_share_the_level(self) -> None:
         """Holm: what one has no use for any more goes to the others."""
