@@ -144,7 +144,8 @@ class TestClaims:
     ) -> None:
         monkeypatch.setattr(statistics, "DRAWS", 2000)
         wrong = sum(
-            Paired(*draw(np.random.default_rng(number)), seed=number).p_value(loss) <= 0.05 for number in range(self.SETS)
+            Paired(*draw(np.random.default_rng(number)), seed=number).p_value(loss) <= 0.05
+            for number in range(self.SETS)
         )
         # As many as 5 % would give in all but one of a thousand such tests.
         assert wrong <= 0.05 * self.SETS + 3.1 * (0.05 * 0.95 * self.SETS) ** 0.5

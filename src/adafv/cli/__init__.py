@@ -1,5 +1,5 @@
 """The command line: `adafv ask`, `adafv check`, `adafv page`, `adafv serve`, `adafv methods`, `adafv families`,
-`adafv env`.
+`adafv bench`, `adafv env`.
 
 torch and transformers take seconds to import, so a command imports them once its options are known to be sound.
 Answers go to standard output, everything else to standard error; no error ends in a traceback.
@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from adafv.cli.ask import ask
+from adafv.cli.bench import bench
 from adafv.cli.check import check
 from adafv.cli.env import env
 from adafv.cli.failures import FAILED, INTERRUPTED, failures_as_messages, put
@@ -36,6 +37,7 @@ app.command("check")(check)
 app.command("page")(page)
 app.command("serve")(serve)
 app.command("env")(env)
+app.add_typer(bench, name="bench")
 
 
 def _show_version(wanted: bool) -> None:
