@@ -16,7 +16,7 @@ PIP     := install --quiet --disable-pip-version-check --no-compile
 # Tests use one thread each, so they share the cores by running side by side.
 WORKERS := -n auto --maxprocesses 4
 
-.PHONY: help demo test test-all test-fast environments newest check format testbed benchmark oldest processors test-vllm package package-3.11 package-3.13 clean
+.PHONY: help gpu demo test test-all test-fast environments newest check format testbed benchmark oldest processors test-vllm package package-3.11 package-3.13 clean
 
 help:
 	@echo "make demo       ask the bundled model about a picture, full and pruned, and draw what was kept"
@@ -30,6 +30,7 @@ help:
 	@echo "make test-vllm  the tests inside vLLM, on CPU (VLLM=0.31.0: on that release)"
 	@echo "make package    wheel and sdist, tried as a new user would, outside the repository"
 	@echo "make benchmark  what pruning costs and saves, as ratios"
+	@echo "make gpu        on a machine with CUDA: the oracle, waits, and bench speed at true 7B shapes"
 
 # torch first, by itself: asked for through a range, pip may choose a build with gigabytes of CUDA libraries.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -82,6 +83,10 @@ check: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What only a GPU can say; says so where there is none. Results in gpu-results.
+gpu:
+	PYTHONPATH=src $(PYTHON) tests/gpu.py --output gpu-results --seconds 450
 
 benchmark: $(VENV)/installed
 	$(BIN)/python -m benchmarks.overhead

@@ -14,6 +14,7 @@
     likeness.py   how alike tokens are
     greedy.py     greedy searches for sets that are diverse, or that cover
     cuts.py       how a budget is shared out over the layers of the language model
+    stages.py     the stages of a call, for whoever measures one
 
 Every engine (transformers, vLLM) calls these functions; none has an implementation of its own.
 """

@@ -1,4 +1,4 @@
-"""What pruning does to answers, asked of a model: what `adafv check`, `adafv bench accuracy` and `adafv analyze` are made of.
+"""What pruning costs, saves and loses, measured: `adafv check`, `adafv bench` and `adafv analyze`.
 
     questions.py   questions about pictures, read from JSON lines, CSV, a folder or a data set on disk
     answers.py     asks a model: every picture goes through the tower once for all questions, methods and budgets
@@ -18,6 +18,7 @@
     alignment.py   whether scores know where things are: the measurements behind figures 2 to 4 of the paper
     analysis.py    what is said of them: figures, tables, paragraphs, JSON
     chart.py       charts as SVG
+    speed/         seconds, operations, bytes and memory of a call, stage by stage
 
 It uses the engine of transformers, and nothing below the command line uses it.
 """

@@ -291,26 +291,34 @@ def _two_figures(number: float) -> int:
 
 
 def _cases(counted: Counted, ways: Sequence[Configuration]) -> list[dict[str, Any]]:
-    """Some of the changed answers, each question at the most tokens at which its answer changed: first what was lost."""
+    """Some of the changed answers, each question once: by the first method that changed its answer, at the most tokens."""
     random = Random(f"cases {counted.wish.seed}")
-    ordered = sorted(ways, key=lambda way: (-counted.tokens(way), way.name))
     shown: dict[int, tuple[Configuration, str]] = {}
-    by_kind: dict[str, list[int]] = {"lost": [], "gained": [], "other": []}
-    for way in ordered:
+    found: dict[tuple[str, str], list[int]] = {}
+    for way in ways:
         for kind, numbers in counted.changes(way).items():
             for number in numbers:
                 if number not in shown:
                     shown[number] = way, kind
-                    by_kind[kind].append(number)
-    for numbers in by_kind.values():
+                    found.setdefault((kind, way.name), []).append(number)
+    for numbers in found.values():
         random.shuffle(numbers)
+    # The methods by turns.
+    by_kind = {
+        kind: [
+            each
+            for group in _by_turns(*(numbers for (own, _), numbers in found.items() if own == kind))
+            for each in group
+        ]
+        for kind in ("lost", "gained", "other")
+    }
     # Half of the room for what was lost, where there is so much of it; the rest by turns.
     lost, gained, other = by_kind["lost"], by_kind["gained"], by_kind["other"]
     chosen = lost[: CASES // 2]
     rest = [each for group in _by_turns(gained, other, lost[CASES // 2 :]) for each in group]
     chosen = [*chosen, *rest[: CASES - len(chosen)]]
     chosen.sort(key=lambda number: (("lost", "other", "gained").index(shown[number][1]), number))
-    return [_case(counted, number, *shown[number], ordered) for number in chosen]
+    return [_case(counted, number, *shown[number], ways) for number in chosen]
 
 
 def _by_turns(*lists: Sequence[int]) -> list[list[int]]:

@@ -25,7 +25,7 @@ _SERIES = 8
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 _WIDTH, _HEIGHT = 640, 360
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 14, 54
 
 
 def page(result: Mapping[str, Any], pictures: Sequence[Image.Image | None]) -> str:
@@ -99,8 +99,6 @@ def _chart(result: Mapping[str, Any], measure: str, title: str) -> str:
     blank = result["blank"]
     estimates = [row[measure] for row in rows]
     lowest = min([each["low"] for each in estimates] + [full])
-    if blank is not None and blank[measure] is not None:
-        lowest = min(lowest, blank[measure]["mean"])
     highest = max([each["high"] for each in estimates] + [full])
     bottom, top = max(0.0, math.floor(lowest * 20) / 20), min(1.0, math.ceil(highest * 20) / 20)
     smallest = min(row["share"] for row in rows)
@@ -130,9 +128,13 @@ def _chart(result: Mapping[str, Any], measure: str, title: str) -> str:
                 f'<line class="limit" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{down(limit)}" y2="{down(limit)}"/>'
             )
     if blank is not None:
-        y = down(blank[measure]["mean"])
-        drawn.append(f'<line class="blank" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
-        drawn.append(f'<text class="tick" x="{_WIDTH - _RIGHT}" y="{y - 5}" text-anchor="end">picture blanked</text>')
+        # Mostly far below; drawn where it is not, as then the questions say little.
+        without = blank[measure]["mean"]
+        y = down(max(without, bottom))
+        if without >= bottom:
+            drawn.append(f'<line class="blank" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+        label = f"picture blanked: {words.percent(without)} %"
+        drawn.append(f'<text class="tick" x="{_WIDTH - _RIGHT}" y="{y - 6}" text-anchor="end">{label}</text>')
     names = list(dict.fromkeys(row["method"] for row in rows))
     for number, name in enumerate(names):
         mine = [row for row in rows if row["method"] == name]
@@ -146,7 +148,8 @@ def _chart(result: Mapping[str, Any], measure: str, title: str) -> str:
                 f'<line x1="{x}" x2="{x}" y1="{down(row[measure]["low"])}" y2="{down(row[measure]["high"])}"/>'
             )
             passed = row["test"] is not None and row["test"]["passed"]
-            label = f"{row['method']}, keep {row['keep']}: {words.percent(row[measure]['mean'])} %, {words.shown(row)}"
+            verdict = words.shown(row, result["settings"]["max_loss"])
+            label = f"{row['method']}, keep {row['keep']}: {words.percent(row[measure]['mean'])} %, {verdict}"
             drawn.append(f'<circle class="{"safe" if passed else "open"}" cx="{x}" cy="{y}" r="5">')
             drawn.append(f"<title>{_text(label)}</title></circle>")
         drawn.append("</g>")
@@ -165,9 +168,11 @@ def _marks(rows: Sequence[Mapping[str, Any]], across: Any) -> list[str]:
     drawn, last = [], math.inf
     for share in [1.0, *sorted({row["share"] for row in rows}, reverse=True)]:
         x = across(share)
-        if last - x >= 34:
+        if last - x >= 40:
+            anchor = "end" if share == 1.0 else "middle"
+            label = f"{100 * share:.2g}" if share < 0.995 else "100"
             drawn.append(
-                f'<text class="tick" x="{x}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{100 * share:.3g}</text>'
+                f'<text class="tick" x="{x}" y="{_HEIGHT - _BOTTOM + 20}" text-anchor="{anchor}">{label}</text>'
             )
             last = x
     return drawn
@@ -175,11 +180,14 @@ def _marks(rows: Sequence[Mapping[str, Any]], across: Any) -> list[str]:
 
 def _table(result: Mapping[str, Any]) -> str:
     headings = words.headings(result)
+    names = list(dict.fromkeys(row["method"] for row in result["rows"]))
     rows = []
     for cells in words.cells(result, intervals=True):
         *first, verdict = cells
         line = "".join(
-            _cell(heading, _text(cell)) if number else f'<th scope="row">{_text(cell)}</th>'
+            _cell(heading, _text(cell))
+            if number
+            else f'<th scope="row" class="{_series(names, cell)}">{_text(cell)}</th>'
             for number, (heading, cell) in enumerate(zip(headings, first, strict=False))
         )
         tag = f'<span class="tag {verdict.replace(" ", "-")}">{_text(verdict)}</span>' if verdict else ""
@@ -204,7 +212,15 @@ def _kinds(result: Mapping[str, Any]) -> str:
         rows.append(f'<tr><th scope="row">{_text(row["method"])}, {_text(row["keep"])}</th>{line}</tr>')
     what = "Points of accuracy lost" if answered else "Answers changed, %"
     note = "Few questions of a kind say little; no claims are made here."
-    return _section(f"{what}, by kind of question", _wide(["", *kinds], rows), _note(note))
+    table = _wide(["", *kinds], rows, "kinds")
+    if len(rows) > 8:
+        table = f"<details><summary>{len(rows) - 1} rows</summary>{table}</details>"
+    return _section(f"{what}, by kind of question", table, _note(note))
+
+
+def _series(names: Sequence[str], name: str) -> str:
+    """The colour of a method, where there are several."""
+    return f"s{names.index(name) % _SERIES}" if len(names) > 1 and name in names else ""
 
 
 def _section(title: str, *parts: str) -> str:
@@ -251,7 +267,7 @@ def _case(case: Mapping[str, Any], picture: Image.Image | None) -> str:
     image = (
         '<p class="no-picture">not drawn</p>'
         if picture is None
-        else f'<img src="{_data_url(picture)}" width="{picture.width}" height="{picture.height}" loading="lazy" '
+        else f'<img src="{_data_url(picture)}" width="{picture.width}" height="{picture.height}" '
         f'alt="{_text(alternative)}">'
     )
     others = "".join(f"<li>{_text(each['method'])}, {_text(each['keep'])}: {_said(each)}</li>" for each in case["all"])

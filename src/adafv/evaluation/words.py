@@ -9,7 +9,8 @@ if TYPE_CHECKING:
 
 def percent(value: float, sign: str = "") -> str:
     """A share as percent with one digit; no minus in front of zero."""
-    return f"{round(100 * value, 1) + 0.0:{sign}.1f}"
+    number = round(100 * value, 1) + 0.0
+    return f"{number:{sign if number else ''}.1f}"
 
 
 def points(value: float) -> str:
@@ -65,8 +66,8 @@ def explanation(result: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
             parts.append(f"{budget} {_lost(lost)} here, which does not say enough.")
         elif lost < settings["max_loss"]:
             parts.append(
-                f"{budget} {_lost(lost)} here, on too few questions to be sure: about {more:,} more like these would tell, if "
-                "they go as these did."
+                f"{budget} {_lost(lost)} here, on too few questions to be sure: about {more:,} more like these would tell, "
+                "if they go as these did."
             )
         else:
             parts.append(f"{budget} {_lost(lost)} here, which may be chance: about {more:,} more questions would tell.")
@@ -92,8 +93,8 @@ def how(result: Mapping[str, Any]) -> list[str]:
     settings, methods = result["settings"], len(result["verdicts"])
     confidence = f"{percent(settings['confidence']).removesuffix('.0')} %"
     test = (
-        f"Is the loss below {points(settings['max_loss'])}? Budgets are tested one-sided, from the most tokens to the fewest, up "
-        "to the first that fails; so looking at several does not raise the chance of a wrong claim."
+        f"Is the loss below {points(settings['max_loss'])}? Budgets are tested one-sided, from the most tokens to the "
+        "fewest, up to the first that fails; so looking at several does not raise the chance of a wrong claim."
     )
     said = [test, "Differences are paired, question by question, and intervals count pictures."]
     if methods > 1:
@@ -126,11 +127,13 @@ def row_of(result: Mapping[str, Any], method: str, keep: str) -> dict[str, Any]:
     return found
 
 
-def shown(row: Mapping[str, Any]) -> str:
-    """What the test of a row says, in a word or two."""
-    if row["test"] is None:
-        return "not tested"
-    return "safe" if row["test"]["passed"] else "not shown"
+def shown(row: Mapping[str, Any], max_loss: float) -> str:
+    """What is known of a row, in a word or two."""
+    if row["test"] is not None and row["test"]["passed"]:
+        return "safe"
+    if row["loss"]["low"] > max_loss:
+        return "loses more"
+    return "not tested" if row["test"] is None else "not shown"
 
 
 def headings(result: Mapping[str, Any]) -> list[str]:
@@ -142,7 +145,7 @@ def headings(result: Mapping[str, Any]) -> list[str]:
         "keep",
         "tokens",
         *(["right, %"] if answered else []),
-        "same answer, %",
+        "same, %",
         loss,
         "at most",
         "verdict",
@@ -178,7 +181,7 @@ def cells(result: Mapping[str, Any], *, intervals: bool = False) -> list[list[st
                 mean(row["agreement"]),
                 lost,
                 bound,
-                shown(row),
+                shown(row, result["settings"]["max_loss"]),
             ]
         )
     return table
@@ -198,7 +201,7 @@ def terminal_table(result: Mapping[str, Any]) -> "Table":
     )
     for heading in headings(result):
         made.add_column(heading, justify="left" if heading in ("method", "verdict") else "right")
-    styles = {"safe": "green", "not shown": "yellow"}
+    styles = {"safe": "green", "not shown": "yellow", "loses more": "red"}
     for row in cells(result):
         made.add_row(*(Text(printable(cell), style=styles.get(cell, "")) for cell in row))
     return made

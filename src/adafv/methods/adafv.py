@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from adafv.core import ImageLayout, frank_wolfe_search, joint_search, split_search, text_to_image_attention
+from adafv.core.stages import stage
 from adafv.core.tokens import SALIENCY, WORDS, Kept, Plan, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods import published
@@ -54,9 +55,10 @@ class GeometricMean(Method):
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         words = tokens.text
-        text_attention = text_to_image_attention(
-            words.embeddings, tokens.features.detach(), words.mask, tokens.candidates
-        )
+        with stage("scores"):
+            text_attention = text_to_image_attention(
+                words.embeddings, tokens.features.detach(), words.mask, tokens.candidates
+            )
         if self.variant == "published":
             return published.select(tokens, text_attention, keep)
         found = SEARCHES[self.objective](text_attention, tokens.saliency, keep, tokens.candidates)

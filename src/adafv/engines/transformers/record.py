@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.stages import stage as entered
 from adafv.core.tokens import Kept
 
 if TYPE_CHECKING:
@@ -290,10 +291,11 @@ def _restate(values: Tensor, own: ImageLayout, other: ImageLayout, missing: Any)
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the wall time of the block to `seconds[stage]`."""
+    """Add the wall time of the block to `seconds[stage]`; see also `adafv.core.stages`."""
     start = time.perf_counter()
     try:
-        yield
+        with entered(stage):
+            yield
     finally:
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
