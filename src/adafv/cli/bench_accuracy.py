@@ -30,7 +30,7 @@ def accuracy(
     questions: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Questions with answers: .jsonl or .csv, or folders with images/ and presence.jsonl; see docs/bench.md.",
+            help="Questions with answers: .jsonl or .csv, or folders with images/ and presence.jsonl; see docs/accuracy.md.",
             show_default=False,
         ),
     ] = None,

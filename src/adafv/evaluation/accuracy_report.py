@@ -23,7 +23,7 @@ from adafv.evaluation.store import Given, Store
 from adafv.printable import printable
 
 VERSION = 1
-"""Of the JSON; see docs/bench.md."""
+"""Of the JSON; see docs/accuracy.md."""
 GUESS = "most frequent answer"
 """Of its kind, counted on these very questions: what knowing nothing but the answers is worth."""
 RIGHT, SURE = "right", "sure"
@@ -303,7 +303,7 @@ class AccuracyReport:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON; its form is described in docs/bench.md."""
+        """JSON; its form is described in docs/accuracy.md."""
         return {
             "bench": VERSION,
             "what": "accuracy",
