@@ -33,7 +33,7 @@ from adafv.evaluation.answers import BLANK, UNPRUNED, Asker, configurations
 from adafv.evaluation.drawn import drawn_questions, held_out
 from adafv.evaluation.first_token import FirstTokenAsker, chance_of_right, one_token_each
 from adafv.evaluation.questions import FilePicture, Question, Questions
-from adafv.evaluation.store import Given, Store
+from adafv.evaluation.store import Given, Store, StoreError
 from adafv.evaluation.world.questions import QUESTION_KINDS
 
 SETTINGS = {"answers": "first-token", "choices": None, "max_new_tokens": 4}
@@ -287,6 +287,11 @@ def test_answers_of_another_store_are_taken_over(tmp_path: Path) -> None:
         assert one.kept("b", ("adafv", "0.1")) == [2, 5, 8]
 
 
+def broken_process(job: Any, failed: Any) -> None:
+    failed.send(StoreError("the disk is full; make room"))
+    raise SystemExit(1)
+
+
 WORLD = ["bench", "accuracy", "--world", "--no-photos", "--questions", 14, "--keep", "0.1", "--methods", "adafv"]
 
 
@@ -332,10 +337,17 @@ class TestCommand:
         merged = run(*WORLD, "--batch", 4, "--json", *(part for store in stores for part in ("--merge", store)))
         assert merged.stdout == results[0].stdout
 
+    @pytest.mark.slow
+    def test_what_ends_a_process_ends_the_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With its own message; what was answered stays for the next run."""
+        monkeypatch.setattr(accuracy, "_process", broken_process)
+        result = run(*WORLD, "--jobs", 2, "--to", tmp_path)
+        refused(result, 1, "the disk is full; make room")
+
     def test_all_leaves_out_what_the_model_does_not_take(self, monkeypatch: pytest.MonkeyPatch) -> None:
         why = "too few layers"
         monkeypatch.setattr(
-            accuracy, "refused", lambda asker, ways, question: {way: why for way in ways if way.name == "adafv"}
+            accuracy, "refused", lambda asker, ways, question, store: {way: why for way in ways if way.name == "adafv"}
         )
         monkeypatch.setattr(accuracy, "known_methods", lambda: {"adafv": None, "random": None, "uniform": None})
         all_of_them = [word if word != "adafv" else "all" for word in WORLD]

@@ -346,20 +346,20 @@ def _answered(
     from adafv.evaluation.store import Store
 
     asker = make_asker(session, settings)
-    # A method that some models do not take is left out where all were asked for, and ends the run where it was named.
-    refusals = refused(asker, ways, data[0].questions[0])
-    if refusals and not every_method:
-        way, why = next(iter(refusals.items()))
-        raise UsageError(f"{way}: {why}; leave it out of --methods")
-    for way, why in refusals.items():
-        say(f"note: {way} is left out: {why}")
-    ways = [way for way in ways if way not in refusals]
     with ExitStack() as stack:
         path = wish.store or (None if folder is None else folder / STORE)
         if path is None:
             path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / STORE
         store = stack.enter_context(Store(path, asker.fingerprint()))
         absorb(store, wish.merge or [])
+        # A method that some models do not take is left out where all were asked for, and ends the run where it was named.
+        refusals = refused(asker, ways, data[0].questions[0], store)
+        if refusals and not every_method:
+            way, why = next(iter(refusals.items()))
+            raise UsageError(f"{way}: {why}; leave it out of --methods")
+        for way, why in refusals.items():
+            say(f"note: {way} is left out: {why}")
+        ways = [way for way in ways if way not in refusals]
         scores = []
         for each in data:
             keys = _filled(wish, asker, model, each, ways, store, settings, share)

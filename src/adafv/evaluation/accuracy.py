@@ -7,24 +7,26 @@ processes, or machines, share the work by whole batches, so that their answers a
 With dozens of methods the best one is partly lucky. Half of the pictures choose, the others confirm.
 """
 
-import os
+import contextlib
+import logging
+import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adafv.errors import AdaFVError
+from adafv.errors import AdaFVError, ImageError
 from adafv.evaluation.answers import Asker, Configuration, Progress, configurations
 from adafv.evaluation.drawn import drawn_questions, faint_ones
 from adafv.evaluation.first_token import FirstTokenAsker
 from adafv.evaluation.questions import BAD_RECORDS, Question, Questions, QuestionsError, read_questions
-from adafv.evaluation.store import Store, StoreError
+from adafv.evaluation.store import Store, StoreError, key_of
 from adafv.methods import known_methods
 from adafv.printable import shortened
 
@@ -145,11 +147,16 @@ def make_asker(session: "Session", settings: Mapping[str, Any]) -> Asker:
     return Asker(session, max_new_tokens=settings["max_new_tokens"], **options)
 
 
-def refused(asker: Asker, ways: Sequence[Configuration], question: Question) -> dict[Configuration, str]:
-    """The ways that this model does not take, and why; found out by one question."""
-    found = {}
+def refused(asker: Asker, ways: Sequence[Configuration], question: Question, store: Store) -> dict[Configuration, str]:
+    """The ways that this model does not take, and why; found out by one question, where it was not asked before."""
+    found: dict[Configuration, str] = {}
+    try:
+        key = key_of(question, question.picture.digest())
+        question.picture.load()
+    except ImageError:  # a matter of the picture, which the run will name
+        return found
     for way in ways:
-        if way.pruned:
+        if way.pruned and store.get(key, way.way) is None:
             try:
                 asker.record(question, way)
             except AdaFVError as error:
@@ -219,6 +226,22 @@ def run_job(job: Job) -> None:
         asker.run(Questions(job.questions, []), ways, store, batch=job.batch, policy=job.policy)
 
 
+def _process(job: Job, failed: Connection) -> None:
+    """`run_job`, with what goes wrong sent to the process that waits."""
+    for name in ("torchao", "torch.utils._pytree"):  # as the command line has it
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        run_job(job)
+    except KeyboardInterrupt:
+        sys.exit(1)
+    except Exception as error:
+        try:
+            failed.send(error)
+        except Exception:  # it cannot be pickled
+            failed.send(RuntimeError(f"{type(error).__name__}: {error}"))
+        sys.exit(1)
+
+
 def run_in_processes(
     asker: Asker,
     questions: Questions,
@@ -253,18 +276,38 @@ def run_in_processes(
         with Store(each.store, store.fingerprint) as beginning:
             for key, answered, given in store.answers():
                 beginning.add(answered, [(key, given, store.kept(key, answered))])
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(run_job, each) for each in made if each.questions]
-        waiting = set(running)
-        while waiting:
-            finished, waiting = wait(waiting, timeout=_LOOK, return_when=FIRST_EXCEPTION)
+    context = get_context("spawn")
+    running = []
+    try:
+        for each in made:
+            if each.questions:
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_process, args=(each, sender))
+                process.start()
+                sender.close()
+                running.append((process, receiver))
+        while any(process.is_alive() for process, _ in running):
+            wait([process.sentinel for process, _ in running if process.is_alive()], timeout=_LOOK)
             done = sum(_lines(file) for file in files) - started * (jobs - 1)
             progress(Progress(min(total, max(0, done)), total, max(0, done - started)))
-            for future in finished:
-                future.result()
+            _raise_of(running)
+        _raise_of(running)
+    finally:  # what was answered stays in the parts, and is taken over by the next run
+        for process, _ in running:
+            process.terminate()
+            process.join()
     absorb(store, files)
     for file in files:
         file.unlink()
+
+
+def _raise_of(running: Sequence[tuple[Any, Connection]]) -> None:
+    """Raise what ended one of the processes."""
+    for process, receiver in running:
+        if process.exitcode:
+            with contextlib.suppress(EOFError):
+                raise receiver.recv()
+            raise RuntimeError(f"a process that answered questions was ended from outside (code {process.exitcode})")
 
 
 def _lines(path: Path) -> int:
@@ -274,8 +317,3 @@ def _lines(path: Path) -> int:
             return max(0, sum(1 for _ in file) - 1)
     except OSError:
         return 0
-
-
-def processor_count() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -126,7 +126,14 @@ def _rulers(size: tuple[int, int]) -> list[Image.Image]:
 
 def _by_patch(session: "Session", layout: ImageLayout, picture: Image.Image, question: str) -> Tensor:
     """[crops * rows * columns, h, w, 3] in 0..255: the pixels of every patch, as the tower sees them."""
-    view: Any = session.tower_view(session.inputs(picture, question))
+    inputs = session.inputs(picture, question)
+    try:
+        view: Any = session.tower_view(inputs)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise PlacesError(
+            "what the vision tower of this model sees cannot be drawn, so where its tokens lie cannot be told; use a model "
+            "with which `adafv ask --picture` works"
+        ) from error
     if view.dim() != 4 or view.shape[0] < layout.crops:
         raise PlacesError(
             f"the pixels come as {list(view.shape)}, but the picture has {layout.crops} crops; they do not fit"
