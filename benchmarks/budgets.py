@@ -27,8 +27,9 @@ from rich.table import Table
 
 from adafv import Pruner
 from adafv.bundled import bundled_model
+from adafv.evaluation.world.details import render
 from adafv.evaluation.world.questions import QUESTION_KINDS, Question, ask
-from adafv.evaluation.world.scenes import Scene, render, sample_scene
+from adafv.evaluation.world.scenes import Scene, sample_scene
 from benchmarks import accuracy
 from benchmarks.accuracy import batch_of, first_answer_logits, interval
 

@@ -116,6 +116,8 @@ def test_dependencies_point_inward(module: str) -> None:
         ("adafv.evaluation.world.scenes", "from adafv.page.app import build"),
         ("adafv.asking.session", "from adafv.evaluation.store import Store"),
         ("adafv.evaluation.answers", "from adafv.cli.options import METHOD"),
+        ("adafv.asking.session", "from adafv.evaluation.speed import run"),
+        ("adafv.core.select", "from adafv.evaluation.speed import stages"),
         ("adafv.engines.transformers.compress", "from adafv import Pruner"),
     ],
 )
