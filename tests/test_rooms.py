@@ -28,8 +28,9 @@ LAYERS = (
     ("engines.transformers", "engines.vllm"),
     ("picture",),
     ("asking.session",),
+    ("environment",),
     ("evaluation",),
-    ("environment", "page"),
+    ("page",),
     ("cli",),
     ("__main__",),
 )
