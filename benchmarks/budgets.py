@@ -29,8 +29,9 @@ from adafv import Pruner
 from adafv.bundled import bundled_model
 from benchmarks import accuracy
 from benchmarks.accuracy import batch_of, first_answer_logits, interval
+from training.world.details import render
 from training.world.questions import QUESTION_KINDS, Question, ask
-from training.world.scenes import Scene, render, sample_scene
+from training.world.scenes import Scene, sample_scene
 
 QUESTIONS_PER_SCENE = 2
 BATCH = 20

@@ -73,11 +73,10 @@ def test_few_operations(any_family: FamilyRow, any_model: Any, batch: int, monke
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_call_waits_once_for_a_gpu(any_family: FamilyRow) -> None:
     """For the prompt; what was kept and how good it is is read when somebody looks."""
-    model = any_family.build().to("cuda")
-    inputs = {
-        name: value.to("cuda") if isinstance(value, torch.Tensor) else value
-        for name, value in make_inputs(any_family, model, [1]).items()
-    }
+    model = any_family.build()
+    plain = make_inputs(any_family, model, [1])  # asks the model how many tokens an image has: on the CPU
+    model.to("cuda")
+    inputs = {name: value.to("cuda") if isinstance(value, torch.Tensor) else value for name, value in plain.items()}
     sizes = {
         "image_grid_thw",
         "image_sizes",

@@ -28,9 +28,8 @@ LAYERS = (
     ("engines.transformers", "engines.vllm"),
     ("picture",),
     ("asking.session",),
-    ("environment",),
     ("evaluation",),
-    ("page",),
+    ("environment", "page"),
     ("cli",),
     ("__main__",),
 )
@@ -115,6 +114,8 @@ def test_dependencies_point_inward(module: str) -> None:
         ("adafv.page.app", "from adafv.cli.options import METHOD"),
         ("adafv.asking.session", "from adafv.evaluation.store import Store"),
         ("adafv.evaluation.answers", "from adafv.cli.options import METHOD"),
+        ("adafv.asking.session", "from adafv.evaluation.speed import run"),
+        ("adafv.core.select", "from adafv.evaluation.speed import stages"),
         ("adafv.engines.transformers.compress", "from adafv import Pruner"),
     ],
 )

@@ -42,7 +42,7 @@ class Options:
     batch: int = 1
     rounds: int = 10
     warm: int = 1
-    """Runs of each way that are not counted; 2 more on CUDA."""
+    """Runs of each way that are not counted, 1 or more; 2 more on CUDA."""
     decode: int = 8
     """Tokens that are decoded behind the first one; 0: none."""
     published: bool = True
@@ -134,7 +134,7 @@ def _that_run(subject: Subject, ways: list[Way], options: Options, notes: list[s
     able = []
     for way in ways:
         try:
-            for _ in range(options.warm + 2 * (subject.device.type == "cuda")):
+            for _ in range(max(1, options.warm) + 2 * (subject.device.type == "cuda")):
                 way.run()
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()

@@ -139,7 +139,7 @@ def published(subject: Subject, inputs: dict[str, Any], keep: Any) -> Way:
         with stage("projector"):
             features = projector(seen.hidden_states[layer][:, 1:]).unflatten(0, (-1, crops)).flatten(1, 2)
         with stage("scores"):
-            attention = text_to_image_attention(short.words(), features)
+            attention = text_to_image_attention(short.words()[:, short.first :], features)  # behind the image, as there
         with stage("selection"):
             chosen = published_search(attention, saliency, keep=short.asked)
             kept = features.gather(1, chosen.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
