@@ -110,7 +110,7 @@ class TestBadRecords:
             found.checked("refuse")
 
     def test_many_are_counted(self, folder: Path) -> None:
-        with pytest.raises(QuestionsError, match="line 3.*and 7 more"):
+        with pytest.raises(QuestionsError, match=r"line 3.*and 7 more"):
             read_questions(written(folder, *["{"] * 10)).checked("refuse")
 
     def test_none_is_left(self, folder: Path) -> None:
@@ -152,7 +152,7 @@ class TestFiles:
 
     def test_a_data_set_with_splits(self, folder: Path) -> None:
         (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-        with pytest.raises(QuestionsError, match="name one, such as .*/test"):
+        with pytest.raises(QuestionsError, match=r"name one, such as .*/test"):
             read_questions(folder)
 
     def test_a_picture_that_went_away(self, folder: Path) -> None:

@@ -31,6 +31,7 @@ from adafv.evaluation.questions import REFUSE, BadRecord, Question, Questions, r
 from adafv.evaluation.store import Chances, Given, Store, Way, key_of
 from adafv.images import check_shape
 from adafv.methods import Method
+from adafv.methods.base import LAYERS
 from adafv.methods.options import method_from_text
 from adafv.printable import shortened
 from adafv.prompts.text import SCOPES
@@ -238,12 +239,17 @@ class Asker:
                     questions = _without(questions, bad, policy)
                     these = [each for each in these if each.name not in bad]
                     total -= len(bad) * len(ways)
-                    done -= sum(store.get(keys.pop(name), way.way) is not None for name in bad for way in ways)
+                    gone = [keys.pop(name) for name in bad]
+                    done -= sum(store.get(key, way.way) is not None for key in gone for way in ways)
                 for way, missing in lacking:
                     missing = [each for each in missing if each.name not in bad]
                     if missing:
                         asks = [(each, digests[each.name]) for each in missing]
-                        given = self._answers(asks, pictures, way, [other for other, _ in lacking])
+                        others = [other for other, _ in lacking]
+                        # What acts inside the language model takes one prompt at a time.
+                        size = 1 if way.method is not None and LAYERS in way.method.stages else len(asks)
+                        parts = [asks[start : start + size] for start in range(0, len(asks), size)]
+                        given = [answer for part in parts for answer in self._answers(part, pictures, way, others)]
                         store.add(way.way, [(keys[e.name], *answer) for e, answer in zip(missing, given, strict=True)])
                         asked, done = asked + len(missing), done + len(missing)
                         progress(Progress(done, total, asked))

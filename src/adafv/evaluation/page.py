@@ -58,10 +58,10 @@ def page(result: Mapping[str, Any], pictures: Sequence[Image.Image | None]) -> s
 
 def _text(value: object) -> str:
     """Fit to be shown: no control characters, not too long, escaped."""
-    text = printable(str(value), kept="\n")
+    text = str(value)
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - 3]}..."
-    return escape(text)
+    return escape(printable(text, kept="\n"))
 
 
 def _verdicts(result: Mapping[str, Any]) -> str:
