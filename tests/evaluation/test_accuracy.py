@@ -30,10 +30,11 @@ from adafv.evaluation.accuracy import (
 )
 from adafv.evaluation.accuracy_report import GUESS, SURE, AccuracyReport, Scores
 from adafv.evaluation.answers import BLANK, UNPRUNED, Asker, configurations
-from adafv.evaluation.drawn import drawn_questions, held_out
+from adafv.evaluation.drawn import drawn_questions, held_out, held_out_details
 from adafv.evaluation.first_token import FirstTokenAsker, chance_of_right, one_token_each
 from adafv.evaluation.questions import FilePicture, Question, Questions
 from adafv.evaluation.store import Given, Store, StoreError
+from adafv.evaluation.world.details import DETAIL_KINDS, render, sample_detailed_scene
 from adafv.evaluation.world.questions import QUESTION_KINDS
 
 SETTINGS = {"answers": "first-token", "choices": None, "max_new_tokens": 4}
@@ -59,6 +60,19 @@ class TestQuestions:
             assert (made.text, made.answers, made.kind) == (asked.text, (asked.answer,), asked.kind)
             assert made.group == str(scene.number)
             assert made.picture.load().size == (96, 96)
+
+    def test_details_are_asked_for_among_the_others(self) -> None:
+        asked = [each for _, each in held_out_details(50, photos=False)]
+        counts = Counter(each.kind for each in asked)
+        assert set(counts) == {*QUESTION_KINDS, *DETAIL_KINDS}
+        assert set(counts.values()) == {5}
+        data = world_data(20, 144, photos=False, detailed=True)
+        assert [(each.text, each.answers) for each in data.questions] == [
+            (each.text, (each.answer,)) for each in asked[:20]
+        ]
+        picture = data.questions[0].picture
+        plain = sample_detailed_scene("test", int(data.questions[0].group), photos=False)
+        assert picture.load().tobytes() == render(plain, 144)[0].tobytes()
 
     def test_halves_are_all_and_share_no_scene(self) -> None:
         parts = [world_data(60, 48, part, photos=False) for part in (CHOOSE, CONFIRM)]

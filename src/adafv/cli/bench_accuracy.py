@@ -70,6 +70,14 @@ def accuracy(
     no_photos: Annotated[
         bool, typer.Option("--no-photos", help="No pieces of photographs behind the scenes.", rich_help_panel=_DATA)
     ] = False,
+    details: Annotated[
+        bool,
+        typer.Option(
+            "--details",
+            help="Drawn scenes whose things bear letters and fine patterns, for models that see crops.",
+            rich_help_panel=_DATA,
+        ),
+    ] = False,
     bad_records: Annotated[
         str, typer.Option(help="Records that cannot be used: refuse or skip.", rich_help_panel=_DATA)
     ] = "refuse",
@@ -186,6 +194,7 @@ class _Wish:
     count: int | None
     part: str
     no_photos: bool
+    details: bool
     bad_records: str
     choices: str | None
     answers: str | None
@@ -208,7 +217,7 @@ class _Wish:
 
     @property
     def on_world(self) -> bool:
-        return self.world or not self.questions
+        return self.world or self.details or not self.questions
 
 
 def _listed(option: str, text: str) -> list[str]:
@@ -310,8 +319,16 @@ def _ask(
     say(about(model, session.processor.tokenizer))
     if wish.on_world:
         from adafv.evaluation.drawn import side_for
+        from adafv.evaluation.world.details import FINE
 
-        data.append(world_data(wish.count or 2000, side_for(session.model), wish.part, photos=not wish.no_photos))
+        side = side_for(session.model)
+        if wish.details and side % FINE and side != FINE // 2:
+            raise UsageError(
+                f"--details are drawn {FINE // 2} pixels wide or a multiple of {FINE}, and {model} sees {side}; leave it "
+                "out, or use bundled-next"
+            )
+        world = world_data(wish.count or 2000, side, wish.part, photos=not wish.no_photos, detailed=wish.details)
+        data.append(world)
     given = [answer for each in data for question in each.questions for answer in question.answers or ()]
     how = wish.answers or (FIRST_TOKEN if choices or wish.sure or one_token_each(session, given) else GENERATE)
     settings: dict[str, Any] = {

@@ -57,10 +57,13 @@ class Data:
     """How answers are judged where the caller does not say; None: "auto"."""
 
 
-def world_data(count: int, side: int, part: str = ALL, *, photos: bool = True) -> Data:
-    """The first `count` questions about test scenes, and of these the part."""
-    asked = [each for each in drawn_questions(count, side, photos=photos) if belongs(each.cluster, part)]
-    return Data(WORLD, asked, 0, {FAINT: faint_ones(count, photos=photos)}, "first")
+def world_data(count: int, side: int, part: str = ALL, *, photos: bool = True, detailed: bool = False) -> Data:
+    """The first `count` questions about test scenes (see `drawn_questions`), and of these the part."""
+    options = {"photos": photos, "detailed": detailed}
+    asked = [each for each in drawn_questions(count, side, **options) if belongs(each.cluster, part)]
+    return Data(
+        f"{WORLD} with details" if detailed else WORLD, asked, 0, {FAINT: faint_ones(count, **options)}, "first"
+    )
 
 
 def file_data(sources: Sequence[Path], part: str = ALL, most: int = 0, policy: str = REFUSE) -> Data:
