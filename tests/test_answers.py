@@ -77,9 +77,10 @@ class TestOnce:
         ways = configurations(["adafv", "random", "scope"], BUDGETS, blank=False)
         asker = Asker(session, max_new_tokens=4)
         with tower_runs(session) as runs, store_of(asker, tmp_path) as store:
-            asker.run(questions, ways, store, batch=2)
+            grouped, _ = asker.run(questions, ways, store, batch=2)
             assert len(store) == 6 * len(ways) == 60
         assert sum(runs) == 3 == asker.encoded
+        assert len({each.cluster for each in grouped.questions}) == 3
 
     def test_blanked_pictures_of_one_size_are_one(self, session: Session, questions: Questions, tmp_path: Path) -> None:
         asker = Asker(session, max_new_tokens=4)
