@@ -139,6 +139,15 @@ class TestFiles:
         with pytest.raises(QuestionsError, match=r"no \.jsonl file"):
             read_questions(folder / "images")
 
+    def test_that_are_too_large(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("adafv.evaluation.questions.MAX_FILE", 10)
+        with pytest.raises(QuestionsError, match="has more than"):
+            read_questions(written(folder, CAT))
+        monkeypatch.undo()
+        monkeypatch.setattr("adafv.evaluation.questions.MAX_LINE", 10)
+        [bad] = read_questions(written(folder, CAT)).bad
+        assert "has more than" in bad.problem
+
     def test_a_folder_with_several(self, folder: Path) -> None:
         for name in ("a.jsonl", "b.jsonl"):
             written(folder, CAT, name=name)

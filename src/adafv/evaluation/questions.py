@@ -34,6 +34,8 @@ NAMES = {
 }
 """What a field may be called; the first that is there counts."""
 
+MAX_FILE = 500_000_000
+"""Bytes of a file of questions, which is read whole."""
 MAX_LINE = 1_000_000
 """Characters of a record."""
 _MOST_NAMED = 3
@@ -229,6 +231,10 @@ def read_questions(source: str | Path) -> Questions:
             raise QuestionsError(
                 f"{shown} is none of what is read: a .jsonl or .csv file, a folder with images/ and a .jsonl file, or a data "
                 "set saved on disk"
+            )
+        if path.stat().st_size > MAX_FILE:
+            raise QuestionsError(
+                f"{shown} has more than {MAX_FILE // 1_000_000} MB; name pictures by their paths, or split it"
             )
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
