@@ -4,18 +4,22 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from models import FAMILIES
+from PIL import Image
+from processors import photo
+from stock_processors import PROCESSORS
 
 import adafv.bundled
 from adafv.asking.session import Session
 from adafv.core import Budget
 from adafv.evaluation.answers import BLANK, UNPRUNED, Asker, Configuration, Progress, configurations, weights_hash
-from adafv.evaluation.questions import Questions, QuestionsError, read_questions
+from adafv.evaluation.questions import Question, Questions, QuestionsError, read_questions
 from adafv.evaluation.store import Given, Store, StoreError, mask_of, tokens_of
 
 SAMPLES = Path(adafv.bundled.__file__).parent / "samples"
@@ -69,6 +73,24 @@ def store_of(asker: Asker, path: Path) -> Store:
     return Store(path / "answers.jsonl", asker.fingerprint())
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A picture that is in no file."""
+
+    number: int
+    size: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.number} {self.size}"
+
+    def load(self) -> Image.Image:
+        return photo(self.number, *self.size)
+
+    def digest(self) -> str:
+        return self.name
+
+
 class TestOnce:
     def test_every_picture_goes_through_the_tower_once(
         self, session: Session, questions: Questions, tmp_path: Path
@@ -77,9 +99,10 @@ class TestOnce:
         ways = configurations(["adafv", "random", "scope"], BUDGETS, blank=False)
         asker = Asker(session, max_new_tokens=4)
         with tower_runs(session) as runs, store_of(asker, tmp_path) as store:
-            asker.run(questions, ways, store, batch=2)
+            grouped, _ = asker.run(questions, ways, store, batch=2)
             assert len(store) == 6 * len(ways) == 60
         assert sum(runs) == 3 == asker.encoded
+        assert len({each.cluster for each in grouped.questions}) == 3
 
     def test_blanked_pictures_of_one_size_are_one(self, session: Session, questions: Questions, tmp_path: Path) -> None:
         asker = Asker(session, max_new_tokens=4)
@@ -120,6 +143,42 @@ class TestAnswers:
                     else:
                         assert given.kept == 144
                         assert store.kept(keys[question.name], way.way) is None
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("paddleocr-vl", "gemma3"),
+            *(
+                pytest.param(name, marks=pytest.mark.release)
+                for name in PROCESSORS
+                if name not in ("paddleocr-vl", "gemma3")
+            ),
+        ],
+    )
+    def test_of_any_family(self, name: str, tmp_path: Path) -> None:
+        """Stock processors; pictures of several sizes and questions of several lengths in one batch."""
+        model = next(row for row in FAMILIES if row.name == name).build()
+        session = Session(model, PROCESSORS[name](model))
+        drawn = [Drawn(0, (100, 90)), Drawn(1, (90, 200)), Drawn(2, (300, 80))]
+        asked = [
+            (0, "what is the cat holding?"),
+            (0, "is it a dog here?"),
+            (1, "where?"),
+            (2, "a cat or a dog?"),
+            (1, "who?"),
+        ]
+        questions = [Question(str(number), drawn[of], text) for number, (of, text) in enumerate(asked)]
+        asker, ways = Asker(session, max_new_tokens=4), configurations(["adafv", "random"], ["40%"], blank=False)
+        with store_of(asker, tmp_path) as store:
+            _, keys = asker.run(Questions(questions, []), ways, store, batch=3)
+            for question in questions:
+                inputs = session.inputs(question.picture.load(), question.text)
+                for way in ways:
+                    pruner = None if way.method is None else session.pruner(way.method, way.budget)
+                    given = store.get(keys[question.name], way.way)
+                    assert given is not None
+                    assert given.answer == session.ask(inputs, pruner, 4).answer, (question.text, way)
+        assert asker.encoded == 3
 
     def test_blank_is_another_picture(self, session: Session, questions: Questions, tmp_path: Path) -> None:
         asker = Asker(session, max_new_tokens=4)

@@ -35,7 +35,7 @@ class TestReading:
         boxes = [[1, 2, 3, 4.5]]
         path = written(
             folder,
-            {**CAT, "answer": "cat", "id": 7, "kind": "name", "boxes": boxes},
+            {**CAT, "answer": "cat", "id": 7, "kind": "name", "boxes": boxes, "group": 3},
             "",
             {**CAT, "image": "images/dog.png", "answers": ["dog", "a dog"], "choices": ["cat", "dog"]},
         )
@@ -45,7 +45,7 @@ class TestReading:
         assert (other.name, other.answers, other.where) == ("line 3", ("dog", "a dog"), "questions.jsonl line 3")
         assert other.asked == "what is it?\nA. cat\nB. dog"
         assert one.picture.load().size == (8, 6)
-        assert (one.cluster, other.cluster) == ("cat.png", "images/dog.png")
+        assert (one.cluster, other.cluster) == ("group 3", "images/dog.png")
 
     def test_the_testbeds_form(self, folder: Path) -> None:
         """A folder; text and label for question and answer."""
@@ -95,6 +95,7 @@ class TestBadRecords:
             ({**CAT, "boxes": [3, 2, 1, 4]}, "has boxes that are none"),
             ({**CAT, "boxes": "left"}, "has boxes that are none"),
             ({**CAT, "id": []}, "has an id"),
+            ({**CAT, "group": []}, "has a group"),
             ({**CAT, "id": "first"}, "has the id first of line 1"),
         ],
     )
@@ -138,6 +139,15 @@ class TestFiles:
         with pytest.raises(QuestionsError, match=r"no \.jsonl file"):
             read_questions(folder / "images")
 
+    def test_that_are_too_large(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("adafv.evaluation.questions.MAX_FILE", 10)
+        with pytest.raises(QuestionsError, match="has more than"):
+            read_questions(written(folder, CAT))
+        monkeypatch.undo()
+        monkeypatch.setattr("adafv.evaluation.questions.MAX_LINE", 10)
+        [bad] = read_questions(written(folder, CAT)).bad
+        assert "has more than" in bad.problem
+
     def test_a_folder_with_several(self, folder: Path) -> None:
         for name in ("a.jsonl", "b.jsonl"):
             written(folder, CAT, name=name)
@@ -152,6 +162,7 @@ class TestFiles:
 
     def test_a_data_set_with_splits(self, folder: Path) -> None:
         (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+        (folder / "images").rename(folder / "test")
         with pytest.raises(QuestionsError, match=r"name one, such as .*/test"):
             read_questions(folder)
 

@@ -12,7 +12,7 @@ was killed: in a batch of other questions, rounding may differ.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -216,6 +216,9 @@ class Asker:
             except ImageError as error:
                 bad[question.name] = BadRecord(question.where or question.name, str(error))
         questions = _without(questions, bad, policy)
+        # One picture may be there under several names.
+        grouped = [replace(each, group=each.group or digests[each.name]) for each in questions.questions]
+        questions = replace(questions, questions=grouped)
         keys = {each.name: key_of(each, digests[each.name]) for each in questions.questions}
         total = len(keys) * len(ways)
         done = sum(store.get(key, way.way) is not None for key in keys.values() for way in ways)

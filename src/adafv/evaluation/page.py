@@ -147,7 +147,8 @@ def _chart(result: Mapping[str, Any], measure: str, title: str) -> str:
             drawn.append(
                 f'<line x1="{x}" x2="{x}" y1="{down(row[measure]["low"])}" y2="{down(row[measure]["high"])}"/>'
             )
-            passed = row["test"] is not None and row["test"]["passed"]
+            tested = result["settings"]["counted"] == measure and row["test"] is not None
+            passed = tested and row["test"]["passed"]
             verdict = words.shown(row, result["settings"]["max_loss"])
             label = f"{row['method']}, keep {row['keep']}: {words.percent(row[measure]['mean'])} %, {verdict}"
             drawn.append(f'<circle class="{"safe" if passed else "open"}" cx="{x}" cy="{y}" r="5">')
@@ -252,10 +253,9 @@ def _cases(result: Mapping[str, Any], pictures: Sequence[Image.Image | None]) ->
     cases = result["cases"]
     if not cases:
         return "<section><h2>What changed</h2><p>No answer changed at any budget.</p></section>"
-    most = max(sum(row["changed"].values()) for row in result["rows"])
     note = (
-        f"{len(cases)} of the questions whose answer changed (at most {most:,} at one budget), each at the most tokens at "
-        "which it did. Bright: the tokens that stayed."
+        f"{len(cases)} of the questions whose answer changed, each at the most tokens at which it did. Bright: the tokens "
+        "that stayed."
     )
     cards = "".join(_case(case, picture) for case, picture in zip(cases, pictures, strict=True))
     return _section("What changed", _note(note), f'<div class="cases">{cards}</div>')

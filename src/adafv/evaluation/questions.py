@@ -29,10 +29,13 @@ NAMES = {
     "name": ("id", "question_id", "questionId"),
     "kind": ("kind", "category", "type"),
     "choices": ("choices", "options"),
+    "group": ("group",),
     "boxes": ("boxes",),
 }
 """What a field may be called; the first that is there counts."""
 
+MAX_FILE = 500_000_000
+"""Bytes of a file of questions, which is read whole."""
 MAX_LINE = 1_000_000
 """Characters of a record."""
 _MOST_NAMED = 3
@@ -107,7 +110,7 @@ class StoredPicture:
     name: str
 
     def _bytes(self) -> bytes:
-        entry = self.rows[self.number]["image"]
+        entry = self.rows[self.number]["image"] or {}
         if entry.get("bytes"):
             return bytes(entry["bytes"])
         if entry.get("path"):
@@ -135,7 +138,8 @@ class Question:
     kind: str | None = None
     """For a table by kinds of questions."""
     group: str = ""
-    """Of questions that go right and wrong together: those on one picture. Intervals count groups. Empty: the picture."""
+    """Of questions that go right and wrong together. Intervals count groups. Empty: those on the same picture, under
+    whatever name; `Asker.run` then puts the hash of the picture here."""
     boxes: tuple[tuple[float, ...], ...] | None = None
     """(x0, y0, x1, y1) in pixels of the picture, of what is asked for."""
     choices: tuple[str, ...] | None = None
@@ -228,6 +232,10 @@ def read_questions(source: str | Path) -> Questions:
                 f"{shown} is none of what is read: a .jsonl or .csv file, a folder with images/ and a .jsonl file, or a data "
                 "set saved on disk"
             )
+        if path.stat().st_size > MAX_FILE:
+            raise QuestionsError(
+                f"{shown} has more than {MAX_FILE // 1_000_000} MB; name pictures by their paths, or split it"
+            )
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise QuestionsError(f"{shown} is not UTF-8 (byte {error.start:,}); save it as UTF-8") from error
@@ -258,18 +266,28 @@ def _from_folder(folder: Path, shown: str) -> Questions:
 
 def _from_data_set(folder: Path, shown: str) -> Questions:
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text()).get("splits") or ["test"]
-        raise QuestionsError(f"{shown} has the splits {', '.join(splits)}; name one, such as {shown}/{splits[-1]}")
+        splits = sorted(each.name for each in folder.iterdir() if each.is_dir()) or ["test"]
+        raise QuestionsError(
+            f"{shown} has the splits {shortened(', '.join(splits))}; name one, such as {shown}/{shortened(splits[0])}"
+        )
     try:
         import datasets  # type: ignore[import-not-found]
     except ImportError as error:
         raise QuestionsError(
             f"{shown} is a Hugging Face data set, and the package datasets is not installed: pip install datasets"
         ) from error
-    rows = datasets.load_from_disk(str(folder))
-    if "image" not in rows.column_names:
-        raise QuestionsError(f"{shown} has no column image; it has {', '.join(rows.column_names)}; rename one")
-    rows = rows.cast_column("image", datasets.Image(decode=False))
+    try:
+        rows = datasets.load_from_disk(str(folder))
+        columns = list(rows.column_names)
+        if "image" in columns:
+            rows = rows.cast_column("image", datasets.Image(decode=False))
+    except Exception as error:  # pyarrow, JSON and datasets raise errors of many kinds
+        reason = shortened(" ".join(str(error).split()) or type(error).__name__)
+        raise QuestionsError(
+            f"{shown} cannot be read as a data set ({reason}); save it again with save_to_disk"
+        ) from error
+    if "image" not in columns:
+        raise QuestionsError(f"{shown} has no column image; it has {shortened(', '.join(columns))}; rename one")
     rest = rows.remove_columns("image")
     records = ((f"row {number}", {**record, "image": number}) for number, record in enumerate(rest))
     name = folder.name
@@ -373,18 +391,19 @@ def _question(record: Any, where: str, place: str, picture: Any) -> Question:
     if choices is not None and not 2 <= len(choices) <= 26:
         raise ValueError(f"has {len(choices)} choices; give 2 to 26")
     answers = _texts(values["answers"], "answers")
-    name = values["name"]
+    name, group = values["name"], values["group"]
+    if group is not None and not (isinstance(group, (str, int)) and str(group).strip()):
+        raise ValueError("has a group that is neither text nor a number; give another")
     if name is not None and not (isinstance(name, (str, int)) and str(name).strip()):
         raise ValueError("has an id that is neither text nor a number; give another")
     kind = values["kind"]
-    shown = picture(values["image"])
     return Question(
         name=where if name is None else str(name).strip(),
-        picture=shown,
+        picture=picture(values["image"]),
         text=text.strip(),
         answers=answers,
         kind=None if kind is None else str(kind),
-        group=shown.name,
+        group="" if group is None else f"group {group}",
         boxes=_boxes(values["boxes"]),
         choices=choices,
         where=place,
