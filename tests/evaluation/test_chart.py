@@ -39,6 +39,12 @@ def test_an_axis_that_is_not_logarithmic() -> None:
     assert rising[1][0] - rising[0][0] == pytest.approx((rising[2][0] - rising[1][0]) / 2, abs=0.2)
 
 
+def test_the_smallest_on_the_right() -> None:
+    _, rising = lines(chart(falling=True))
+    assert rising[0][0] > rising[1][0] > rising[2][0]
+    assert rising[0][1] > rising[2][1]
+
+
 def test_text_is_escaped() -> None:
     assert "<one> & two" in "".join(ElementTree.fromstring(chart()).itertext())
 

@@ -222,11 +222,17 @@ class AccuracyReport:
                     points.append(Point(share, 100 * mean.mean, 100 * mean.half if shown else None))
             points.sort(key=lambda point: point.x)
             lines.append(Line(name, points, strong=name == self.against[0], band=strong, grey=name == RANDOM))
-        levels = []
+        values = [point.y for line in lines for point in line.points]
+        levels, below = [], []
         for key in scores.references():
             mean = scores.mean(key)
             assert mean is not None
-            levels.append(Level(SHORT[key[0]], 100 * mean.mean))
+            # What lies far below the lines would press them together; then it is said in words.
+            far = 100 * mean.mean < min(values) - (max(values) - min(values) or 10.0)
+            if far:
+                below.append(f"{SHORT[key[0]]} {100 * mean.mean:.1f}")
+            else:
+                levels.append(Level(SHORT[key[0]], 100 * mean.mean))
         ticks = []
         for budget in scores.budgets():
             exact = [scores.kept[key][1] for key in scores.ranked(budget) if key[0] == RANDOM]
@@ -238,10 +244,11 @@ class AccuracyReport:
             f"Accuracy against budget: {scores.data.name}",
             f"{len(scores.questions):,} questions; {self.model}" + (f"; bands: 95 % of {bands}" if bands else ""),
             lines,
-            x_label="visual tokens kept",
+            x_label="visual tokens kept" + (f" (below: {', '.join(below)})" if below else ""),
             y_label=what,
             x_ticks=ticks,
             levels=levels,
+            falling=True,
         )
 
     def markdown(self, figures: Mapping[str, str] = {}) -> str:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
 
 WIDTH = 660
 """Of every chart, in units of its own; it scales with the page."""
@@ -96,6 +97,7 @@ def line_chart(
     levels: Sequence[Level] = (),
     y_range: tuple[float, float] | None = None,
     log: bool = True,
+    falling: bool = False,
 ) -> str:
     """One line a series, its name at its right end.
 
@@ -103,6 +105,7 @@ def line_chart(
         x_ticks: (place, label) of the marks on the x axis, in the units of `Point.x`.
         y_range: lowest and highest value shown. None: what the values need.
         log: whether the x axis is logarithmic; then every x is above 0.
+        falling: whether the smallest x is on the right, with the names: where lines are told apart is where they differ.
     """
     place = math.log if log else float
     names = [line.name for line in lines] + [level.name for level in levels]
@@ -111,6 +114,8 @@ def line_chart(
     xs = [place(tick) for tick, _ in x_ticks] + [place(point.x) for line in lines for point in line.points]
     low, high = y_range or _range(lines, levels)
     across = _Scale(min(xs), max(xs), _LEFT + 14, WIDTH - right - 14)
+    if falling:
+        across = _Scale(min(xs), max(xs), across.last, across.first)
     down = _Scale(low, high, height - _BOTTOM, _TOP)
 
     parts = [*_frame(down, y_label, WIDTH - right)]
@@ -122,13 +127,13 @@ def line_chart(
         parts.append(f'<text class="pale middle" x="{x:.1f}" y="{height - _BOTTOM + 19}">{escape(label)}</text>')
     middle = (_LEFT + WIDTH - right) / 2
     parts.append(f'<text class="pale middle" x="{middle:.1f}" y="{height - 12}">{escape(x_label)}</text>')
-    ends: list[tuple[float, float, str, str]] = []
+    ends: list[_End] = []
     for level in levels:
         y = down(level.y)
         parts.append(
             f'<line x1="{_LEFT}" x2="{WIDTH - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--pale)" stroke-dasharray="3 3"/>'
         )
-        ends.append((y, WIDTH - right, level.name, "var(--pale)"))
+        ends.append(_End(y, WIDTH - right, level.name, "var(--pale)", ""))
     for number, line in sorted(enumerate(lines), key=lambda each: each[1].strong):
         points = [(across(place(point.x)), down(point.y)) for point in line.points]
         colour, dash = f"var(--c{number % _COLOURS})", _DASHES[number // _COLOURS % len(_DASHES)]
@@ -142,7 +147,8 @@ def line_chart(
         parts.append(f'<polyline fill="none" {stroke} points="{path}"/>')
         if len(points) <= 12:
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{width + 1:g}" fill="{colour}"/>' for x, y in points]
-        ends.append((points[-1][1], points[-1][0], line.name, colour))
+        x, y = max(points)
+        ends.append(_End(y, x, line.name, colour, dash))
     parts += _labels(ends, WIDTH - right + 14, _TOP, height - _BOTTOM)
     return _drawing(title, subtitle, height, parts)
 
@@ -277,10 +283,20 @@ def _intervals(line: Line, points: list[tuple[float, float]], down: _Scale, colo
     ]
 
 
-def _labels(ends: list[tuple[float, float, str, str]], x: float, top: float, bottom: float) -> list[str]:
+class _End(NamedTuple):
+    """Where a line ends, and what stands beside it."""
+
+    y: float
+    x: float
+    name: str
+    colour: str
+    dash: str
+
+
+def _labels(ends: list[_End], x: float, top: float, bottom: float) -> list[str]:
     """Names beside the ends of lines, moved apart where they would lie on one another, with a thread to their end."""
     ends = sorted(ends)
-    places = [y for y, _, _, _ in ends]
+    places = [end.y for end in ends]
     for number in range(1, len(places)):
         places[number] = max(places[number], places[number - 1] + _LINE)
     if places and places[-1] > bottom:
@@ -288,11 +304,11 @@ def _labels(ends: list[tuple[float, float, str, str]], x: float, top: float, bot
     for number in range(len(places) - 2, -1, -1):
         places[number] = min(places[number], places[number + 1] - _LINE)
     parts = []
-    for place, (y, end, name, colour) in zip(places, ends, strict=True):
-        parts.append(
-            f'<polyline fill="none" stroke="{colour}" opacity="0.45" points="{end + 5:.1f},{y:.1f} {x - 3:.1f},{place:.1f}"/>'
-        )
-        parts.append(f'<text x="{x:.1f}" y="{place + 4.5:.1f}" style="fill:{colour}">{escape(name)}</text>')
+    for place, end in zip(places, ends, strict=True):
+        dashed = f' stroke-dasharray="{end.dash}"' if end.dash else ""
+        thread = f"{end.x + 5:.1f},{end.y:.1f} {x - 3:.1f},{place:.1f}"
+        parts.append(f'<polyline fill="none" stroke="{end.colour}" opacity="0.6"{dashed} points="{thread}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{place + 4.5:.1f}" style="fill:{end.colour}">{escape(end.name)}</text>')
     return parts
 
 
