@@ -1,5 +1,5 @@
-"""The command line: `adafv ask`, `adafv page`, `adafv serve`, `adafv methods`, `adafv families`,
-`adafv env`.
+"""The command line: `adafv ask`, `adafv page`, `adafv serve`, `adafv eval`, `adafv methods`,
+`adafv families`, `adafv env`.
 
 torch and transformers take seconds to import, so a command imports them once its options are known to be sound.
 Answers go to standard output, everything else to standard error; no error ends in a traceback.
@@ -15,6 +15,7 @@ import typer
 
 from adafv.cli.ask import ask
 from adafv.cli.env import env
+from adafv.cli.eval import evaluate
 from adafv.cli.failures import FAILED, INTERRUPTED, failures_as_messages, put
 from adafv.cli.page import page
 from adafv.cli.serve import serve
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command("ask")(ask)
 app.command("page")(page)
 app.command("serve")(serve)
+app.command("eval")(evaluate)
 app.command("env")(env)
 
 
