@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from adafv.asking.failures import UsageError, check_text
 from adafv.asking.session import Session
@@ -208,8 +208,11 @@ class BatchedModel:
         self, group: list[tuple[int, Prompt]], until: Sequence[str], options: dict[str, Any]
     ) -> Iterator[tuple[int, Written]]:
         tokenizer = self.session.processor.tokenizer
-        stops = {"stop_strings": list(until), "tokenizer": tokenizer} if until else {}
-        output, read = self._generate([prompt for _, prompt in group], {"do_sample": False} | options | stops)
+        prompts = [prompt for _, prompt in group]
+        options = {"do_sample": False} | options
+        if until:
+            options["stopping_criteria"] = StoppingCriteriaList([_Until(tokenizer, until, _longest(prompts))])
+        output, read = self._generate(prompts, options)
         for (number, _), tokens in zip(group, output.sequences[:, read:].tolist(), strict=True):
             own = tokens[: self._length(tokens)]
             text = tokenizer.decode(own, skip_special_tokens=True)
@@ -293,8 +296,7 @@ class BatchedModel:
         model, tokenizer = self.session.model, self.session.processor.tokenizer
         fillings = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         filling = next(each for each in fillings if each is not None)
-        length = max(prompt.length for prompt in prompts)
-        inputs = {}
+        length, inputs = _longest(prompts), {}
         for name in prompts[0].inputs:
             parts = [prompt.padded(name, length, filling if name == "input_ids" else 0) for prompt in prompts]
             value = torch.cat(parts).to(self.session.device)
@@ -323,6 +325,23 @@ class _Run:
     prompt: Prompt
     answers: list[tuple[int, list[int]]]
     """(place, tokens) of the answer that is written, then of those of one token."""
+
+
+def _longest(prompts: Sequence[Prompt]) -> int:
+    return max(prompt.length for prompt in prompts)
+
+
+class _Until(StoppingCriteria):
+    """Ends rows in whose answers a text stands. transformers' own looks tokens up, and fails for closed vocabularies."""
+
+    def __init__(self, tokenizer: Any, until: Sequence[str], prompt: int) -> None:
+        self._tokenizer, self._until, self._prompt = tokenizer, until, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        rows = input_ids[:, self._prompt :].tolist()
+        texts = (self._tokenizer.decode(row, skip_special_tokens=True) for row in rows)
+        found = [any(stop in text for stop in self._until) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
 
 
 class _Write(LogitsProcessor):
