@@ -11,7 +11,7 @@ from adafv.evaluation.world.objects import COLOURS
 from adafv.evaluation.world.questions import ask
 from adafv.evaluation.world.scenes import render, sample_scene
 
-QUESTIONS = 14
+QUESTIONS = 9
 SIDES = (144, 176, 120)
 CHOICES = 4
 
@@ -49,15 +49,21 @@ metric_list:
 _WEIGH = """\
 doc_to_target: " {{answer}}"
 output_type: loglikelihood
+process_results: !function utils.greedy
 metric_list:
   - metric: acc
     aggregation: mean
     higher_is_better: true
 """
-_UTILS = '''
+_UTILS = """
 def pictures(doc):
     return [picture.convert("RGB") for picture in doc["pictures"]]
-'''
+
+
+def greedy(doc, results):
+    [[loss, greedy]] = results
+    return {"acc": float(greedy)}
+"""
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,9 @@ def draw(folder: Path) -> Drawn:
         question = ask(scene, random)
         assert question is not None
         shown = [render(scene, SIDES[number % len(SIDES)])[0]]
-        if number == 5:
+        if number == 4:
             shown = []
-        if number == 11:
+        if number == 7:
             shown *= 2
         others = random.sample([colour for colour in COLOURS if colour != question.answer], CHOICES - 2)
         # One of several words, so that not all choices are one token.

@@ -54,9 +54,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder with tasks of your own, as lmms-eval's YAML.", show_default=False)
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per task, the first ones; to try things.")] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Questions that are read at once.", rich_help_panel=RUN)
-    ] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions that are read at once.", rich_help_panel=RUN)] = 1,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     output: Annotated[
@@ -133,7 +131,9 @@ def _made(folder: Path) -> None:
         (folder / ".adafv").touch()
         (folder / ".adafv").unlink()
     except OSError as error:
-        raise UsageError(f"--output {shortened(folder)} cannot be written ({error.strerror}); choose another") from error
+        raise UsageError(
+            f"--output {shortened(folder)} cannot be written ({error.strerror}); choose another"
+        ) from error
 
 
 def _models(

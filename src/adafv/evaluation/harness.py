@@ -97,7 +97,7 @@ class Harness:
                 "or leave the task out"
             )
         manager = None
-        for defaults in ((False, True) if include is not None else (True,)):
+        for defaults in (False, True) if include is not None else (True,):
             folder = None if include is None else str(include)
             manager = TaskManager("ERROR", include_path=folder, include_defaults=defaults, model_name="adafv")
             if all(task in manager.all_tasks for task in tasks):
@@ -301,7 +301,9 @@ def as_text(results: Sequence[Result], tables: Sequence[Table], about: str) -> s
         kept = [result.kept for result in own.values() if result.kept is not None]
         mean = f"{sum(kept) / len(kept):.0f}" if kept else "all"
         cells = [_cell(score(own[task]) if task in own else None) for task in tasks]
-        lines.append([keep if keep == UNPRUNED else f"keep {keep}", *cells, _cell(share_of_unpruned(results, keep)), mean])
+        lines.append(
+            [keep if keep == UNPRUNED else f"keep {keep}", *cells, _cell(share_of_unpruned(results, keep)), mean]
+        )
     for table in tables:
         lines.append([f"\nPublished, not measured here: {table.source}; {table.harness}"])
         for row in table.rows:

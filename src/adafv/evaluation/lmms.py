@@ -24,7 +24,7 @@ from adafv.asking.models import checked_model
 from adafv.asking.session import Session, check_device
 from adafv.core import Budget
 from adafv.errors import OptionError, UnsupportedCallError
-from adafv.evaluation.batched import BatchedModel, Chat, Likelihood
+from adafv.evaluation.batched import BatchedModel, Chat
 from adafv.images import load_image
 from adafv.methods.options import method_from_options
 
@@ -195,7 +195,7 @@ class AdaFVChat(_AdaFV):
                 message["content"] = [part for text in words for part in _placed(text)]
         return Chat(messages, [_picture(image, name) for image in images], name)
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         raise UnsupportedCallError(
             "lmms-eval asks for likelihoods with --force_simple alone; add it, or use adafv eval"
         )
@@ -216,13 +216,14 @@ class AdaFVSimple(_AdaFV):
             return Chat([{"role": "user", "content": _placed(context)}], images, name)
         return Chat.of(context, images, name)
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """(mean negative log-probability per token, whether greedy decoding would write it) of every answer.
 
         lmms-eval's interface says log-probability, but its own models return their loss, and its multiple choice takes the
-        smallest: so this is the loss. What is kept of a picture depends on the question alone, not on the answer.
+        smallest: so this is the loss. What is kept of a picture depends on the question alone, not on the answer. Each stands
+        in a `GenerationResult`, as lmms-eval 0.7.3 makes a string of any pair that it is given as it is, and then fails.
         """
-        results: dict[int, tuple[float, bool]] = {}
+        results: dict[int, GenerationResult] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
         for place, request in enumerate(requests):
             if len(request.args) != 6:
@@ -233,7 +234,7 @@ class AdaFVSimple(_AdaFV):
         with tqdm(total=len(requests), disable=self.rank != 0, desc="adafv") as progress:
             for group, likelihoods in self.model.likelihoods(self._weighed(requests, asked)):
                 for place, likelihood in zip(asked[group], likelihoods, strict=True):
-                    results[place] = _loss(likelihood)
+                    results[place] = GenerationResult((-likelihood.mean, likelihood.greedy))
                 progress.update(len(likelihoods))
         return [results[place] for place in range(len(requests))]
 
@@ -244,10 +245,6 @@ class AdaFVSimple(_AdaFV):
             document = self._document(task, split, number) if any(map(callable, targets)) else None
             answers = [str(target(document)) if callable(target) else target for target in targets]
             yield self._chat(requests[places[0]]), answers
-
-
-def _loss(likelihood: Likelihood) -> tuple[float, bool]:
-    return -likelihood.mean, likelihood.greedy
 
 
 def _name(task: str, number: int) -> str:
