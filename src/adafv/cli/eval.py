@@ -1,6 +1,7 @@
 """`adafv eval`: benchmarks of lmms-eval, unpruned and with several budgets, beside published numbers."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,12 +78,11 @@ def evaluate(
         names = _names(tasks)
         one_of("--dtype", dtype, DTYPES)
         named = checked_model(model)
-        for option_name, folder in (("--include", include),):
-            if folder is not None and not folder.is_dir():
-                raise UsageError(f"{option_name} {shortened(folder)}: there is no such folder")
-        from adafv.evaluation.harness import Harness, as_json as json_of, as_text, evaluate as run, require
+        if include is not None and not include.is_dir():
+            raise UsageError(f"--include {shortened(include)}: there is no such folder")
+        from adafv.evaluation import harness
 
-        require()
+        harness.require()
         if output is not None:
             _made(output)
         hub_options(folder_or_id(named))
@@ -94,20 +94,26 @@ def evaluate(
         chosen = method_of(method, parameters)
         where = check_device(device)
         say("looking for the tasks ...")
-        harness = Harness.of(names, include)
+        found = harness.Harness.of(names, include)
         say(f"loading {named} ...")
         session = Session.load(named, dtype, where)
         name = in_one_word(method, parameters)
-        settings: dict[str, Any] = {"model": named, "method": name, "text": text, "dtype": session.dtype}
+        settings: dict[str, Any] = {
+            "model": named,
+            "method": name,
+            "text": text,
+            "dtype": session.dtype,
+            "versions": {package: version(package) for package in ("adafv", "lmms-eval", "transformers", "torch")},
+        }
         models = list(_models(session, chosen, budgets, text, batch_size))
-        results = run(harness, models, settings=settings, limit=limit, folder=output, tell=say)
+        results = harness.evaluate(found, models, settings=settings, limit=limit, folder=output, tell=say)
         tables = [table for table in published_for(named) if any(set(row.scores) & set(names) for row in table.rows)]
         tables = published_for(named) if tables else []
         if as_json:
-            put(json.dumps(json_of(results, tables, settings | {"limit": limit}), indent=1))
+            put(json.dumps(harness.as_json(results, tables, settings | {"limit": limit}), indent=1))
             return
         some = "" if limit is None else f", the first {limit} questions of each task"
-        put(as_text(results, tables, f"Measured: {shortened(named)}, {name}, {session.dtype}{some}"))
+        put(harness.as_text(results, tables, f"Measured: {shortened(named)}, {name}, {session.dtype}{some}"))
 
 
 def _budgets(keep: str) -> dict[str, Budget]:

@@ -165,8 +165,8 @@ class BatchedModel:
         for name, value in inputs.items():
             if not isinstance(value, Tensor):
                 raise UnsupportedCallError(
-                    f"this model's processor gives {name} as a {type(value).__name__}, which cannot be put in a batch; ask the "
-                    "model itself, with AdaFV(...)(model)"
+                    f"this model's processor gives {name} as a {type(value).__name__}, which cannot be put in a batch; ask "
+                    "the model itself, with AdaFV(...)(model)"
                 )
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         return Prompt(inputs, text)

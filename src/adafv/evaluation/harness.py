@@ -15,7 +15,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +92,8 @@ class Harness:
         judged = [task for task in tasks if task in JUDGED]
         if judged and os.environ.get("API_TYPE", "openai") in ("openai", "azure") and not any(map(os.getenv, _KEYS)):
             raise UsageError(
-                f"{', '.join(judged)}: every answer is scored by a judge model; set OPENAI_API_KEY (and MODEL_VERSION, the judge), "
-                "or leave the task out"
+                f"{', '.join(judged)}: every answer is scored by a judge model; set OPENAI_API_KEY (and MODEL_VERSION, the "
+                "judge), or leave the task out"
             )
         manager = None
         for defaults in (False, True) if include is not None else (True,):
@@ -159,10 +158,8 @@ class Harness:
             cause = _cause(error)
             if isinstance(cause, (AdaFVError, UsageError, MemoryError)) or type(cause).__name__ == "OutOfMemoryError":
                 raise cause from error
-            raise TaskError(
-                f"lmms-eval cannot run the task {task} ({type(cause).__name__}: {shortened(' '.join(str(cause).split()), 300)}); "
-                f"try it alone: lmms-eval --model adafv --tasks {task}"
-            ) from error
+            reason = f"{type(cause).__name__}: {shortened(' '.join(str(cause).split()), 300)}"
+            raise TaskError(f"lmms-eval cannot run the task {task} ({reason}); its data may not be there") from error
         seconds = time.perf_counter() - start
         own = found["results"][task]
         tally = model.tally
@@ -188,7 +185,7 @@ def _cause(error: BaseException) -> BaseException:
 
 def _numbers(results: Mapping[str, Any], *, errors: bool) -> dict[str, float]:
     """The metrics of a task, or their standard errors, without the name of the filter."""
-    found = {}
+    found: dict[str, float] = {}
     for key, value in results.items():
         name = key.partition(",")[0]
         if "," not in key or isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -332,7 +329,6 @@ def as_json(results: Sequence[Result], tables: Sequence[Table], settings: Mappin
     return {
         "schema": SCHEMA,
         "settings": dict(settings),
-        "lmms_eval": version("lmms-eval"),
         "measured": [
             asdict(result) | {"main_metric": main_metric(result.task, result.metrics), "score": score(result)}
             for result in results
