@@ -4,6 +4,7 @@ What a benchmark asks. Prompts of one shape of pictures stand in one batch, padd
 without a picture stand in batches of their own, and go to the stock model as they are.
 """
 
+import os
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,11 +18,14 @@ from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from adafv.asking.failures import UsageError, check_text
-from adafv.asking.session import Session
+from adafv.asking.models import checked_model
+from adafv.asking.session import Session, check_device
+from adafv.core import Budget
 from adafv.engines.transformers import Pruner
 from adafv.engines.transformers.families.base import family_of
-from adafv.errors import AdaFVError, NoRecordError, UnsupportedCallError
+from adafv.errors import AdaFVError, NoRecordError, OptionError, UnsupportedCallError
 from adafv.images import check_shape
+from adafv.methods.options import method_from_options
 from adafv.prompts.text import image_text
 
 
@@ -131,6 +135,41 @@ class BatchedModel:
     """None: the stock model as it is."""
     batch_size: int = 1
     tally: Tally = field(default_factory=Tally)
+
+    @classmethod
+    def load(
+        cls,
+        pretrained: str,
+        keep: Budget | int | float | str,
+        method: str = "adafv",
+        text: str | None = None,
+        positions: str = "compact",
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int | str = 1,
+        **options: Any,
+    ) -> "BatchedModel":
+        """A model from a folder or the Hub, as people write what they want.
+
+        Args:
+            pretrained: folder of a checkpoint, its id on the Hugging Face Hub, or bundled.
+            keep: visual tokens of every picture; all of them: the stock model, as it is.
+            device: None: cuda where there is one, and the own one of several processes.
+            **options: of the method.
+
+        Raises:
+            UsageError, OptionError, BudgetError, LoadError, UnsupportedModelError: as on the command line.
+        """
+        budget = Budget.of(keep)
+        words = {name: str(value).lower() if isinstance(value, bool) else value for name, value in options.items()}
+        chosen = method_from_options(method, [f"{name}={value}" for name, value in words.items()])
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise OptionError(f"batch_size={batch_size!r}: adafv takes a number, such as 8")
+        if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        session = Session.load(checked_model(pretrained), dtype, check_device(device))
+        pruner = None if budget.keeps_all else session.pruner(chosen, budget, text, positions=positions)
+        return cls(session, pruner, int(batch_size))
 
     def prompt(self, chat: Chat) -> Prompt:
         """A chat as the model takes it.

@@ -20,13 +20,9 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from adafv.asking.failures import UsageError
-from adafv.asking.models import checked_model
-from adafv.asking.session import Session, check_device
-from adafv.core import Budget
 from adafv.errors import OptionError, UnsupportedCallError
 from adafv.evaluation.batched import BatchedModel, Chat
 from adafv.images import load_image
-from adafv.methods.options import method_from_options
 
 MAX_NEW_TOKENS = 1024
 """Where a task does not say; as lmms-eval's own models."""
@@ -48,54 +44,11 @@ _OF_OTHERS = frozenset(("until", "image_aspect_ratio"))
 """The first is read apart; the second says how LLaVA's own code prepares pictures, and stands in tasks for all models."""
 
 
-def batched_model(
-    pretrained: str,
-    keep: Any,
-    method: str = "adafv",
-    text: str | None = None,
-    positions: str = "compact",
-    dtype: str = "auto",
-    device: str | None = None,
-    batch_size: Any = 1,
-    **options: Any,
-) -> BatchedModel:
-    """What `--model_args` says, loaded.
-
-    Args:
-        pretrained: folder of a checkpoint, its id on the Hugging Face Hub, or bundled.
-        keep: visual tokens of every picture; all of them: the stock model, unpruned.
-        batch_size: prompts that are read at once.
-        **options: of the method.
-
-    Raises:
-        UsageError, OptionError, BudgetError, LoadError, UnsupportedModelError: as on adafv's own command line.
-    """
-    budget = Budget.of(keep)
-    written = [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in options.items()]
-    chosen = method_from_options(method, written)
-    size = _batch_size(batch_size)
-    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    session = Session.load(checked_model(pretrained), dtype, check_device(device))
-    pruner = None if budget.keeps_all else session.pruner(chosen, budget, text, positions=positions)
-    return BatchedModel(session, pruner, size)
-
-
-def _batch_size(given: Any) -> int:
-    try:
-        size = int(given)
-    except ValueError:
-        size = 0
-    if size < 1:
-        raise OptionError(f"batch_size={given!r}: adafv takes a number, as in --batch_size 8")
-    return size
-
-
 class _AdaFV(lmms):
     """What both ways of asking share.
 
     `lmms-eval --model adafv --model_args pretrained=llava-hf/llava-1.5-7b-hf,keep=64,method=adafv,objective=split`; see
-    `batched_model` for the arguments.
+    `BatchedModel.load` for the arguments.
     """
 
     def __init__(self, pretrained: str = "", keep: Any = None, max_batch_size: Any = None, **arguments: Any) -> None:
@@ -105,7 +58,7 @@ class _AdaFV(lmms):
                 "adafv needs a model and a budget: --model_args pretrained=llava-hf/llava-1.5-7b-hf,keep=64 (keep=all: none "
                 "is pruned)"
             )
-        self._model: BatchedModel | None = batched_model(pretrained, keep, **arguments)
+        self._model: BatchedModel | None = BatchedModel.load(pretrained, keep, **arguments)
         self._device = self._model.session.device
         self._stays = False
 
