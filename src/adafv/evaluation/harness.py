@@ -13,12 +13,12 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from adafv.asking.failures import UsageError
+from adafv.asking.failures import UsageError, out_of_memory
 from adafv.errors import AdaFVError
 from adafv.evaluation.published import JUDGED, TASKS, Table
 from adafv.extras import install_command
@@ -62,8 +62,12 @@ def require() -> None:
     """Find out whether lmms-eval is there.
 
     Raises:
-        UsageError: it is not; the message says how to get it.
+        UsageError: it is not, and the message says how to get it; or this is one of several processes.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "adafv eval runs in one process; for several GPUs: accelerate launch -m lmms_eval --model adafv --model_args ..."
+        )
     if importlib.util.find_spec("lmms_eval") is None:
         raise UsageError(
             f"adafv eval runs lmms-eval, which is not installed here; run: {install_command('lmms')} (or as "
@@ -120,6 +124,18 @@ class Harness:
         config = load_yaml_config(self.manager.task_index[task]["yaml_path"], mode="simple")
         return config.get("output_type") in ("multiple_choice", "loglikelihood")
 
+    def fetch(self) -> None:
+        """Load the data of all tasks once, to find out in time whether they can be had.
+
+        Raises:
+            TaskError: one cannot.
+        """
+        from lmms_eval.tasks import get_task_dict
+
+        for task in self.tasks:
+            with _of(task):
+                get_task_dict([task], self.manager, "simple" if self.weighs(task) else "chat")
+
     def run(self, model: Any, task: str, keep: str, limit: int | None, folder: Path) -> Result:
         """One task.
 
@@ -140,26 +156,17 @@ class Harness:
         # What lmms-eval's own command would hand to tasks.
         options = Namespace(output_path=str(folder), process_with_media=False, reasoning_tags=None, log_samples=True)
         start = time.perf_counter()
-        try:
-            with contextlib.redirect_stdout(sys.stderr):  # tasks print; standard output is for the table
-                found = simple_evaluate(
-                    model=made,
-                    tasks=[task],
-                    limit=limit,
-                    task_manager=self.manager,
-                    batch_size=model.batch_size,
-                    log_samples=False,
-                    cli_args=options,
-                    verbosity="ERROR",
-                )
-        except (AdaFVError, UsageError, MemoryError, KeyboardInterrupt):
-            raise
-        except Exception as error:  # of tasks, data sets, the Hub
-            cause = _cause(error)
-            if isinstance(cause, (AdaFVError, UsageError, MemoryError)) or type(cause).__name__ == "OutOfMemoryError":
-                raise cause from error
-            reason = f"{type(cause).__name__}: {shortened(' '.join(str(cause).split()), 300)}"
-            raise TaskError(f"lmms-eval cannot run the task {task} ({reason}); its data may not be there") from error
+        with _of(task):
+            found = simple_evaluate(
+                model=made,
+                tasks=[task],
+                limit=limit,
+                task_manager=self.manager,
+                batch_size=model.batch_size,
+                log_samples=False,
+                cli_args=options,
+                verbosity="ERROR",
+            )
         seconds = time.perf_counter() - start
         own = found["results"][task]
         tally = model.tally
@@ -176,11 +183,30 @@ class Harness:
         )
 
 
-def _cause(error: BaseException) -> BaseException:
+@contextlib.contextmanager
+def _of(task: str) -> Iterator[None]:
+    """What lmms-eval does for a task: what it prints goes to standard error, and what it raises is said in one line."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (AdaFVError, UsageError, MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # of tasks, data sets, the Hub
+        cause = _cause(error)
+        if isinstance(cause, (AdaFVError, UsageError)) or out_of_memory(cause):
+            raise cause from error
+        reason = f"{type(cause).__name__}: {shortened(' '.join(str(cause).split()), 300)}"
+        raise TaskError(
+            f"lmms-eval cannot run the task {task} ({reason}); its own tasks need the Hub and, mostly, `hf auth login`; "
+            "tasks with data on disk are named with --include"
+        ) from error
+
+
+def _cause(error: Exception) -> Exception:
     """What stands behind a RetryError of tenacity, which lmms-eval tries everything several times with."""
     attempt = getattr(error, "last_attempt", None)
     inner = attempt.exception() if attempt is not None else None
-    return error if inner is None else _cause(inner)
+    return _cause(inner) if isinstance(inner, Exception) else error
 
 
 def _numbers(results: Mapping[str, Any], *, errors: bool) -> dict[str, float]:
