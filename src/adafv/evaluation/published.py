@@ -57,7 +57,7 @@ def _row(method: str, budget: str, mean: float, *scores: float) -> Row:
 PUBLISHED = (
     Table(
         model="llava-hf/llava-v1.6-vicuna-7b-hf",
-        source="arXiv 2501.09532 (AdaFV; called AdaV in ACL Findings 2025), LLaVA-NeXT-7B, 2,880 tokens",
+        source="arXiv 2501.09532 (AdaFV; AdaV in ACL Findings 2025), LLaVA-NeXT-7B, 2,880 tokens, mean of seven tasks",
         harness="the authors' scripts, not lmms-eval",
         rows=(
             _row("unpruned", "2,880", 100.0, 62.93, 69.66, 59.59, 86.32, 1513.8, 67.70, 42.6),
@@ -76,7 +76,7 @@ PUBLISHED = (
     ),
     Table(
         model="llava-hf/llava-v1.6-vicuna-7b-hf",
-        source="arXiv 2608.30263 (Cen-Prune), LLaVA-NeXT-7B, 10 benchmarks (not the seven above), up to so many tokens",
+        source="arXiv 2608.30263 (Cen-Prune), LLaVA-NeXT-7B, up to so many tokens, mean of ten tasks, others than these",
         harness="lmms-eval and each method's own code",
         rows=(
             _row("VisionZip", "640", 97.2),
