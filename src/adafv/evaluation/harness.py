@@ -6,6 +6,7 @@ once for all budgets, and every task is run for itself, so that what is finished
 
 import contextlib
 import difflib
+import hashlib
 import importlib.util
 import json
 import os
@@ -123,6 +124,10 @@ class Harness:
 
         config = load_yaml_config(self.manager.task_index[task]["yaml_path"], mode="simple")
         return config.get("output_type") in ("multiple_choice", "loglikelihood")
+
+    def fingerprint(self, task: str) -> str:
+        """Of a task's YAML; of its data and functions nothing is in it."""
+        return hashlib.sha256(Path(self.manager.task_index[task]["yaml_path"]).read_bytes()).hexdigest()
 
     def fetch(self) -> None:
         """Load the data of all tasks once, to find out in time whether they can be had.
@@ -251,7 +256,8 @@ def evaluate(
         scratch = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for keep, model in models:
             for task in harness.tasks:
-                made_with = {"schema": SCHEMA, "task": task, "keep": keep, "limit": limit, **settings}
+                of_task = {"task": task, "yaml": harness.fingerprint(task)}
+                made_with = {"schema": SCHEMA, **of_task, "keep": keep, "limit": limit, **settings}
                 path = None if folder is None else folder / f"{task}-{keep.replace('%', 'percent')}.json"
                 known = None if path is None else _known(path, made_with)
                 if known is not None:
