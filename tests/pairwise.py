@@ -14,6 +14,9 @@ from typing import Any
 EVERY_BATCH = {"test_forward"}
 """The functions, cheap ones, in which every family meets every batch."""
 
+EVERY_FAMILY = {"test_forward", "test_generate"}
+"""The functions that a slice asks of every family; see `slice_of`."""
+
 AXES = {"any_family", "batch", "images"}
 """The parameters of a test that are no mode; `images` are batches, too."""
 
@@ -73,4 +76,41 @@ def every_pair(product: Sequence[Case]) -> set[Case]:
         if missing & case.pairs():
             chosen.add(case)
             missing -= case.pairs()
+    return chosen
+
+
+def slice_of(product: Sequence[Case]) -> set[Case]:
+    """A thin selection, for another release of the same stock models: every family, every mode and every batch occur.
+
+    Each family runs forward and generates once, in modes and with batches that rotate; each other mode is run once, in
+    families that rotate.
+
+    Args:
+        product: as pytest collects it.
+    """
+    modes: dict[str, dict[tuple[Hashable, ...], list[Case]]] = {}
+    for case in product:
+        modes.setdefault(case.function, {}).setdefault(case.mode, []).append(case)
+    chosen: set[Case] = set()
+    turn = 0
+    for function, of_mode in modes.items():
+        if function in EVERY_FAMILY:
+            names = list(of_mode)
+            families = list(dict.fromkeys(case.family for cases in of_mode.values() for case in cases))
+            for place, family in enumerate(families):
+                cases = [case for case in of_mode[names[place % len(names)]] if case.family == family]
+                chosen.add(
+                    cases[place // len(names) % len(cases)]
+                    if cases
+                    else next(case for case in product if (case.function, case.family) == (function, family))
+                )
+            of_mode = {mode: cases for mode, cases in of_mode.items() if not chosen.intersection(cases)}
+        for cases in of_mode.values():
+            chosen.add(cases[turn % len(cases)])
+            turn += 7  # neither a number of batches nor of families
+    seen = {case.batch for case in chosen}
+    for case in product:
+        if case.batch not in seen:
+            chosen.add(case)
+            seen.add(case.batch)
     return chosen

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pairwise import EVERY_BATCH, Case, every_pair
+from pairwise import EVERY_BATCH, EVERY_FAMILY, Case, every_pair, slice_of
 
 OVER_FAMILIES = ["test_oracle.py", "test_ways_of_calling.py"]
 
@@ -37,9 +37,11 @@ def pairs(cases: list[Case]) -> set[Any]:
 @pytest.mark.parametrize("name", OVER_FAMILIES)
 def test_every_pair_is_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADAFV_WHOLE", raising=False)
+    monkeypatch.delenv("ADAFV_SLICE", raising=False)
     selected = collected(name)
     monkeypatch.setenv("ADAFV_WHOLE", "1")
     product = collected(name)
+    is_a_slice(slice_of(product), product)
     assert set(selected) < set(product)
     assert len(selected) == len(set(selected))
     assert pairs(selected) == pairs(product)
@@ -66,3 +68,22 @@ def test_a_batch_that_few_families_have() -> None:
     product = [Case("ask", "images", (mode,), "one") for mode in "mnop"]
     product += [Case("ask", "videos", (mode,), batch) for mode in "mnop" for batch in ("one", "video")]
     assert pairs(list(every_pair(product))) == pairs(product)
+
+
+def is_a_slice(selected: set[Case], product: list[Case]) -> None:
+    assert selected < set(product)
+    for value in ("family", "mode", "batch"):
+        assert {getattr(case, value) for case in selected} == {getattr(case, value) for case in product}
+    of_every_family = {(case.function, case.family) for case in product if case.function in EVERY_FAMILY}
+    assert of_every_family <= {(case.function, case.family) for case in selected}
+    assert len(selected) < len(product) / 10
+
+
+def test_a_slice_of_few() -> None:
+    product = [Case("test_forward", family, (mode,), batch) for family in "abc" for mode in "mn" for batch in "xyz"]
+    product += [Case("ask", family, (mode,), None) for family in "ab" for mode in "opqrs"]
+    selected = slice_of(product)
+    assert {case.family for case in selected if case.function == "test_forward"} == set("abc")
+    assert {case.mode for case in selected} == {case.mode for case in product}
+    assert {case.batch for case in selected} == {*"xyz", None}
+    assert len(selected) <= 3 + 5 + 1
