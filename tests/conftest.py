@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import forking
 import pytest
-from pairwise import Case, every_pair, slice_of
+from pairwise import Case, every_pair, every_pair_of, slice_of
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,6 +47,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if os.environ.get("ADAFV_WHOLE"):
         return
     items[:] = [item for item in items if item.get_closest_marker("release") is None]
+    of_pairs: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("pairs"):
+            of_pairs.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for same in of_pairs.values():
+        named = [{name: repr(value) for name, value in parameters_of(item).items()} for item in same]
+        kept = {id(same[place]) for place in every_pair_of(named)}
+        items[:] = [item for item in items if item not in same or id(item) in kept]
     of_product = {id(item): found for item in items if (found := case(item)) is not None}
     chosen = (slice_of if os.environ.get("ADAFV_SLICE") else every_pair)(list(of_product.values()))
     items[:] = [item for item in items if id(item) not in of_product or of_product[id(item)] in chosen]

@@ -6,7 +6,7 @@ and from family to family; then what is missing is added, so that each family me
 test_pairwise.py holds the selection to that.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -71,6 +71,17 @@ def every_pair(product: Sequence[Case]) -> set[Case]:
         if missing & case.pairs():
             chosen.add(case)
             missing -= case.pairs()
+    return chosen
+
+
+def every_pair_of(product: Sequence[Mapping[str, Hashable]]) -> list[int]:
+    """Of a test's parameters (name: value), the places of as few as a greedy choice finds with every pair of two values."""
+    pairs = [set(combinations(sorted(parameters.items(), key=str), 2)) for parameters in product]
+    missing, chosen = set[Any]().union(*pairs), []
+    while missing:
+        best = max(range(len(pairs)), key=lambda place: len(pairs[place] & missing))
+        chosen.append(best)
+        missing -= pairs[best]
     return chosen
 
 

@@ -24,8 +24,9 @@ pytest.importorskip("accelerate")
 
 KEEP = 0.3
 IGNORED = -100
-ROWS = [row for row in FAMILIES if row.name in ("llava", "llava-next")]
-rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+rows = pytest.mark.parametrize(
+    "row", [row for row in FAMILIES if row.name in ("llava", "llava-next")], ids=lambda row: row.name
+)
 before_or_inside = pytest.mark.parametrize("made", ["before", "inside"])
 
 
@@ -92,18 +93,10 @@ def language_model_only(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize(
-    ("row", "made", "checkpointing"),
-    [
-        pytest.param(row, made, how, id=f"{row.name}-{made}-{name}", marks=[] if chosen else [pytest.mark.release])
-        for row, made, (name, how), chosen in (
-            (row, made, kind, (number + place + later) % 3 == 0)
-            for number, row in enumerate(ROWS)
-            for place, made in enumerate(("before", "inside"))
-            for later, kind in enumerate({"plain": None, "not-reentrant": False, "reentrant": True}.items())
-        )
-    ],
-)
+@pytest.mark.pairs
+@rows
+@before_or_inside
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "not-reentrant", "reentrant"])
 def test_training_is_that_of_the_masked_stock_model(
     row: FamilyRow, made: str, checkpointing: bool | None, tmp_path: Path
 ) -> None:

@@ -1,10 +1,11 @@
 """The selection that `make test` runs of the product family x mode x batch: as pytest collects it, and by itself."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pairwise import EVERY_FAMILY, Case, every_pair, slice_of
+from pairwise import EVERY_FAMILY, Case, every_pair, every_pair_of, slice_of
 
 OVER_FAMILIES = ["test_oracle.py", "test_ways_of_calling.py"]
 
@@ -67,6 +68,14 @@ def test_a_batch_that_few_families_have() -> None:
     product = [Case("ask", "images", (mode,), "one") for mode in "mnop"]
     product += [Case("ask", "videos", (mode,), batch) for mode in "mnop" for batch in ("one", "video")]
     assert pairs(list(every_pair(product))) == pairs(product)
+
+
+def test_pairs_of_any_parameters() -> None:
+    product = [dict(zip("abc", values)) for values in itertools.product(range(2), range(3), range(4))]
+    chosen = [product[place] for place in every_pair_of(product)]
+    for one, two in itertools.combinations("abc", 2):
+        assert {(case[one], case[two]) for case in chosen} == {(case[one], case[two]) for case in product}
+    assert 12 <= len(chosen) < 16
 
 
 def is_a_slice(selected: set[Case], product: list[Case]) -> None:
