@@ -114,9 +114,10 @@ def slice_of(product: Sequence[Case]) -> set[Case]:
         for cases in of_mode.values():
             chosen.add(cases[turn % len(cases)])
             turn += 7  # neither a number of batches nor of families
-    seen = {case.batch for case in chosen}
-    for case in product:
-        if case.batch not in seen:
+    missing = {(axis, getattr(case, axis)) for case in product for axis in ("family", "batch")}
+    for case in (*chosen, *product):
+        mine = {("family", case.family), ("batch", case.batch)}
+        if missing & mine:
             chosen.add(case)
-            seen.add(case.batch)
+            missing -= mine
     return chosen
