@@ -147,8 +147,7 @@ class TestGoingOn:
         rows = [row for side_by_side in training.train.SIDE_BY_SIDE for row in side_by_side]
         assert sorted(name for row in rows for name in row) == sorted(STAGES)
         for name in (name for row in rows for name in row):
-            crops = name in ("projector", "together")  # six crops of one scene
-            train_stage(dataclasses.replace(STAGES[name], size=6 if crops else 2), tmp_path, 1)
+            train_stage(dataclasses.replace(STAGES[name], size=6), tmp_path, 1)
         saved = torch.load(tmp_path / "together.pt", weights_only=True)
         pupil = Pupil()
         found = pupil.load_state_dict(saved, strict=False)
