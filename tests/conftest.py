@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,62 +9,31 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import forking
 import pytest
-import torch
-
-if folder := os.environ.get("ADAFV_TORCHVISION"):
-    # The registry has torchvision for CUDA alone. Its image operations run without its compiled part, if two of that
-    # part's operations are known by name.
-    sys.path.append(folder)
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-from models import FAMILIES, FamilyRow
-from pairwise import Case, every_pair
-from sharing import shared_model
-
-torch.set_num_threads(1)
+from pairwise import Case, every_pair, every_pair_of, slice_of
 
 
-@pytest.fixture(scope="module", params=[row for row in FAMILIES if row.deep], ids=lambda row: row.name)
-def family(request: pytest.FixtureRequest) -> FamilyRow:
-    """The families over which the tests of the wrapper run; what depends on the family is in test_oracle.py."""
-    return request.param
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that hands tests out to others (pytest-xdist) collects none, so it is spared ten seconds of imports."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        forking.shared_folder()
+    else:
+        import fixtures
+
+        config.pluginmanager.register(fixtures, "adafv fixtures")
 
 
-@pytest.fixture
-def model(family: FamilyRow) -> Iterator[Any]:
-    """A model of the family, shared by all tests of this process: wrap it, but do not change it."""
-    with shared_model(family) as found:
-        yield found
-
-
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda row: row.name)
-def any_family(request: pytest.FixtureRequest) -> FamilyRow:
-    """Every family of the table."""
-    return request.param
-
-
-@pytest.fixture
-def any_model(any_family: FamilyRow) -> Iterator[Any]:
-    """A model of the family, shared by all tests of this process: wrap it, but do not change it."""
-    with shared_model(any_family) as found:
-        yield found
-
-
-@pytest.fixture
-def any_rough_model(any_family: FamilyRow) -> Iterator[Any]:
-    """The same in bfloat16."""
-    with shared_model(any_family, torch.bfloat16) as found:
-        yield found
+def pytest_unconfigure() -> None:
+    forking.end()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A family without videos is not asked about videos; that it refuses them is in test_families.py.
 
     Of the product family x mode x batch, every pair is run, not every triple: see pairwise.py. With ADAFV_WHOLE=1
-    (`make test-all`) the product is, as before a release; and so is what is marked "release".
+    (`make test-all`) the product is, as before a release; and so is what is marked "release". With ADAFV_SLICE=1 every
+    family, every mode and every batch is run once, for another release of transformers.
     """
 
     def exists(parameters: dict[str, Any]) -> bool:
@@ -79,8 +47,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if os.environ.get("ADAFV_WHOLE"):
         return
     items[:] = [item for item in items if item.get_closest_marker("release") is None]
+    of_pairs: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("pairs"):
+            of_pairs.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for same in of_pairs.values():
+        named = [{name: repr(value) for name, value in parameters_of(item).items()} for item in same]
+        kept = {id(same[place]) for place in every_pair_of(named)}
+        items[:] = [item for item in items if item not in same or id(item) in kept]
     of_product = {id(item): found for item in items if (found := case(item)) is not None}
-    chosen = every_pair(list(of_product.values()))
+    chosen = (slice_of if os.environ.get("ADAFV_SLICE") else every_pair)(list(of_product.values()))
     items[:] = [item for item in items if id(item) not in of_product or of_product[id(item)] in chosen]
 
 

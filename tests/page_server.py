@@ -7,12 +7,13 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 from cli_checkpoint import save_llava
 from processors import photo
@@ -61,7 +62,12 @@ def has_ipv6() -> bool:
 
 @contextmanager
 def serving(
-    folder: Path, *options: str, url: str = "http://127.0.0.1:{port}", given: str = "", **environment: str
+    folder: Path,
+    *options: str,
+    url: str = "http://127.0.0.1:{port}",
+    given: str = "",
+    start: Callable[..., Any] = forking.started,
+    **environment: str,
 ) -> Iterator[Server]:
     """`adafv page` on a free port. Its way to the outside world is a proxy that does not exist.
 
@@ -69,6 +75,7 @@ def serving(
         folder: an empty one.
         url: what the command must print.
         given: what stands on its standard input.
+        start: `by_python` for a process that imports everything itself.
         environment: variables.
     """
     checkpoint, samples = save_llava(folder / "model"), folder / "samples"
@@ -77,17 +84,11 @@ def serving(
         photo(number).save(samples / f"sample{number}.png")
     (samples / "samples.json").write_text(json.dumps([{"picture": "sample2.png", "question": SAMPLE_QUESTION}]))
     url = url.format(port=(port := free_port()))
-    command = [sys.executable, "-m", "adafv", "page", "--model", str(checkpoint), "--device", "cpu"]
+    command = ["-m", "adafv", "page", "--model", str(checkpoint), "--device", "cpu"]
     command += ["--port", str(port), "--examples", str(samples), *options]
     with (folder / "log").open("w+") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=_surroundings(folder) | environment,
-        )
+        variables = {**_surroundings(folder), **environment}
+        process = start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables)
         try:
             assert process.stdin is not None
             assert process.stdout is not None
@@ -100,6 +101,10 @@ def serving(
             code = process.wait(60)
     assert code == 0
     assert not list(folder.glob("adafv-page-*")), "uploads were left behind"
+
+
+def by_python(arguments: list[str], **options: Any) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, *arguments], text=True, **options)
 
 
 def _surroundings(folder: Path) -> Mapping[str, str]:

@@ -2,17 +2,17 @@
 
 A mode is a test function with all its parameters but the batch: forward in either positions, one way of generating, a
 second turn with one kind of cache. Each family meets each of its modes once, with a batch that rotates from mode to mode
-and from family to family. EVERY_BATCH meets each batch once instead, with a mode that rotates: so each family meets each
-batch. test_pairwise.py holds the selection to that.
+and from family to family; then what is missing is added, so that each family meets each batch and each mode each batch.
+test_pairwise.py holds the selection to that.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-EVERY_BATCH = {"test_forward"}
-"""The functions, cheap ones, in which every family meets every batch."""
+EVERY_FAMILY = {"test_forward", "test_generate"}
+"""The functions that a slice asks of every family; see `slice_of`."""
 
 AXES = {"any_family", "batch", "images"}
 """The parameters of a test that are no mode; `images` are batches, too."""
@@ -58,19 +58,66 @@ def every_pair(product: Sequence[Case]) -> set[Case]:
     for case in product:
         functions.setdefault(case.function, {}).setdefault(case.family, []).append(case)
     chosen: set[Case] = set()
-    for number, (function, families) in enumerate(functions.items()):
+    for number, families in enumerate(functions.values()):
         for place, cases in enumerate(families.values()):
             modes = list(dict.fromkeys(case.mode for case in cases))
             batches = list(dict.fromkeys(case.batch for case in cases))
-            if function in EVERY_BATCH:
-                wanted = {(modes[(i + place) % len(modes)], batch) for i, batch in enumerate(batches)}
-            else:
-                wanted = {(mode, batches[(i + number + place) % len(batches)]) for i, mode in enumerate(modes)}
+            wanted = {(mode, batches[(i + number + place) % len(batches)]) for i, mode in enumerate(modes)}
             chosen |= {case for case in cases if (case.mode, case.batch) in wanted}
-    # Where few families have a batch, as those of videos, the rotation may miss a mode: that pair is run as well.
+    # A family may have missed a batch, and where few have one, as those of videos, a mode may have. The first function of a
+    # file comes first here; in test_oracle.py that is a cheap one.
     missing = set().union(*(case.pairs() for case in product)).difference(*(case.pairs() for case in chosen))
     for case in product:
         if missing & case.pairs():
             chosen.add(case)
             missing -= case.pairs()
+    return chosen
+
+
+def every_pair_of(product: Sequence[Mapping[str, Hashable]]) -> list[int]:
+    """Of a test's parameters (name: value), the places of as few as a greedy choice finds with every pair of two values."""
+    pairs = [set(combinations(sorted(parameters.items(), key=str), 2)) for parameters in product]
+    missing, chosen = set[Any]().union(*pairs), []
+    while missing:
+        best = max(range(len(pairs)), key=lambda place: len(pairs[place] & missing))
+        chosen.append(best)
+        missing -= pairs[best]
+    return chosen
+
+
+def slice_of(product: Sequence[Case]) -> set[Case]:
+    """A thin selection, for another release of the same stock models: every family, every mode and every batch occur.
+
+    Each family runs forward and generates once, in modes and with batches that rotate; each other mode is run once, in
+    families that rotate.
+
+    Args:
+        product: as pytest collects it.
+    """
+    modes: dict[str, dict[tuple[Hashable, ...], list[Case]]] = {}
+    for case in product:
+        modes.setdefault(case.function, {}).setdefault(case.mode, []).append(case)
+    chosen: set[Case] = set()
+    turn = 0
+    for function, of_mode in modes.items():
+        if function in EVERY_FAMILY:
+            names = list(of_mode)
+            families = list(dict.fromkeys(case.family for cases in of_mode.values() for case in cases))
+            for place, family in enumerate(families):
+                cases = [case for case in of_mode[names[place % len(names)]] if case.family == family]
+                chosen.add(
+                    cases[place // len(names) % len(cases)]
+                    if cases
+                    else next(case for case in product if (case.function, case.family) == (function, family))
+                )
+            of_mode = {mode: cases for mode, cases in of_mode.items() if not chosen.intersection(cases)}
+        for cases in of_mode.values():
+            chosen.add(cases[turn % len(cases)])
+            turn += 7  # neither a number of batches nor of families
+    missing = {(axis, getattr(case, axis)) for case in product for axis in ("family", "batch")}
+    for case in (*chosen, *product):
+        mine = {("family", case.family), ("batch", case.batch)}
+        if missing & mine:
+            chosen.add(case)
+            missing -= mine
     return chosen

@@ -14,18 +14,22 @@ def own_hooks(module: Any) -> int:
     return sum(not hook.__module__.startswith("transformers.") for hook in hooks)
 
 
-BUILT: dict[tuple[str, torch.dtype], Any] = {}
+BUILT: dict[tuple[str, torch.dtype], tuple[Any, Any]] = {}
+"""Each model, and its state when it was built."""
 
 
 @contextmanager
 def shared_model(row: FamilyRow, dtype: torch.dtype = torch.float32) -> Iterator[Any]:
     """The row's model, which must come back as it was: later tests rely on it."""
-    if (row.name, dtype) not in BUILT:
-        BUILT[row.name, dtype] = row.build(dtype=dtype)
-    model = BUILT[row.name, dtype]
-    before = state_of(model)
+    key = row.name, dtype
+    if key not in BUILT:
+        model = row.build(dtype=dtype)
+        BUILT[key] = model, state_of(model)
+    model, built = BUILT[key]
     yield model
-    assert state_of(model) == before, f"a test left the shared model of {row.name} changed"
+    if state_of(model) != built:
+        del BUILT[key]  # the next test gets another one
+        raise AssertionError(f"a test left the shared model of {row.name} changed")
 
 
 def state_of(model: Any) -> tuple[Any, ...]:

@@ -56,6 +56,7 @@ def assert_oracle(model: Any, inputs: dict[str, Any], logits: Tensor, keep_mask:
     same_logits(logits, model(**oracle).logits, inputs["attention_mask"], keep_mask, **TOLERANCE)
 
 
+@pytest.mark.pairs
 @rows
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
@@ -185,6 +186,7 @@ def test_adapters_mixed_in_one_batch(row: FamilyRow) -> None:
     assert tokens.tolist() == answers.tolist()
 
 
+@pytest.mark.pairs
 @rows
 @pytest.mark.parametrize("adapter", ["language-model", "both", "projector-trained-whole"])
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "not-reentrant", "reentrant"])

@@ -128,7 +128,14 @@ class TestCommandLine:
     def no_model_in_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("ADAFV_MODEL", raising=False)
 
-    @pytest.mark.parametrize(("keep", "sample"), [(keep, name) for keep, names in ANSWERED.items() for name in names])
+    @pytest.mark.parametrize(
+        ("keep", "sample"),
+        [
+            pytest.param(keep, name, marks=[] if keep == "10%" or name == "boats" else [pytest.mark.release])
+            for keep, names in ANSWERED.items()
+            for name in names
+        ],
+    )
     def test_answers_without_a_model_being_named(self, keep: str, sample: str) -> None:
         entry, picture = SAMPLES[sample], bundled_model().parent / "samples" / f"{sample}.png"
         done = CliRunner().invoke(app, ["ask", str(picture), entry["question"], "--keep", keep, "--device", "cpu"])
@@ -160,7 +167,7 @@ def accuracy(name: str, keep: float, size: int = 20) -> float:
 class TestAccuracy:
     @pytest.mark.parametrize(
         ("name", "keep"),
-        [pytest.param(*row, marks=[pytest.mark.slow] if row[0] == "llava-next" else []) for row in FLOORS],
+        [pytest.param(*row, marks=[] if row == ("llava", 0.1) else [pytest.mark.release]) for row in FLOORS],
     )
     def test_does_not_fall(self, name: str, keep: float) -> None:
         measured = accuracy(name, keep)

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import forking
 import pytest
 import torch
 from cli_checkpoint import TOKENS, save_llava
@@ -491,22 +493,25 @@ class TestProcess:
     """As a user starts it, in a process of its own."""
 
     @staticmethod
-    def start(
-        *arguments: object, environment: dict[str, str] | None = None, **options: object
-    ) -> "subprocess.CompletedProcess[str]":
+    def start(*arguments: object, environment: dict[str, str] | None = None, **options: Any) -> Any:
+        return forking.ran(["-m", "adafv", *arguments], env={**os.environ, **(environment or {})}, **options)
+
+    @staticmethod
+    def by_python(*arguments: object, environment: dict[str, str] | None = None) -> Any:
+        """With all that is imported, and what is read then."""
         source = str(Path(adafv.__file__).parents[1])
         path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
         return subprocess.run(
-            [sys.executable, "-m", "adafv", *map(str, arguments)],
+            [sys.executable, *map(str, arguments)],
             env={**os.environ, "PYTHONPATH": path, **(environment or {})},
             capture_output=True,
             text=True,
             timeout=120,
-            **options,  # type: ignore[call-overload]
         )
 
     def test_answer_is_all_there_is(self, checkpoint: Path, photo: Path) -> None:
-        done = self.start("ask", photo, QUESTION, "--model", checkpoint, "--max-new-tokens", 2, "--json")
+        arguments = ("-m", "adafv", "ask", photo, QUESTION, "--model", checkpoint)
+        done = self.by_python(*arguments, "--max-new-tokens", 2, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["tokens_after"] == 2
         assert done.stderr == ""
@@ -517,7 +522,7 @@ class TestProcess:
         (tmp_path / "llava").mkdir()
         (tmp_path / "llava" / "config.json").write_text("{}")
         nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
-        for arguments, message in (
+        mistakes = (
             ((tmp_path / "nowhere.png", QUESTION), "there is no file"),
             ((tmp_path / "narrow.png", QUESTION), "20,000 times as long as it is wide"),
             ((tmp_path / "text.png", QUESTION), "is not an image"),
@@ -531,22 +536,24 @@ class TestProcess:
             ((photo, QUESTION, "--model", photo), "not a file"),
             ((photo, QUESTION, "--model", tmp_path), "the folder has no config.json"),
             ((photo, QUESTION, "--model", "llava-hf/llava-1.5-7b-hf"), "the Hub does not answer"),
-        ):
-            program = "import sys; from adafv.cli import main\ntry: main()\n"
-            program += "finally: print('torch' in sys.modules, file=sys.stderr)"
-            source = str(Path(adafv.__file__).parents[1])
-            done = subprocess.run(
-                [sys.executable, "-c", program, "ask", *map(str, arguments)],
-                env={**os.environ, "PYTHONPATH": source, **nowhere},
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
-            assert (done.returncode, done.stdout) == (1, ""), done.stderr
-            said, torch_is_there = done.stderr.splitlines()
+        )
+        program = """if True:
+            import json, sys
+            from adafv.cli import main
+            for arguments in json.loads(sys.argv[1]):
+                sys.argv = ["adafv", "ask", *arguments]
+                try:
+                    main()
+                except SystemExit as error:
+                    assert error.code == 1, error.code
+                assert "torch" not in sys.modules
+        """
+        given = json.dumps([list(map(str, arguments)) for arguments, _ in mistakes])
+        done = self.by_python("-c", program, given, environment=nowhere)
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        for said, (_, message) in zip(done.stderr.splitlines(), mistakes, strict=True):
             assert said.startswith("error: "), said
             assert message in said
-            assert torch_is_there == "False"
 
     def test_downloaded_before_and_no_network(self, photo: Path, tmp_path: Path) -> None:
         """Nothing is asked of a Hub that does not answer: neither again and again, nor for every file."""
@@ -555,7 +562,8 @@ class TestProcess:
         (folder / "refs" / "main").write_text("a" * 40)
         save_llava(folder / "snapshots" / ("a" * 40))
         nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-        done = self.start("ask", photo, QUESTION, "--model", "own/tiny", "--json", environment=nowhere)
+        arguments = ("-m", "adafv", "ask", photo, QUESTION, "--model", "own/tiny", "--json")
+        done = self.by_python(*arguments, environment=nowhere)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["model"] == "own/tiny"
         assert json.loads(done.stdout)["seconds"]["load"] < 15
@@ -565,16 +573,8 @@ class TestProcess:
     def test_full_disk_for_standard_output(self, command: list[str], checkpoint: Path, photo: Path) -> None:
         if command == ["ask"]:
             command = ["ask", str(photo), QUESTION, "--model", str(checkpoint), "--max-new-tokens", "2"]
-        source = str(Path(adafv.__file__).parents[1])
         with open("/dev/full", "w") as nowhere:
-            done = subprocess.run(
-                [sys.executable, "-m", "adafv", *command],
-                env={**os.environ, "PYTHONPATH": source},
-                stdout=nowhere,
-                stderr=subprocess.PIPE,
-                text=True,
-                timeout=120,
-            )
+            done = self.start(*command, stdout=nowhere)
         assert done.returncode == 1
         assert "No space left on device" in done.stderr
         assert "not foreseen" not in done.stderr
@@ -586,10 +586,7 @@ class TestProcess:
         assert "--show-completion" in self.start("--help", environment=home).stdout
         asking = {"COMP_WORDS": "adafv ser", "COMP_CWORD": "1", "_ADAFV_COMPLETE": "complete_bash"}
         program = "import sys; sys.argv[0] = 'adafv'; from adafv.cli import main; main()"
-        environment = {**os.environ, "PYTHONPATH": str(Path(adafv.__file__).parents[1]), **home, **asking}
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
-        )
+        done = self.by_python("-c", program, environment={**home, **asking})
         assert done.stdout.split() == ["serve"]
         assert [path.name for path in tmp_path.iterdir()] == [".bashrc"]
         assert (tmp_path / ".bashrc").read_text() == "# mine\n"

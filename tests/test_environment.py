@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 import torch
 import transformers
@@ -176,9 +177,7 @@ class TestPrivate:
         home = tmp_path / "home-of-ann"
         home.mkdir()
         variables = {**os.environ, **SECRETS, "HOME": str(home), "HF_HOME": str(home / "hf"), "USER": "ann-the-user"}
-        done = subprocess.run(
-            [sys.executable, "-m", "adafv", "env", *options], env=variables, capture_output=True, text=True, timeout=120
-        )
+        done = forking.ran(["-m", "adafv", "env", *options], env=variables)
         assert done.returncode == 0, done.stderr
         own = [
             *SECRETS.values(),

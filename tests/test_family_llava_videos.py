@@ -203,6 +203,7 @@ def test_a_ratio_of_a_clip_is_a_ratio_of_its_frames(row: FamilyRow) -> None:
 # --------------------------------------------------------------------------------------- several videos in a prompt
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}])
 @pytest.mark.parametrize("videos", [[2], [2, 2], [2, 1], [1, 0, 2]])
 @pytest.mark.parametrize("video", ["clip", "frame"])

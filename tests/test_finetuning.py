@@ -93,6 +93,7 @@ def language_model_only(model: Any) -> Any:
     return model
 
 
+@pytest.mark.pairs
 @rows
 @before_or_inside
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "not-reentrant", "reentrant"])
@@ -298,6 +299,7 @@ def losses(model: Any, collate: Any, data: list[dict[str, Any]]) -> Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.release  # examples/finetune.py, which test_examples.py runs, must learn as well
 def test_the_bundled_model_learns_a_new_form_of_answer(tmp_path: Path) -> None:
     """LoRA and the projector, from a quarter of the tokens: the loss falls on every held-out scene, and by looking."""
     model = AutoModelForImageTextToText.from_pretrained(bundled_model())

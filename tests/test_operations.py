@@ -123,6 +123,7 @@ def test_few_operations_compute_the_same_text_attention() -> None:
         torch.testing.assert_close(few(text, visual, text_mask, visual_mask, 100.0), expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("search", [joint_search, split_search])
 @pytest.mark.parametrize("kind", ["independent", "alike", "opposite", "equal"])
 @pytest.mark.parametrize("keep", [2, 3, 4096])

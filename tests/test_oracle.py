@@ -51,7 +51,7 @@ GENERATE = {
 }
 EXPANDING = {"beams", "beam-sample", "return-sequences", "beams-return"}
 DECODED = {
-    "max_new_tokens": 6,
+    "max_new_tokens": 4,
     "return_dict_in_generate": True,
     "output_logits": True,
     "suppress_tokens": [IMAGE, VIDEO],  # random models say anything

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_server import QUESTION, Server, has_ipv6, needs, serving, started_browser
+from page_server import QUESTION, Server, by_python, has_ipv6, needs, serving, started_browser
 from PIL import Image
 from processors import photo, processor, speaking_model
 
@@ -580,7 +580,7 @@ WORD = "correct horse"
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("locked"), "--password", given=f"{WORD}\n") as served:
+    with serving(tmp_path_factory.mktemp("locked"), "--password", given=f"{WORD}\n", start=by_python) as served:
         yield served
 
 

@@ -1,10 +1,11 @@
 """The selection that `make test` runs of the product family x mode x batch: as pytest collects it, and by itself."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pairwise import EVERY_BATCH, Case, every_pair
+from pairwise import EVERY_FAMILY, Case, every_pair, every_pair_of, slice_of
 
 OVER_FAMILIES = ["test_oracle.py", "test_ways_of_calling.py"]
 
@@ -37,9 +38,11 @@ def pairs(cases: list[Case]) -> set[Any]:
 @pytest.mark.parametrize("name", OVER_FAMILIES)
 def test_every_pair_is_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADAFV_WHOLE", raising=False)
+    monkeypatch.delenv("ADAFV_SLICE", raising=False)
     selected = collected(name)
     monkeypatch.setenv("ADAFV_WHOLE", "1")
     product = collected(name)
+    is_a_slice(slice_of(product), product)
     assert set(selected) < set(product)
     assert len(selected) == len(set(selected))
     assert pairs(selected) == pairs(product)
@@ -49,7 +52,6 @@ def test_every_pair_is_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "test_oracle.py":
         assert ("test_generate", ("mode", "beams")) in modes
         assert ("test_second_turn", ("cache", "static"), ("positions", "original")) in modes
-        assert {case.function for case in product} > EVERY_BATCH
         assert len(selected) < len(product) / 2
 
 
@@ -66,3 +68,30 @@ def test_a_batch_that_few_families_have() -> None:
     product = [Case("ask", "images", (mode,), "one") for mode in "mnop"]
     product += [Case("ask", "videos", (mode,), batch) for mode in "mnop" for batch in ("one", "video")]
     assert pairs(list(every_pair(product))) == pairs(product)
+
+
+def test_pairs_of_any_parameters() -> None:
+    product = [dict(zip("abc", values)) for values in itertools.product(range(2), range(3), range(4))]
+    chosen = [product[place] for place in every_pair_of(product)]
+    for one, two in itertools.combinations("abc", 2):
+        assert {(case[one], case[two]) for case in chosen} == {(case[one], case[two]) for case in product}
+    assert 12 <= len(chosen) < 16
+
+
+def is_a_slice(selected: set[Case], product: list[Case]) -> None:
+    assert selected < set(product)
+    for value in ("family", "mode", "batch"):
+        assert {getattr(case, value) for case in selected} == {getattr(case, value) for case in product}
+    of_every_family = {(case.function, case.family) for case in product if case.function in EVERY_FAMILY}
+    assert of_every_family <= {(case.function, case.family) for case in selected}
+    assert len(selected) < len(product) / 10
+
+
+def test_a_slice_of_few() -> None:
+    product = [Case("test_forward", family, (mode,), batch) for family in "abc" for mode in "mn" for batch in "xyz"]
+    product += [Case("ask", family, (mode,), None) for family in "ab" for mode in "opqrs"]
+    selected = slice_of(product)
+    assert {case.family for case in selected if case.function == "test_forward"} == set("abc")
+    assert {case.mode for case in selected} == {case.mode for case in product}
+    assert {case.batch for case in selected} == {*"xyz", None}
+    assert len(selected) <= 3 + 5 + 1

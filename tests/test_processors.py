@@ -71,8 +71,15 @@ def check(row: FamilyRow, model: Any, processor: Any, inputs: Any, modality: str
     assert not torch.allclose(pruned.logits[0], stock.logits[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("size", [(100, 90), (90, 200), (300, 80), (40, 40)], ids=str)
-@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize(
+    ("images", "size"),
+    [
+        pytest.param(images, size, id=f"{images}-{size}", marks=marks)
+        for images in (1, 2)
+        for size, often in {(100, 90): 0, (90, 200): 1, (300, 80): 2, (40, 40): 0}.items()
+        for marks in ([] if images == often else [pytest.mark.release],)
+    ],
+)
 def test_photos(trio: tuple[FamilyRow, Any, Any], size: tuple[int, int], images: int) -> None:
     row, model, processor = trio
     photos = [photo(number, *size) for number in range(images)]
@@ -80,7 +87,7 @@ def test_photos(trio: tuple[FamilyRow, Any, Any], size: tuple[int, int], images:
     check(row, model, processor, inputs, "image", images)
 
 
-@pytest.mark.parametrize("frames", [4, 6])
+@pytest.mark.parametrize("frames", [4, pytest.param(6, marks=pytest.mark.release)])
 def test_videos(trio: tuple[FamilyRow, Any, Any], frames: int) -> None:
     row, model, processor = trio
     if row.videos is None:
@@ -119,7 +126,9 @@ def test_the_command_line(trio: tuple[FamilyRow, Any, Any], tmp_path: Path) -> N
     processor.save_pretrained(tmp_path / "model")
     photo(3, 200, 150).save(tmp_path / "photo.png")
     asked = ["ask", str(tmp_path / "photo.png"), QUESTION, "--model", str(tmp_path / "model"), "--keep", "0.5"]
-    result = CliRunner().invoke(app, [*asked, "--json", "--compare", "--picture", str(tmp_path / "kept.png")])
+    result = CliRunner().invoke(
+        app, [*asked, "--json", "--compare", "--repeats", "1", "--picture", str(tmp_path / "kept.png")]
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)
     assert (tmp_path / "kept.png").stat().st_size > 1000

@@ -5,6 +5,7 @@ own), from the files that git knows, and install the wheel as a user would, into
 is there. Nothing of the development's is in those; commands run in them as processes.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,12 @@ from environments import (
 
 if not PYTHONS:
     collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked "release" runs in `make package`, not in `make package-short`: see docs/testing.md."""
+    if not os.environ.get("ADAFV_WHOLE"):
+        items[:] = [item for item in items if item.get_closest_marker("release") is None]
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ def no_traceback(done: "subprocess.CompletedProcess[str]") -> None:
 
 
 class TestDocuments:
+    @pytest.mark.release
     @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
     def test_command(self, environment: Environment, photo: Path, address: str, command: Snippet) -> None:
         """Each command runs as it is written.
@@ -75,6 +76,7 @@ class TestDocuments:
         done = environment.run(f'adafv ask src/adafv/bundled/samples/bird.png "{bird["question"]}"')
         assert done.stdout == f"{bird['answer']}\n"
 
+    @pytest.mark.release
     def test_far_from_the_clone(self, environment: Environment, photo: Path, tmp_path: Path) -> None:
         done = environment.run(f"adafv ask {photo} 'what is in the picture?'", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -120,6 +122,7 @@ class TestMistakes:
             ("adafv ask photo.jpg 'What is it?' --model ./no-such-folder", 1, "no-such-folder"),
         ],
     )
+    @pytest.mark.release  # tests/test_cli.py has them all, of the sources
     def test_a_message(self, environment: Environment, photo: Path, command: str, code: int, said: str) -> None:
         photo.with_name("broken.jpg").write_bytes(photo.read_bytes()[:1000])
         done = environment.run(command)
@@ -129,6 +132,7 @@ class TestMistakes:
         no_traceback(done)
 
 
+@pytest.mark.release
 class TestNoNetwork:
     def test_bundled(self, environment: Environment, photo: Path) -> None:
         done = environment.run("adafv ask photo.jpg 'what is in the picture?'", variables=NO_NETWORK)
@@ -151,6 +155,7 @@ class TestNoNetwork:
 
 
 class TestJson:
+    @pytest.mark.release
     @pytest.mark.parametrize("options", ["", "--compare --repeats 1"])
     def test_ask(self, environment: Environment, photo: Path, options: str) -> None:
         command = f"adafv ask photo.jpg 'what is in the picture?' {options} --json | python -m json.tool"
@@ -172,6 +177,7 @@ class TestJson:
         assert str(environment.folder) not in done.stdout
 
 
+@pytest.mark.release
 class TestPage:
     """Last in this file: from here on the environment has Gradio."""
 

@@ -61,7 +61,10 @@ assert os.path.exists("trained/adapter/adapter_model.safetensors")
 """What must hold when the last example of a document has run."""
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(name, marks=[] if name == "README.md" else [pytest.mark.release]) for name in DOCUMENTS],
+)
 def test_examples(environment: Environment, photo: Path, tmp_path: Path, document: str) -> None:
     """The examples of one document after one another, in one process outside the repository."""
     chosen = [found for found in FOUND if found.document == document and found.language == "python"]
@@ -87,6 +90,7 @@ def test_examples(environment: Environment, photo: Path, tmp_path: Path, documen
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("command", SERVED, ids=lambda command: command.name)
 def test_commands_of_the_docs(environment: Environment, command: Snippet) -> None:
     """Those that start vLLM are checked as far as they can be without it; tests/serving starts the real server."""

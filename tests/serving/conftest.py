@@ -43,6 +43,12 @@ else:
         CpuPlatform.register_triton_kernel_overrides = staticmethod(register)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked "release" takes engines of its own, for more of what another test shows: see docs/testing.md."""
+    if not os.environ.get("ADAFV_WHOLE"):
+        items[:] = [item for item in items if item.get_closest_marker("release") is None]
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder for the checkpoints that tests make."""

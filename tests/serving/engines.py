@@ -1,7 +1,7 @@
 """vLLM's engine in this process, and what its workers chose."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,11 @@ from adafv.engines.vllm import architectures
 SAMPLES = Path(__file__).parents[2] / "src/adafv/bundled/samples"
 BUNDLED = Path(__file__).parents[2] / "src/adafv/bundled"
 KV_CACHE = 128 * 2**20
+
+
+def sparing(values: Iterable[Any], *often: Any) -> list[Any]:
+    """Parameters of a test, of which those not named run before a release alone: an engine takes seconds to start."""
+    return [pytest.param(value, marks=() if value in often else pytest.mark.release) for value in values]
 
 
 def picture(name: str) -> Image.Image:

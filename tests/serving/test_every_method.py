@@ -13,10 +13,10 @@ from adafv import AdaFV
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("saliency", {}),
-        ("random", {"seed": 3}),
-        ("uniform", {}),
-        ("text", {"text": "turn"}),
+        pytest.param("saliency", {}, marks=pytest.mark.release),
+        pytest.param("random", {"seed": 3}, marks=pytest.mark.release),
+        pytest.param("uniform", {}, marks=pytest.mark.release),
+        pytest.param("text", {"text": "turn"}, marks=pytest.mark.release),
         ("adafv", {"text": "after", "objective": "split"}),
     ],
 )
@@ -33,6 +33,7 @@ def test_every_method(method: str, options: dict[str, Any], checkpoints: Path) -
         )
 
 
+@pytest.mark.release
 def test_without_words_saliency_chooses(checkpoints: Path) -> None:
     """In place of text; of adafv: see test_as_in_transformers.py."""
     both = Both.of("llava-next", checkpoints, {"keep": 16, "method": "text"})
@@ -54,6 +55,7 @@ def test_bfloat16(checkpoints: Path) -> None:
     assert same >= 0.9 * 36 * 2
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("name", list(OTHERS))
 def test_other_towers(name: str, checkpoints: Path) -> None:
     both = Both.of(name, checkpoints, {"keep": 16})

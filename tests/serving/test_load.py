@@ -17,6 +17,7 @@ from servers import Server, answer, body, budget, image, running, served
 
 from adafv.asking.session import Session
 
+pytestmark = pytest.mark.release
 REQUESTS = 200
 CONCURRENCY = 32
 SECONDS = 120.0

@@ -17,6 +17,7 @@ MERGING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.release  # with the options of the catalogue: test_catalogue.py
 @pytest.mark.parametrize(("name", "method"), [("llava", "visionzip"), *(("llava-next", method) for method in MERGING)])
 def test_as_in_transformers(name: str, method: str, checkpoints: Path) -> None:
     options = MERGING[method]

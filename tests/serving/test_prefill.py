@@ -72,7 +72,11 @@ def alone(model: Path) -> dict[int, list[Any]]:
     return {8: short, 40: long}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["no prefix cache", "prefix cache"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(False, marks=pytest.mark.release), True],
+    ids=["no prefix cache", "prefix cache"],
+)
 def pieces(request: pytest.FixtureRequest, model: Path, alone: dict[int, list[Any]]) -> Any:
     """An engine that reads prompts in pieces, several at a time, and has memory for two or three of them alone."""
     llm = served(

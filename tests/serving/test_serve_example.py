@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 from servers import environment_of_a_user
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "serve.py"
@@ -15,6 +16,7 @@ SECONDS = 600.0
 """As long as a busy machine may take."""
 
 
+@pytest.mark.release
 def test_as_it_stands(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, str(EXAMPLE)],

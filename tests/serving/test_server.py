@@ -318,6 +318,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.release
 class TestPrintedCommand:
     def test_answers(self, plain: Server, session: Session) -> None:
         inputs = session.inputs(picture(BIRD), BANANA)

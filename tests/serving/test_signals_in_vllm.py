@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from both import NAMES, OTHERS, checkpoint
-from engines import answers, chat, engine, picture, spied
+from engines import answers, chat, engine, picture, sparing, spied
 from qwen_checkpoints import BUILDERS, SIDE, qwen
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -47,7 +47,7 @@ def ask_for_all(model: Any) -> None:
     model.adafv_tap = model.tap()
 
 
-@pytest.fixture(params=ALL)
+@pytest.fixture(params=sparing(ALL, list(BUILDERS)[-1]))
 def served(request: pytest.FixtureRequest, checkpoints: Path) -> Iterator[tuple[Path, Any]]:
     folder, architecture = folder_of(request.param, checkpoints)
     options = {"keep": 8, "tower_cache_mb": 0}
@@ -77,6 +77,7 @@ def refuses_what_is_not_there(model: Any) -> None:
             model.tap()
 
 
+@pytest.mark.release
 def test_two_workers_have_the_keys_of_all_heads(checkpoints: Path) -> None:
     folder = llava("clip", checkpoints)
     with several_workers(folder, tensor_parallel_size=2) as two:

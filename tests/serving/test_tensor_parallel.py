@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from both import Both
-from engines import alike, answers, chat, choices, engine, picture
+from engines import alike, answers, chat, choices, engine, picture, sparing
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm.distributed import cleanup_dist_env_and_memory
 from workers import kept_by_each, llava, own_heads_alone, second_worker_chooses_others, several_workers
@@ -46,7 +46,7 @@ class Served:
     two: Any
 
 
-@pytest.fixture(scope="module", params=["clip", "siglip"])
+@pytest.fixture(scope="module", params=sparing(["clip", "siglip"], "clip"))
 def served(request: pytest.FixtureRequest, checkpoints: Path) -> Iterator[Served]:
     folder = llava(request.param, checkpoints)
     kept, said = {}, {}

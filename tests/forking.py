@@ -1,0 +1,284 @@
+"""Processes of adafv that are forked from one which has imported torch and transformers already.
+
+Importing them takes eight seconds of a core, and most tests of processes ask what a command does, not how long its imports
+take. The forked process is one of its own in all else: arguments, variables, folder, standard streams, signals, exit code.
+Not for what is read while something is imported (variables of the Hub), nor for what must not be imported: there, and once
+per command, tests start Python itself.
+
+All tests share one such parent, those of several processes of pytest-xdist too. It ends when they do.
+"""
+
+import array
+import fcntl
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+SOURCE = Path(__file__).parent.parent / "src"
+ADDRESS = "ADAFV_FORKING"
+"""Variable with the folder of the parent's socket, which the processes of pytest-xdist share."""
+PRELOADED = (
+    "adafv.cli",
+    "adafv.asking.session",
+    "adafv.environment",
+    "adafv.picture",
+    "transformers.models.llava.modeling_llava",
+    "transformers.models.llava.processing_llava",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.processing_auto",
+)
+FOR_THE_PAGE = ("gradio", "gradio.routes", "adafv.page")
+"""Where they are installed."""
+
+
+def started(arguments: Sequence[object], **options: Any) -> "Process":
+    """As `subprocess.Popen([sys.executable, *arguments], **options)`, with text; a subset of it.
+
+    Args:
+        arguments: "-m", a module and its arguments, or a script and its arguments.
+        options: env, cwd; stdin, stdout and stderr: a file, subprocess.PIPE or subprocess.DEVNULL.
+    """
+    return Process([str(argument) for argument in arguments], **options)
+
+
+def ran(
+    arguments: Sequence[object], *, timeout: float = 120, stdin: Any = subprocess.DEVNULL, **options: Any
+) -> "subprocess.CompletedProcess[str]":
+    """As `subprocess.run([sys.executable, *arguments], capture_output=True, text=True, ...)`."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        shown = options.pop("stdout", out)
+        process = started(arguments, stdin=stdin, stdout=shown, stderr=err, **options)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(list(arguments), code, out.read() if shown is out else "", err.read())
+
+
+class Process:
+    """What tests use of `subprocess.Popen`."""
+
+    def __init__(
+        self,
+        arguments: list[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        stdin: Any = subprocess.DEVNULL,
+        stdout: Any = None,
+        stderr: Any = None,
+    ) -> None:
+        self.stdin: IO[str] | None = None
+        self.stdout: IO[str] | None = None
+        self.stderr: IO[str] | None = None
+        self.returncode: int | None = None
+        given, to_close = [], []
+        for place, (name, wanted) in enumerate((("stdin", stdin), ("stdout", stdout), ("stderr", stderr))):
+            if wanted == subprocess.PIPE:
+                reading, writing = os.pipe()
+                mine, theirs = (writing, reading) if place == 0 else (reading, writing)
+                setattr(self, name, os.fdopen(mine, "w" if place == 0 else "r"))
+                to_close.append(theirs)
+            elif wanted == subprocess.DEVNULL:
+                theirs = os.open(os.devnull, os.O_RDWR)
+                to_close.append(theirs)
+            else:
+                theirs = place if wanted is None else wanted.fileno()
+            given.append(theirs)
+        self._connection = _connected()
+        request = {
+            "arguments": arguments,
+            "env": dict(os.environ if env is None else env),
+            "cwd": str(cwd or Path.cwd()),
+        }
+        said = json.dumps(request).encode()
+        rights = array.array("i", given)
+        self._connection.sendmsg([len(said).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        self._connection.sendall(said)
+        for descriptor in to_close:
+            os.close(descriptor)
+        self.pid = self._told(60)
+
+    def _told(self, timeout: float | None) -> int:
+        self._connection.settimeout(timeout)
+        try:
+            told = self._connection.recv(8, socket.MSG_WAITALL)
+        except (TimeoutError, BlockingIOError):
+            raise subprocess.TimeoutExpired("forked", timeout or 0.0) from None
+        assert len(told) == 8, "the parent of forked processes is gone"
+        return int.from_bytes(told, "big", signed=True)
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.returncode = self._told(timeout)
+            self._connection.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def send_signal(self, sent: signal.Signals) -> None:
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, sent)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self) -> tuple[str, str]:
+        """Once it has ended, or is to end: what it wrote that nobody read."""
+        said = [stream.read() if stream else "" for stream in (self.stdout, self.stderr)]
+        self.wait()
+        return said[0], said[1]
+
+
+# --------------------------------------------------------------------------------------------- finding the parent
+
+
+def shared_folder() -> None:
+    """Called by the process that starts those of pytest-xdist: they will share one parent."""
+    if ADDRESS not in os.environ:
+        os.environ[ADDRESS] = f"{tempfile.mkdtemp(prefix='adafv-forking-')}:{os.getpid()}"
+
+
+def end() -> None:
+    """The parent of this process's own, which nobody shares, ends."""
+    while _OWN:
+        parent = _OWN.pop()
+        parent.terminate()
+        parent.wait()
+        shutil.rmtree(os.environ.pop(ADDRESS).rpartition(":")[0])
+
+
+_OWN: list["subprocess.Popen[bytes]"] = []
+
+
+def _connected() -> socket.socket:
+    """To the parent, which is started when the first process is wanted."""
+    shared = ADDRESS in os.environ
+    shared_folder()
+    folder, _, owner = os.environ[ADDRESS].rpartition(":")
+    address = Path(folder, "socket")
+    with Path(folder, "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not address.exists():
+            # As the tests that follow: from the sources, one thread, in no folder of a test.
+            variables = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, __file__, str(address), owner]
+            with Path(folder, "log").open("w") as log:
+                parent = subprocess.Popen(
+                    command, env=variables, cwd=SOURCE, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
+            if not shared:
+                _OWN.append(parent)
+            until = time.monotonic() + 300
+            while not address.exists():
+                assert parent.poll() is None, Path(folder, "log").read_text()
+                assert time.monotonic() < until, "the parent of forked processes does not come up"
+                time.sleep(0.05)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(address))
+    return connection
+
+
+# ------------------------------------------------------------------------------------------------- in the parent
+
+
+def _serve(address: str, owner: int) -> dict[str, Any]:
+    """Forks at every request. Returns in the forked process alone, with what it is to do."""
+    import importlib
+    import importlib.util
+
+    for name in (*PRELOADED, *(FOR_THE_PAGE if importlib.util.find_spec("gradio") else ())):
+        importlib.import_module(name)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(f"{address}.new")
+    listening.listen(16)
+    listening.settimeout(0.5)
+    os.rename(f"{address}.new", address)  # now it answers
+    while True:
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        try:
+            connection, _ = listening.accept()
+        except TimeoutError:
+            try:
+                os.kill(owner, 0)
+            except ProcessLookupError:
+                shutil.rmtree(Path(address).parent, ignore_errors=True)
+                os._exit(0)
+            continue
+        if os.fork():
+            connection.close()
+            continue
+        listening.close()
+        return _forked(connection)
+
+
+def _forked(connection: socket.socket) -> dict[str, Any]:
+    """A process that waits for the one asked for, tells how it ended, and ends; in that one, what it is to do."""
+    connection.setblocking(True)
+    size = array.array("i")
+    begin, ancillary, _, _ = connection.recvmsg(4, socket.CMSG_SPACE(3 * size.itemsize))
+    for _, _, data in ancillary:
+        size.frombytes(data)
+    said = connection.recv(int.from_bytes(begin, "big"), socket.MSG_WAITALL)
+    if pid := os.fork():
+        for descriptor in size:
+            os.close(descriptor)
+        with suppress(OSError):
+            connection.sendall(pid.to_bytes(8, "big", signed=True))
+        _, status = os.waitpid(pid, 0)
+        with suppress(OSError):
+            connection.sendall(os.waitstatus_to_exitcode(status).to_bytes(8, "big", signed=True))
+        os._exit(0)
+    connection.close()
+    for place, descriptor in enumerate(size):
+        os.dup2(descriptor, place)
+        os.close(descriptor)
+    found: dict[str, Any] = json.loads(said)
+    return found
+
+
+def _become(request: dict[str, Any]) -> None:
+    """What Python does with its command line."""
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    tempfile.tempdir = None
+    sys.path[1:1] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    first, *rest = request["arguments"]
+    if first == "-m":
+        sys.path[0] = ""
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(first).parent)
+        sys.argv = request["arguments"]
+        runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+    _become(_serve(sys.argv[1], int(sys.argv[2])))
