@@ -80,12 +80,13 @@ def first_answer_logits(model: Any, inputs: dict[str, Any], pruner: Pruner | Non
 class Asker:
     """A model that answers yes or no."""
 
-    def __init__(self, folder: str, images: Path, dtype: str) -> None:
+    def __init__(self, folder: str, images: Path, dtype: str, device: str = "cpu") -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         self.processor.tokenizer.padding_side = "left"  # the answer is read off the last column
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
+        self.model.to(device)
         self.images = images
         tokenizer = self.processor.tokenizer
         self.answers = [tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No")]

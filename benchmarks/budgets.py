@@ -29,8 +29,9 @@ from adafv import Pruner
 from adafv.bundled import bundled_model
 from benchmarks import accuracy
 from benchmarks.accuracy import batch_of, first_answer_logits, interval
+from training.world.details import render
 from training.world.questions import QUESTION_KINDS, Question, ask
-from training.world.scenes import Scene, render, sample_scene
+from training.world.scenes import Scene, sample_scene
 
 QUESTIONS_PER_SCENE = 2
 BATCH = 20
@@ -89,12 +90,15 @@ class Answerer:
         family: "llava" or "llava-next", whose pictures are twice as large: a thumbnail and four crops.
     """
 
-    def __init__(self, family: str = "llava", folder: Path | None = None, dtype: str = "float32") -> None:
+    def __init__(
+        self, family: str = "llava", folder: Path | None = None, dtype: str = "float32", device: str = "cpu"
+    ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         folder = folder or bundled_model(family)
         self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
+        self.model.to(device)
         self.side = self.model.config.vision_config.image_size * (2 if family == "llava-next" else 1)
 
     def inputs(self, batch: list[tuple[Scene, Question]]) -> dict[str, Any]:

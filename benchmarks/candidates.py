@@ -4,7 +4,8 @@ All are greedy: token after token is taken, whichever adds most. They differ in 
 the one that won is in `adafv.methods`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,14 +100,14 @@ class Masses(Method):
         w = w / w.sum(-1, keepdim=True).clamp_min(_TINY)
         images, number = shown.shape
         count = tokens.text.mask.sum(-1, keepdim=True).float()
-        text_mass = torch.zeros(images, 1)
-        word_mass = torch.zeros(images, per_word.shape[1], 1)
-        salient_mass = torch.zeros(images, 1)
-        best = torch.zeros(images, number)
+        text_mass = torch.zeros(images, 1, device=shown.device)
+        word_mass = torch.zeros(images, per_word.shape[1], 1, device=shown.device)
+        salient_mass = torch.zeros(images, 1, device=shown.device)
+        best = torch.zeros(images, number, device=shown.device)
         taken = ~shown
         picked = []
         for _ in range(keep):
-            gain = torch.zeros(images, number)
+            gain = torch.zeros(images, number, device=shown.device)
             if self.text and self.words == "max":
                 gain = gain + self.text * (text_mass + t + _TINY).log()
             elif self.text and self.words == "each":
@@ -146,6 +147,12 @@ class Volume(Method):
     """Of the quality: 0 is diversity alone."""
     share: float = 0.5
     """Of the text in the quality."""
+    floor: float = 0.05
+    """Of each factor of the product."""
+    words: str = "max"
+    """"max": of the cosines to all words; "each": of each word's cosines within 0 .. 1; "mean": over the words."""
+    root: float = 0.5
+    """Power of the saliency."""
 
     name = "volume"
     summary = "determinant"
@@ -153,8 +160,13 @@ class Volume(Method):
 
     def quality_of(self, tokens: VisualTokens, keep: int) -> Tensor:
         shown = tokens.candidates
-        cosines = word_cosines(tokens).masked_fill(~tokens.text.mask.unsqueeze(-1), float("-inf")).amax(1)
-        text, salient = within(cosines, shown), within(tokens.saliency.clamp_min(0).sqrt(), shown)
+        mask, per_word = tokens.text.mask.unsqueeze(-1), word_cosines(tokens)
+        if self.words == "each":
+            per_word = within(per_word, shown.unsqueeze(1))
+        cosines = per_word.masked_fill(~mask, float("-inf")).amax(1)
+        if self.words == "mean":
+            cosines = (per_word * mask).sum(1) / mask.sum(1)
+        text, salient = within(cosines, shown), within(tokens.saliency.clamp_min(0).pow(self.root), shown)
         if self.quality == "minmax":
             return self.share * text + (1 - self.share) * salient
         if self.quality == "text":
@@ -162,7 +174,7 @@ class Volume(Method):
         if self.quality == "saliency":
             return salient
         if self.quality == "product":
-            return ((text + 0.05) * (salient + 0.05)).sqrt()
+            return (text + self.floor).pow(self.share) * (salient + self.floor).pow(1 - self.share)
         t = attention_per_word(tokens, 100.0, 0.0).masked_fill(~tokens.text.mask.unsqueeze(-1), 0.0).amax(1)
         s = tokens.saliency.masked_fill(~shown, 0.0)
         found = joint_search(t, s, keep, shown).indices
@@ -177,7 +189,7 @@ class Volume(Method):
 def determinantal(kernel: Tensor, keep: int, shown: Tensor) -> Tensor:
     images, number, _ = kernel.shape
     left = kernel.diagonal(dim1=1, dim2=2).clone()
-    rows = torch.zeros(images, keep, number)
+    rows = torch.zeros(images, keep, number, device=kernel.device)
     taken, picked = ~shown, []
     for step in range(keep):
         pick = left.masked_fill(taken, float("-inf")).argmax(-1, keepdim=True)
@@ -201,7 +213,7 @@ class Apart(Volume):
         q = self.quality_of(tokens, keep).clamp_min(1e-4).pow(self.power)
         similar = cosines_of(tokens, self.space, self.centred)
         images, number, _ = similar.shape
-        near = torch.zeros(images, number)
+        near = torch.zeros(images, number, device=q.device)
         taken, picked = ~tokens.candidates, []
         for _ in range(keep):
             pick = (q * (1 - near)).masked_fill(taken, float("-inf")).argmax(-1, keepdim=True)
@@ -247,6 +259,8 @@ class Covering(Method):
     alpha: float = 1.0
     centred: bool = False
     sharp: float = 1.0
+    falling: bool = False
+    """Whether the power of the quality falls as the budget grows."""
     needs = frozenset({WORDS, SALIENCY, HIDDEN})
     name = "covering"
     summary = "SCOPE"
@@ -257,10 +271,11 @@ class Covering(Method):
             q = tokens.saliency.masked_fill(~tokens.candidates, 0.0)
         else:
             q = Volume(quality=self.quality).quality_of(tokens, keep)
-        q = q.clamp_min(1e-9).pow(self.alpha)
+        alpha = self.alpha * (1 - keep / q.shape[-1]) ** 2 * 1.2 if self.falling else self.alpha
+        q = q.clamp_min(1e-9).pow(alpha)
         similar = cosines_of(tokens, self.space, self.centred).clamp_min(0).pow(self.sharp)
         similar = similar * tokens.candidates.unsqueeze(1)
-        best = torch.zeros(similar.shape[:2])
+        best = torch.zeros(similar.shape[:2], device=q.device)
         taken, picked = ~tokens.candidates, []
         for _ in range(keep):
             gain = q * (similar - best.unsqueeze(1)).clamp_min(0).sum(-1)
@@ -298,6 +313,10 @@ class Ablation(Method):
     """Share of the budget that each list gets without a search, as in the published code (a quarter)."""
     layer: int | None = None
     """Of the saliency, as `saliency_of` counts; None: the one that the projector reads."""
+    deep: int = 0
+    """Layers of the language model that the words have gone through when they are compared."""
+    both: bool = False
+    """Whether the visual tokens go through them as well, in front of the words."""
 
     name = "ablation"
     summary = "AdaFV with one choice changed"
@@ -312,6 +331,8 @@ class Ablation(Method):
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         shown, mask = tokens.candidates, tokens.text.mask.unsqueeze(-1)
+        if self.deep:
+            tokens = _after_layers(tokens, self.deep, self.both)
         per_word = attention_per_word(tokens, self.temperature, 0.0).masked_fill(~mask, 0.0)
         t = per_word.amax(1) if self.words == "max" else per_word.sum(1) / mask.sum(1)
         s = tokens.signals[self.saliency].masked_fill(~shown, 0.0)
@@ -331,6 +352,21 @@ class Ablation(Method):
         return Kept(top_tokens(mixed, keep, shown))
 
 
+LANGUAGE_MODEL: Any = None
+"""Of the model that is asked; for words that have gone through some of its layers."""
+
+
+def _after_layers(tokens: VisualTokens, depth: int, both: bool) -> VisualTokens:
+    words = tokens.text
+    first = tokens.features.shape[1] if both else 0
+    given = torch.cat((tokens.features.detach(), words.embeddings), 1) if both else words.embeddings
+    mask = torch.cat((torch.ones_like(tokens.candidates), words.mask), 1) if both else words.mask
+    out = LANGUAGE_MODEL(inputs_embeds=given, attention_mask=mask.long(), output_hidden_states=True, use_cache=False)
+    found = out.hidden_states[depth]
+    features = found[:, :first] if both else tokens.features
+    return replace(tokens, features=features, words=replace(words, embeddings=found[:, first:]))
+
+
 CANDIDATES: dict[str, Method] = {
     # the paper's choices
     "as-it-is": Ablation(),
@@ -346,6 +382,11 @@ CANDIDATES: dict[str, Method] = {
     "layer-3": Ablation(layer=-3),
     "layer-4": Ablation(layer=-4),
     "layer-6": Ablation(layer=-6),
+    "deep-1": Ablation(deep=1),
+    "deep-2": Ablation(deep=2),
+    "deep-4": Ablation(deep=4),
+    "deep-2-both": Ablation(deep=2, both=True),
+    "deep-4-both": Ablation(deep=4, both=True),
     # masses
     "m3": Masses(),
     "m3-tokens": Masses(space="tokens"),
@@ -403,7 +444,31 @@ CANDIDATES: dict[str, Method] = {
     "v-product-p2": Volume(quality="product", power=2.0),
     "v-product-p.5": Volume(quality="product", power=0.5),
     "v-product-tokens": Volume(quality="product", space="tokens"),
+    # the third round
+    "scope-product-a3": Covering(quality="product", alpha=3.0),
+    "scope-product-tokens-a2": Covering(quality="product", space="tokens", alpha=2.0),
+    "scope-product-tokens-a3": Covering(quality="product", space="tokens", alpha=3.0),
+    "scope-product-falling": Covering(quality="product", alpha=2.0, falling=True),
+    "a-product-tokens-p.7": Apart(quality="product", space="tokens", power=0.7),
+    "a-product-tokens-p.5": Apart(quality="product", space="tokens", power=0.5),
+    "a-product-tokens-p1.5": Apart(quality="product", space="tokens", power=1.5),
+    "a-product-tokens-centred": Apart(quality="product", space="tokens", centred=True),
+    "a-product-floor.02": Apart(quality="product", space="tokens", floor=0.02),
+    "a-product-floor.2": Apart(quality="product", space="tokens", floor=0.2),
+    "a-product-text.3": Apart(quality="product", space="tokens", share=0.3),
+    "a-product-text.7": Apart(quality="product", space="tokens", share=0.7),
+    "a-product-each": Apart(quality="product", space="tokens", words="each"),
+    "a-product-mean": Apart(quality="product", space="tokens", words="mean"),
+    "a-product-root1": Apart(quality="product", space="tokens", root=1.0),
+    "a-product-root.25": Apart(quality="product", space="tokens", root=0.25),
+    "a-minmax-tokens": Apart(space="tokens"),
+    "a-minmax-tokens-text.7": Apart(space="tokens", share=0.7),
+    "v-product-tokens-p.7": Volume(quality="product", space="tokens", power=0.7),
+    "v-product-tokens-p.5": Volume(quality="product", space="tokens", power=0.5),
     # without serial steps
+    "t3-product-p.5": Rounds(quality="product", space="tokens", rounds=3, first="top", power=0.5),
+    "r3-top-product": Rounds(quality="product", rounds=3, first="top"),
+    "t6-product": Rounds(quality="product", space="tokens", rounds=6, first="top"),
     "r1-product": Rounds(quality="product", rounds=1),
     "r2-product": Rounds(quality="product", rounds=2),
     "r4-product": Rounds(quality="product", rounds=4),

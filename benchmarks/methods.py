@@ -36,10 +36,12 @@ from torch import Tensor
 
 import adafv
 from adafv import Pruner
+from adafv.images import load_image
 from adafv.methods import Method, known_methods
 from adafv.methods.base import TOKENS
 from adafv.methods.options import method_from_text
-from benchmarks.accuracy import Asker, batch_of, first_answer_logits, interval
+from benchmarks import candidates
+from benchmarks.accuracy import SUFFIX, Asker, batch_of, first_answer_logits, interval
 from benchmarks.budgets import BATCH, Answerer, held_out_questions
 from training.world.scenes import render
 
@@ -63,15 +65,17 @@ class Batch:
 class World:
     """Questions about drawn scenes, and the bundled model."""
 
-    def __init__(self, count: int, part: str, family: str, folder: Path | None) -> None:
+    def __init__(
+        self, count: int, part: str, family: str, folder: Path | None, device: str = "cpu", size: int = BATCH
+    ) -> None:
         self.asked = [pair for pair in held_out_questions(count) if belongs(str(pair[0].number), part)]
-        self.answerer = Answerer(family, folder)
+        self.answerer, self.size = Answerer(family, folder, device=device), size
         self.model, self.processor = self.answerer.model, self.answerer.processor
 
     def batches(self, process: int, processes: int) -> Iterator[Batch]:
-        starts = range(0, len(self.asked), BATCH)[process::processes]
+        starts = range(0, len(self.asked), self.size)[process::processes]
         for first in starts:
-            batch = self.asked[first : first + BATCH]
+            batch = self.asked[first : first + self.size]
             images = [render(scene, self.answerer.side)[0] for scene, _ in batch]
             inputs = batch_of(self.processor, images, [question.text for _, question in batch])
             scenes = [str(scene.number) for scene, _ in batch]
@@ -82,6 +86,7 @@ class World:
 
     def right(self, logits: Tensor, batch: Batch) -> tuple[list[bool], list[float]]:
         """Whether each answer is right, and the probability of the right one."""
+        logits = logits.cpu()
         said = [self.processor.decode([token]) for token in logits.argmax(-1).tolist()]
         encode = self.processor.tokenizer.encode
         wanted = torch.tensor([encode(answer, add_special_tokens=False)[:1] for answer in batch.labels])
@@ -92,8 +97,10 @@ class World:
 class Photos:
     """Yes / no questions on photographs; those on one photograph are asked together."""
 
-    def __init__(self, folders: Sequence[Path], count: int, part: str, model: str) -> None:
-        self.asker = Asker(model, folders[0], "float32")
+    def __init__(
+        self, folders: Sequence[Path], count: int, part: str, model: str, device: str = "cpu", size: int = 1
+    ) -> None:
+        self.asker, self.size = Asker(model, folders[0], "float32", device), size
         self.model, self.processor = self.asker.model, self.asker.processor
         self.asked: dict[tuple[Path, str], list[dict[str, str]]] = defaultdict(list)
         for folder in folders:
@@ -107,17 +114,29 @@ class Photos:
             self.asked = {key: _mixed(questions)[:most] for key, questions in self.asked.items()}  # type: ignore[assignment]
 
     def batches(self, process: int, processes: int) -> Iterator[Batch]:
-        for (folder, image), questions in list(self.asked.items())[process::processes]:
-            self.asker.images = folder
-            texts = [question["text"] for question in questions]
-            names = [f"{image} {text}" for text in texts]
-            labels = [question["label"] == "yes" for question in questions]
-            kinds = [question["label"] for question in questions]
-            yield Batch(names, [image] * len(names), kinds, self.asker.inputs(image, texts), labels)
+        together: list[tuple[str, dict[str, str], Any]] = []
+        own = list(self.asked.items())[process::processes]
+        for place, ((folder, image), questions) in enumerate(own):
+            picture = load_image(str(folder / image))
+            together += [(image, question, picture) for question in questions]
+            if len(together) >= self.size or place == len(own) - 1:
+                yield self._batch(together)
+                together = []
+
+    def _batch(self, asked: list[tuple[str, dict[str, str], Any]]) -> Batch:
+        inputs = batch_of(
+            self.processor,
+            [picture for _, _, picture in asked],
+            [question["text"] + SUFFIX for _, question, _ in asked],
+        )
+        images = [image for image, _, _ in asked]
+        names = [f"{image} {question['text']}" for image, question, _ in asked]
+        kinds = [question["label"] for _, question, _ in asked]
+        return Batch(names, images, kinds, dict(inputs.to(self.model.dtype)), [kind == "yes" for kind in kinds])
 
     def right(self, logits: Tensor, batch: Batch) -> tuple[list[bool], list[float]]:
         """Whether each answer is right, and the probability of the right one of the two."""
-        yes, no = logits[:, self.asker.answers].float().unbind(-1)
+        yes, no = logits[:, self.asker.answers].float().cpu().unbind(-1)
         chances = (yes - no).sigmoid().tolist()
         sure = [chance if label else 1 - chance for chance, label in zip(chances, batch.labels, strict=True)]
         return [(said == label) for said, label in zip((yes > no).tolist(), batch.labels, strict=True)], sure
@@ -138,8 +157,7 @@ def belongs(image: str, part: str) -> bool:
 
 def methods_of(words: Sequence[str]) -> dict[str, Method]:
     """By the word that names them; of the catalogue, or candidates of `benchmarks.candidates`."""
-    from benchmarks.candidates import CANDIDATES
-
+    CANDIDATES = candidates.CANDIDATES
     # What a table calls by the name of a method is that method.
     assert not CANDIDATES.keys() & known_methods().keys()
     return {
@@ -151,6 +169,7 @@ def methods_of(words: Sequence[str]) -> dict[str, Method]:
 
 def run(source: World | Photos, methods: dict[str, Method], options: argparse.Namespace) -> None:
     done = answered([options.store]) if options.store.exists() else {}
+    candidates.LANGUAGE_MODEL = source.model.model.language_model
     wanted = [("full", 1.0), ("blank", 1.0)] + [(word, keep) for keep in options.keep for word in methods]
     pruners = {
         (word, keep): Pruner(methods[word], keep, processor=source.processor)
@@ -159,26 +178,37 @@ def run(source: World | Photos, methods: dict[str, Method], options: argparse.Na
     }
     early = [method for method in methods.values() if method.stages == {TOKENS} and not method.may_repeat]
     start, count = time.monotonic(), 0
+    failed: set[str] = set()
     with options.store.open("a") as file:
         for batch in source.batches(options.process, options.processes):
             missing = [key for key in wanted if any(name not in done.get(key, {}) for name in batch.names)]
             if not missing:
                 continue
+            inputs = {name: value.to(source.model.device) for name, value in batch.inputs.items()}
             with torch.no_grad():
-                encoded = adafv.encode(source.model, batch.inputs, method=[*early, "adafv"])
-            text_alone = {name: value for name, value in batch.inputs.items() if name != "pixel_values"}
+                encoded = adafv.encode(source.model, inputs, method=[*early, "adafv"])
+            text_alone = {name: value for name, value in inputs.items() if name != "pixel_values"}
             for word, keep in missing:
-                given, pruner = batch.inputs, pruners.get((word, keep))
+                given, pruner = inputs, pruners.get((word, keep))
                 if word == "blank":
                     given = given | {"pixel_values": torch.zeros_like(given["pixel_values"])}
                 if pruner is not None and methods[word] in early:
                     given = {**text_alone, "images": encoded}
-                right, sure = source.right(first_answer_logits(source.model, given, pruner), batch)
+                if word in failed:
+                    continue
+                try:
+                    right, sure = source.right(first_answer_logits(source.model, given, pruner), batch)
+                except Exception as error:  # one method must not end a long run of others
+                    failed.add(word)
+                    print(f"{word} failed and is left out: {type(error).__name__}: {error}", flush=True)
+                    continue
                 entry = {"method": word, "keep": keep, "names": batch.names, "images": batch.images}
                 entry |= {"kinds": batch.kinds, "right": [int(each) for each in right]}
                 file.write(json.dumps(entry | {"sure": [round(each, 5) for each in sure]}) + "\n")
             file.flush()
             count += len(batch.names)
+            if time.monotonic() - start > options.seconds:
+                break
             print(f"{count} questions, {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -242,6 +272,9 @@ def main() -> None:
         command.add_argument("--questions", type=int, default=2000 if name == "world" else 0, help="about; 0: all")
         command.add_argument("--process", type=int, default=0, help="which of several; each with a store of its own")
         command.add_argument("--processes", type=int, default=1)
+        command.add_argument("--device", default="cpu")
+        command.add_argument("--batch", type=int, default=BATCH if name == "world" else 1, help="questions a batch")
+        command.add_argument("--seconds", type=float, default=float("inf"), help="no batch is begun after so many")
     commands.choices["world"].add_argument("--family", choices=("llava", "llava-next"), default="llava")
     commands.choices["world"].add_argument("--model", type=Path, help="another folder with a model of this world")
     commands.choices["photos"].add_argument("--model", required=True)
@@ -256,14 +289,17 @@ def main() -> None:
     command.add_argument("--kinds", action="store_true", help="by kind of question as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on a GPU too
     if options.command == "report":
         report(options)
         return
     methods = methods_of(options.methods)
     if options.command == "world":
-        run(World(options.questions, options.part, options.family, options.model), methods, options)
+        world = World(options.questions, options.part, options.family, options.model, options.device, options.batch)
+        run(world, methods, options)
     else:
-        run(Photos(options.photos, options.questions, options.part, options.model), methods, options)
+        photos = Photos(options.photos, options.questions, options.part, options.model, options.device, options.batch)
+        run(photos, methods, options)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ On purpose not the code that asks the questions, so that each can find a mistake
 
 import re
 
+from training.world.details import DetailedScene
 from training.world.scenes import Scene, Thing
 
 _SINGULAR = {"leaves": "leaf", "fish": "fish", "scissors": "scissors"}
@@ -42,6 +43,16 @@ def right_answer(scene: Scene, text: str) -> str:
         return found[2] if _lies_in_picture(_only(scene, found[1]), found[2]) else found[3]
     if found := re.fullmatch(r"what is the (biggest|smallest) object\?", text):
         return _extreme(scene, found[1])
+    if isinstance(scene, DetailedScene):
+        written = [(thing.kind, tag.mark) for thing, tag in zip(scene.things, scene.tags, strict=True)]
+        if found := re.fullmatch(r"what (letter|pattern) (?:is|are) on the (\w+)\?", text):
+            [mark] = [mark for kind, mark in written if kind == _only(scene, found[2]).kind]
+            if (len(mark) == 1) == (found[1] == "letter"):
+                return mark
+        if found := re.fullmatch(r"what object has the (letter|pattern) (\w+)\?", text):
+            kinds = [kind for kind, mark in written if mark == found[2]]
+            if len(kinds) == 1 and (len(found[2]) == 1) == (found[1] == "letter"):
+                return kinds[0]
     raise AmbiguousError(f"no such question: {text}")
 
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_operations import Watched
+from test_operations import MOST_OPERATIONS, Watched
 from torch import Tensor
 
-from adafv.core import greedy
+from adafv.core import facets, greedy
+from adafv.core.facets import facet_rounds, facet_steps
 from adafv.core.greedy import Greedy, Parts, coverage_search, determinantal_search, max_min_search
 from adafv.core.likeness import self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, STRINGS, WORDS, VisualTokens, Words
@@ -270,7 +271,26 @@ def plain_cenprune(
     return chosen_by(gain, image, keep)
 
 
+def plain_facet(image: Plain, keep: int, rounds: int = 3) -> list[int]:
+    text, salient = plain_relevance(image), scaled({j: math.sqrt(image.saliency[j]) for j in image.shown})
+    worth = {j: math.sqrt((text[j] + 0.05) * (salient[j] + 0.05)) for j in image.shown}
+
+    def score(token: int, kept: list[int]) -> float:
+        return worth[token] * (1 - max([0.0] + [cosine(image.features[token], image.features[j]) for j in kept]))
+
+    if not rounds:
+        return chosen_by(lambda kept, token: score(token, kept), image, keep)
+    order = sorted(image.shown, key=lambda j: -worth[j])
+    kept = order[:keep]
+    for _ in range(rounds):
+        scores = {j: score(j, [i for i in kept if order.index(i) < order.index(j)]) for j in order}
+        kept = sorted(order, key=lambda j: -scores[j])[:keep]
+    rest = [j for j in range(image.count) if j not in image.shown]
+    return sorted(kept + rest[: keep - len(kept)])
+
+
 PLAIN: dict[str, Callable[..., list[int]]] = {
+    "facet": plain_facet,
     "divprune": plain_divprune,
     "cdpruner": plain_cdpruner,
     "scope": plain_scope,
@@ -279,6 +299,9 @@ PLAIN: dict[str, Callable[..., list[int]]] = {
     "cenprune": plain_cenprune,
 }
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("facet", {}),
+    ("facet", {"rounds": 1}),
+    ("facet", {"rounds": 0}),
     ("divprune", {}),
     ("cdpruner", {}),
     ("cdpruner", {"words": "mean", "sign": -1, "crops": "together"}),
@@ -403,18 +426,58 @@ def test_what_a_device_runs(name: str, options: dict[str, Any], monkeypatch: pyt
             method_named(name, **options).select(tokens, keep)
         made.append(len(watched.made))
     each = options.get("crops", "each") == "each" and name in ("scope", "cdpruner")
-    assert (made[1] - made[0]) / 4 <= STEP[options.get("on", name)] + 10 * each
+    serial = name != "facet" or options.get("rounds") == 0
+    assert (made[1] - made[0]) / 4 <= STEP[options.get("on", name)] * serial + 10 * each
     pairs = 2 * tokens.source.shape[1] ** 2 * 4
     assert watched.peak <= 4.2 * pairs
 
 
-STEP = {"divprune": 5, "cenprune": 6, "cdpruner": 16, "scope": 7, "eadp": 6, "mmtok": 6}
+def test_facet_in_rounds_takes_as_few_operations_as_adafv() -> None:
+    """Scores and search, whatever K is."""
+    tokens = images(2, 20, newlines=True)
+    for keep in (4, 200):
+        with Watched() as watched:
+            method_named("facet").select(tokens, keep)
+        assert len(watched.made) <= MOST_OPERATIONS
+
+
+def test_facet_in_rounds_keeps_little_at_a_time() -> None:
+    """Of a long video, 16,384 tokens, a quarter kept: 16 MiB of cosines, twice, beside a few copies of the tokens."""
+    generator = torch.Generator().manual_seed(0)
+    unit, worth = (
+        unit_vectors(torch.randn(1, 16_384, 16, generator=generator)),
+        torch.rand(1, 16_384, generator=generator),
+    )
+    with Watched() as watched:
+        facet_rounds(unit, worth, 4096, torch.ones_like(worth, dtype=torch.bool), 2)
+    assert watched.peak < 64 * 2**20
+
+
+@given(st.integers(0, 10**6), st.integers(1, 23), st.sampled_from([0, 1, 3]))
+@settings(max_examples=20, deadline=None)
+def test_facet_does_not_depend_on_the_order_of_the_tokens(seed: int, keep: int, rounds: int) -> None:
+    tokens = images(1, 2, seed=seed)
+    unit = unit_vectors(tokens.features)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))
+
+    def kept(unit: Tensor, worth: Tensor) -> Tensor:
+        shown = torch.ones_like(worth, dtype=torch.bool)
+        return facet_rounds(unit, worth, keep, shown, rounds) if rounds else facet_steps(unit, worth, keep, shown)
+
+    worth = facets.worth(tokens, unit)
+    moved = order[kept(unit[:, order], worth[:, order])].sort(dim=-1).values
+    assert torch.equal(moved, kept(unit, worth))
+
+
+STEP = {"facet": 6, "divprune": 5, "cenprune": 6, "cdpruner": 16, "scope": 7, "eadp": 6, "mmtok": 6}
 """Operations in a step that make something new."""
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
+        ("facet", {"rounds": -1}),
+        ("facet", {"rounds": True}),
         ("cdpruner", {"words": "worst"}),
         ("cdpruner", {"sign": 0}),
         ("cdpruner", {"crops": "some"}),

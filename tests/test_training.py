@@ -1,7 +1,8 @@
 """Training: every stage learns and touches only what it names, stopping costs nothing, and the export is the pupil."""
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -11,19 +12,22 @@ import pytest
 import torch
 from facts import right_answer
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import training.batches
 import training.train
 from training.architecture import SIDE, VISUAL_TOKENS
-from training.batches import normalised, patches_in, pixels
+from training.batches import moved, normalised, patches_in, pixels
 from training.conversations import IGNORED, converse
 from training.export import export
-from training.optimiser import Optimiser
+from training.language import scene_grid
+from training.losses import quarters
+from training.optimiser import Optimiser, StackedMuon
 from training.stages import NEXT_EVERY, NEXT_TOKENS, STAGES, Outcome, Pupil, Stage
 from training.train import train_stage
-from training.vocabulary import ASSISTANT, END, IMAGE, PAD, USER, tokenizer
+from training.vocabulary import ASSISTANT, END, IDS, IMAGE, PAD, USER, tokenizer
+from training.world.details import DETAIL_KINDS, with_tags
 from training.world.scenes import Scene, render, sample_scene
 
 ALONE = [stage for stage in STAGES.values() if not stage.needs]
@@ -140,6 +144,20 @@ class TestGoingOn:
         assert [name for name in one if not torch.equal(one[name], two[name])] == []
         assert {path.name for path in parts.iterdir()} == {f"{stage.name}.pt", f"log-{stage.name}.jsonl"}
 
+    def test_ends_in_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After the first step where there is no time for two; a copy of the weights lies where it was wanted."""
+        monkeypatch.setattr(training.train, "CHECKPOINT_SECONDS", -1)
+        stage = dataclasses.replace(ALONE[-1], size=2)
+        train_stage(stage, tmp_path, 500, seconds=0.01, copies=tmp_path / "copies")
+        logged = [json.loads(line) for line in (tmp_path / f"log-{stage.name}.jsonl").read_text().splitlines()]
+        assert [entry["step"] for entry in logged] == [1]
+        [copy] = (tmp_path / "copies").iterdir()
+        halves, weights = (
+            torch.load(folder / f"{stage.name}.pt", weights_only=True) for folder in (copy.parent, tmp_path)
+        )
+        assert halves.keys() == weights.keys()
+        assert all(torch.equal(halves[name], value.half()) for name, value in weights.items())
+
     @pytest.mark.slow
     def test_all_stages_in_order(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         rows = [row for side_by_side in training.train.SIDE_BY_SIDE for row in side_by_side]
@@ -195,6 +213,18 @@ class TestConversations:
                 assert places[row, first - 2 : first].all()
                 assert set(early.labels[row, first - 2 : first].tolist()) == {encoded(answer)[0]}
 
+    def test_details_are_asked_where_scenes_have_them(self) -> None:
+        plain = scenes(20)
+        for given in (plain, [with_tags(scene) for scene in plain]):
+            talk = converse(given, Random(0), NEXT_TOKENS)
+            kinds = {kind for row in talk.kinds for _, kind in row}
+            assert (kinds >= set(DETAIL_KINDS)) == (given is not plain)
+            assert (kinds & set(DETAIL_KINDS) == set()) == (given is plain)
+            for row, scene in enumerate(given):
+                for question, answer, _ in turns(talk.ids[row].tolist()):
+                    if not question.startswith(("describe", "what is in")):
+                        assert answer == right_answer(scene, question)
+
     def test_padding_is_on_the_right(self) -> None:
         for row in converse(scenes(10), Random(0)).ids.tolist():
             spoken = [token for token in row if token != PAD]
@@ -235,6 +265,100 @@ class TestBatches:
         again = [batch.images for batch in training.batches.batches(make, size=2, count=3, first=1)]
         assert len(later) == len(again) == 2
         assert all(torch.equal(one, two) for one, two in zip(later, again, strict=True))
+
+    @pytest.mark.usefixtures("no_photographs")
+    def test_several_processes_draw_the_same_in_the_same_order(self) -> None:
+        make = STAGES["list"].make
+        one, two = (
+            [batch.conversations.ids for batch in training.batches.batches(make, size=2, count=4, workers=workers)]
+            for workers in (1, 2)
+        )
+        assert len(one) == len(two) == 4
+        assert all(torch.equal(first, second) for first, second in zip(one, two, strict=True))
+
+    def test_every_tensor_moves(self) -> None:
+        """The device "meta" stands in for one that this machine may not have."""
+        for batch in minimal_batches(STAGES["together"]):
+            there = moved(batch, torch.device("meta"))
+            assert {value.device.type for value in tensors(there)} == {"meta"}
+            assert len([*tensors(there)]) == len([*tensors(batch)]) > 6
+
+
+def tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif dataclasses.is_dataclass(batch):
+        for field in dataclasses.fields(batch):
+            yield from tensors(getattr(batch, field.name))
+
+
+class TestDetails:
+    def test_scene_text_says_what_tags_say(self) -> None:
+        [scene] = [with_tags(scene) for scene in scenes(1)]
+        text = scene_grid([scene], Random(0))
+        for thing, tag in zip(scene.things, scene.tags, strict=True):
+            place = int(thing.y * 12) * 12 + int(thing.x * 12)
+            assert text.marks[0, place] == IDS[tag.mark]
+            assert text.kinds[0, place] == IDS[thing.kind]
+        assert int((text.marks != PAD).sum()) == len(scene.tags)
+        assert bool((scene_grid(scenes(1), Random(0)).marks == PAD).all())
+
+    def test_quarters_show_each_tag_once(self) -> None:
+        """At the patch in whose middle, give or take two pixels, it was drawn."""
+        given = [with_tags(scene) for scene in scenes(10)]
+        for scene in given:
+            _, boxes = pixels([scene], Random(0), 2 * SIDE)
+            views = quarters(scene, boxes[0])
+            found = [
+                (mark, quarter % 2 * SIDE + patch % 12 * 12 + 6, quarter // 2 * SIDE + patch // 12 * 12 + 6)
+                for quarter, view in enumerate(views)
+                for patch, mark in view.marks
+            ]
+            assert len(found) == len(scene.tags)
+            for tag in scene.tags:
+                x, y = tag.middle
+                assert any(mark == tag.mark and abs(x - u) <= 2 and abs(y - v) <= 2 for mark, u, v in found)
+
+    def test_quarters_hold_what_lies_in_them(self) -> None:
+        for scene in scenes(10):
+            _, [boxes] = pixels([scene], Random(0), 2 * SIDE)
+            views = quarters(scene, boxes)
+            for thing, box in zip(scene.things, boxes, strict=True):
+                parts = [part for view in views for other, part in view.things if other is thing]
+                covered = sum((right - left) * (bottom - top) for left, top, right, bottom in parts)
+                whole_area = (box[2] - box[0]) * (box[3] - box[1])
+                assert 0.8 * whole_area <= covered <= whole_area
+                assert all(0 <= edge <= SIDE for part in parts for edge in part)
+
+
+class TestOptimiser:
+    def test_stacked_muon_is_muon(self) -> None:
+        torch.manual_seed(0)
+        shapes = [(24, 24), (24, 24), (16, 24), (24, 16), (16, 24)]
+        start = [torch.randn(shape) * 0.1 for shape in shapes]
+        ours, stock = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
+        options: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+        optimisers = StackedMuon(ours, **options), torch.optim.Muon(stock, **options)
+        for step in range(4):
+            for place, pair in enumerate(zip(ours, stock, strict=True)):
+                gradient = torch.randn(shapes[place])
+                for parameter in pair:
+                    parameter.grad = None if (step, place) == (1, 2) else gradient.clone()
+            for optimiser in optimisers:
+                optimiser.step()
+        for one, two, before in zip(ours, stock, start, strict=True):
+            assert (one - before).norm() > 0.1
+            assert (one - two).norm() < 0.03 * (two - before).norm()  # products in bfloat16, in another order
+
+    def test_rates_go_to_zero_with_the_time(self) -> None:
+        pupil = nn.Linear(4, 4)
+        optimiser = Optimiser(pupil.named_parameters(), steps=1000, warmup=1)
+        for left, share in ((1.0, 1.0), (0.4, 1.0), (0.1, 0.25), (0.0, 0.0), (-0.1, 0.0)):
+            for parameter in pupil.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimiser.step(0, left)
+            for part, peak in zip(optimiser.parts, optimiser.peaks, strict=True):
+                assert part.param_groups[0]["lr"] == pytest.approx(peak * share)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The generated world: pictures show what the facts say, and every question about them has one right answer."""
 
+import hashlib
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -11,8 +12,21 @@ from facts import right_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.vocabulary import UNKNOWN, tokenizer
+from training.vocabulary import UNKNOWN, tokenizer, words
+from training.world import details
 from training.world.backgrounds import _PHOTOS, TEXTURES, photographs_installed
+from training.world.details import (
+    CELL,
+    DETAIL_KINDS,
+    FINE,
+    LETTERS,
+    MARKS,
+    PATTERNS,
+    DetailedScene,
+    ask_detail,
+    sample_detailed_scene,
+    with_tags,
+)
 from training.world.objects import COLOURS, KINDS, draw
 from training.world.questions import QUESTION_KINDS, a, ask, caption, plural
 from training.world.scenes import HELD_OUT, SPLITS, Box, Scene, render, sample_scene
@@ -234,3 +248,112 @@ class TestQuestions:
             ids = words.encode(text, add_special_tokens=False)
             assert UNKNOWN not in ids
             assert words.decode(ids) == text
+
+
+class TestOldScenes:
+    """What was published was measured on these: they stay what they were, whatever the world learns."""
+
+    def test_facts_and_questions_are_what_they_were(self) -> None:
+        told = hashlib.sha256()
+        for split in SPLITS:
+            for number in range(40):
+                for photos in (False, True):
+                    scene, random = sample_scene(split, number, photos=photos), Random(number)
+                    told.update(repr(scene).encode())
+                    for kind in QUESTION_KINDS:
+                        told.update(repr(ask(scene, random, kind)).encode())
+                    told.update(caption(scene, random).encode())
+        assert told.hexdigest() == "31333027744a670f40b367247a2cc414eb35eb8c14821050d1175572b89d5913"
+
+    @pytest.mark.parametrize(
+        ("split", "levels"),
+        [
+            ("train", [[103.1, 99.5], [91.1, 90.2]]),
+            ("validation", [[171.3, 164.8], [157.3, 170.3]]),
+            ("test", [[200.5, 196.3], [190.7, 196.0]]),
+        ],
+    )
+    def test_pictures_are_what_they_were(self, split: str, levels: list[list[float]]) -> None:
+        """Mean of each quarter: bits may differ between versions of Pillow and NumPy."""
+        picture = numpy.asarray(render(sample_scene(split, 0, photos=False), SIDE)[0], dtype=float)
+        assert picture.reshape(2, 72, 2, 72, 3).mean((1, 3, 4)) == pytest.approx(numpy.array(levels), abs=0.3)
+
+    def test_words_have_the_ids_that_they_had(self) -> None:
+        assert hashlib.sha256(repr(words()[:91]).encode()).hexdigest() == (
+            "1d796fc131bdbe949522d37183c7de51b4d2331155829d84ba055977221faed2"
+        )
+
+
+detailed = st.builds(sample_detailed_scene, splits, numbers, photos=st.just(False))
+
+
+class TestDetails:
+    @given(splits, numbers)
+    @few
+    def test_a_number_is_a_scene(self, split: str, number: int) -> None:
+        one, two = (sample_detailed_scene(split, number, photos=False) for _ in range(2))
+        assert one == two
+        assert details.render(one, FINE)[0].tobytes() == details.render(two, FINE)[0].tobytes()
+        assert with_tags(sample_scene(split, number, photos=False)).things != one.things
+
+    @given(detailed)
+    @few
+    def test_a_tag_lies_on_its_thing_and_is_all_that_differs(self, scene: DetailedScene) -> None:
+        plain = Scene(scene.split, scene.number, scene.things, scene.background, scene.background_seed)
+        picture, boxes = details.render(scene, FINE)
+        without, plain_boxes = details.render(plain, FINE)
+        assert boxes == plain_boxes
+        changed = (numpy.asarray(picture) != numpy.asarray(without)).any(-1)
+        for tag, (left, top, right, bottom) in zip(scene.tags, boxes, strict=True):
+            x, y = tag.middle
+            assert left <= x < right
+            assert top <= y < bottom
+            changed[max(0, tag.top) : tag.top + CELL, max(0, tag.left) : tag.left + CELL] = False
+        assert not changed.any()
+
+    @given(detailed)
+    @few
+    def test_what_is_written_lies_in_one_patch_of_one_crop(self, scene: DetailedScene) -> None:
+        for tag in scene.tags:
+            rows, columns = numpy.nonzero(details._drawn(tag.mark) < 200)
+            if tag.mark in LETTERS:
+                assert len({(tag.left + int(edge)) // CELL for edge in (columns.min(), columns.max())}) == 1
+                assert len({(tag.top + int(edge)) // CELL for edge in (rows.min(), rows.max())}) == 1
+
+    def test_patterns_are_one_grey_in_the_thumbnail(self) -> None:
+        """Wherever they lie: halved, nothing tells one from another."""
+        scene = sample_detailed_scene("train", 0, photos=False)
+        for left, top in ((60, 60), (61, 60), (60, 61), (61, 61)):
+            inside = slice(top // 2 + 1, top // 2 + CELL // 2 - 1), slice(left // 2 + 1, left // 2 + CELL // 2 - 1)
+            seen = set()
+            for mark in PATTERNS:
+                tags = tuple(replace(tag, mark=mark, left=left, top=top) for tag in scene.tags)
+                thumbnail, _ = details.render(replace(scene, tags=tags), FINE // 2)
+                seen.add(numpy.asarray(thumbnail)[inside].tobytes())
+            assert len(seen) == 1
+
+    def test_marks_differ_in_crops(self) -> None:
+        assert len({details._drawn(mark).tobytes() for mark in MARKS}) == len(MARKS)
+
+    def test_sizes_that_would_blur_tags_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="multiple of 288, not 432"):
+            details.render(sample_detailed_scene("test", 0, photos=False), 432)
+
+    @pytest.mark.parametrize("kind", DETAIL_KINDS)
+    @given(detailed, seeds)
+    @many
+    def test_the_answer_is_right_and_the_only_one(self, kind: str, scene: DetailedScene, seed: int) -> None:
+        question = ask_detail(scene, Random(seed), kind)
+        if question is not None:
+            assert question.kind == kind
+            assert question.answer == right_answer(scene, question.text)
+            ids = tokenizer().encode(f"{question.text} {question.answer}", add_special_tokens=False)
+            assert UNKNOWN not in ids
+
+    def test_the_most_frequent_answer_is_not_worth_much(self) -> None:
+        random, some = Random(0), [sample_detailed_scene("train", number, photos=False) for number in range(400)]
+        for kind, most in (("letter", 0.2), ("pattern", 0.35), ("marked", 0.1)):
+            asked = [ask_detail(scene, random, kind) for scene in some]
+            answers = Counter(question.answer for question in asked if question is not None)
+            assert answers.total() > 200
+            assert answers.most_common(1)[0][1] / answers.total() < most, (kind, answers)

@@ -1,7 +1,8 @@
 """Batches of scenes. Batch number n is always the same batch, so training can stop and go on anywhere."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
 from random import Random
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from training.architecture import DEVIATION, GRID, MEAN, SIDE
-from training.world.scenes import Box, Scene, render, sample_scene
+from training.world.details import render
+from training.world.scenes import Box, Scene, sample_scene
 
 
 class Batches(Dataset):
@@ -29,13 +31,15 @@ class Batches(Dataset):
         return self.make(scenes, Random(f"adafv batch train {number}"))
 
 
-def batches(make: Callable[[list[Scene], Random], Any], *, size: int, count: int, first: int = 0) -> Iterator[Any]:
-    """Batches number `first` to `count` - 1, drawn by one process beside the training."""
+def batches(
+    make: Callable[[list[Scene], Random], Any], *, size: int, count: int, first: int = 0, workers: int = 1
+) -> Iterator[Any]:
+    """Batches number `first` to `count` - 1, in their order, drawn by `workers` processes beside the training."""
     loader = DataLoader(
         Batches(make, size, count, first),
         batch_size=None,
-        num_workers=1,
-        prefetch_factor=4,
+        num_workers=workers,
+        prefetch_factor=4 if workers == 1 else 2,
         worker_init_fn=_one_thread,
     )
     return iter(loader)
@@ -45,7 +49,7 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def pixels(scenes: list[Scene], random: Random, side: int = SIDE) -> tuple[Tensor, list[list[Box]]]:
+def pixels(scenes: Sequence[Scene], random: Random, side: int = SIDE) -> tuple[Tensor, list[list[Box]]]:
     """[scenes, 3, side, side] uint8, and every scene's boxes in pixels.
 
     One picture in five is drawn larger and scaled down, as the processor does with a user's picture.
@@ -64,8 +68,17 @@ def pixels(scenes: list[Scene], random: Random, side: int = SIDE) -> tuple[Tenso
 
 def normalised(images: Tensor) -> Tensor:
     """uint8 pictures as the processor would hand them to the tower."""
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    mean, deviation = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, DEVIATION))
     return (images.float() / 255 - mean) / deviation
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it, and in the dataclasses in it, on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{field.name: moved(getattr(batch, field.name), device) for field in fields(batch)})
+    return batch
 
 
 def patches_in(box: Box, side: int = SIDE) -> Tensor:

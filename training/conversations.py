@@ -4,6 +4,7 @@ Several questions share one picture, as in LLaVA's own data: most of the work is
 """
 
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from training.architecture import VISUAL_TOKENS
 from training.vocabulary import ASSISTANT, END, IMAGE, PAD, UNKNOWN, USER, describe, tokenizer
+from training.world.details import MARKS, DetailedScene, ask_detail
 from training.world.objects import KINDS
 from training.world.questions import ask, caption, plural
 from training.world.scenes import Scene
@@ -21,8 +23,11 @@ IGNORED = -100
 WEIGHTS = {"presence": 3, "colour": 3, "counting": 4, "place": 5, "relation": 6, "size": 2, "background": 1}
 """How often each kind of question is put in training: the harder, the more. With all alike, "where" was not learned."""
 
+DETAIL_WEIGHTS = {"letter": 8, "pattern": 5, "marked": 7}
+"""Of the questions that only scenes with details are asked, beside the others."""
+
 _tokenizer = tokenizer()
-_KIND_IDS = {_tokenizer.convert_tokens_to_ids(kind) for kind in (*KINDS, *map(plural, KINDS))} - {UNKNOWN}
+_NAMING_IDS = {_tokenizer.convert_tokens_to_ids(word) for word in (*KINDS, *map(plural, KINDS), *MARKS)} - {UNKNOWN}
 
 
 @dataclass(frozen=True)
@@ -42,24 +47,30 @@ def converse(
 ) -> Conversations:
     """A conversation about each scene: questions of all kinds in random order, with a caption at the end of some.
 
+    A scene with details is asked about them, too: give such scenes only where their details can be seen.
+
     Args:
-        early: label the answer also in the question, from the last object it names on. "What colour is the key" is then
-            asked of the word "key" itself, which is one step of attention away from the key; the first word of the
-            answer is two, and a model that has neither step learns both only after long.
+        early: label the answer also in the question, from the last object (or mark) it names on. "What colour is the
+            key" is then asked of the word "key" itself, which is one step of attention away from the key; the first
+            word of the answer is two, and a model that has neither step learns both only after long.
     """
     rows, labels, captions, kinds = [], [], [], []
     for scene in scenes:
         row, said, asked = [USER] + [IMAGE] * visual_tokens, [], []
         described: set[int] = set()
+        weights = WEIGHTS | (DETAIL_WEIGHTS if isinstance(scene, DetailedScene) else {})
         for number in range(QUESTIONS):
             question = None
             while question is None:
-                [kind] = random.choices([*WEIGHTS], [*WEIGHTS.values()])
-                question = ask(scene, random, kind)
+                [kind] = random.choices([*weights], [*weights.values()])
+                if isinstance(scene, DetailedScene) and kind in DETAIL_WEIGHTS:
+                    question = ask_detail(scene, random, kind)
+                else:
+                    question = ask(scene, random, kind)
             if number:
                 row.append(USER)
             words = encode(question.text)
-            named = max((place for place, word in enumerate(words) if word in _KIND_IDS), default=len(words) - 1)
+            named = max((place for place, word in enumerate(words) if word in _NAMING_IDS), default=len(words) - 1)
             if early:
                 said += [(len(row) + place, encode(question.answer)[0]) for place in range(named, len(words) + 1)]
             row += [*words, END, ASSISTANT]
@@ -95,5 +106,10 @@ def _say(row: list[int], answer: list[int]) -> list[tuple[int, int]]:
     return said
 
 
+@cache
+def _encoded(text: str) -> tuple[int, ...]:
+    return tuple(_tokenizer.encode(text, add_special_tokens=False))
+
+
 def encode(text: str) -> list[int]:
-    return _tokenizer.encode(text, add_special_tokens=False)
+    return [*_encoded(text)]

@@ -19,6 +19,7 @@ from training.architecture import GRID, WIDTH
 from training.batches import patches_in
 from training.conversations import Conversations, converse
 from training.vocabulary import IDS, PAD
+from training.world.details import FINE, DetailedScene
 from training.world.scenes import LARGE, SMALL, Scene
 
 SIZES = 12
@@ -35,6 +36,8 @@ class SceneText:
     """[scenes, places]: the word for its colour; PAD on the background."""
     sizes: Tensor
     """[scenes, places]: 0 on the background, else 1 to SIZES."""
+    marks: Tensor
+    """[scenes, places]: the word for what is written on the tag there; PAD where none is."""
 
 
 def scene_grid(scenes: list[Scene], random: Random) -> SceneText:
@@ -59,9 +62,9 @@ def scene_list(scenes: list[Scene], random: Random) -> SceneText:
     )
 
 
-def _patches(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
-    """Kinds, colours and sizes of all patches, as in `SceneText`."""
-    kinds, colours, sizes = (torch.full((len(scenes), GRID**2), PAD) for _ in range(3))
+def _patches(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Kinds, colours, sizes and marks of all patches, as in `SceneText`."""
+    kinds, colours, sizes, marks = (torch.full((len(scenes), GRID**2), PAD) for _ in range(4))
     for number, scene in enumerate(scenes):
         kinds[number] = IDS[scene.background]
         for thing in scene.things:
@@ -71,7 +74,11 @@ def _patches(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
             kinds[number, there], colours[number, there] = IDS[thing.kind], IDS[thing.colour]
             share = (thing.size - SMALL[0]) / (LARGE[1] - SMALL[0])
             sizes[number, there] = 1 + min(SIZES - 1, int(share * SIZES))
-    return kinds, colours, sizes
+        if isinstance(scene, DetailedScene):
+            for tag in scene.tags:
+                column, row = (edge * GRID // FINE for edge in tag.middle)
+                marks[number, row * GRID + column] = IDS[tag.mark]
+    return kinds, colours, sizes, marks
 
 
 class GridEmbedding(nn.Module):
@@ -88,4 +95,5 @@ class GridEmbedding(nn.Module):
         """[scenes, places, WIDTH]."""
         where = self.row(text.places // GRID) + self.column(text.places % GRID)
         paint = embed(text.colours) * (text.colours != PAD).unsqueeze(-1)
-        return embed(text.kinds) + paint + self.size(text.sizes) + where
+        written = embed(text.marks) * (text.marks != PAD).unsqueeze(-1)
+        return embed(text.kinds) + paint + written + self.size(text.sizes) + where

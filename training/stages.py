@@ -15,11 +15,12 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 
 from training import attention
 from training.architecture import SIDE, VISUAL_TOKENS, WIDTH, llava_config, llava_next_config
-from training.batches import Batches, normalised, pixels
+from training.batches import Batches, moved, normalised, pixels
 from training.conversations import Conversations, converse
 from training.language import GridEmbedding, SceneText, scene_grid, scene_list
-from training.losses import Alignment, Shown, answer_loss, shown
-from training.world.scenes import Scene
+from training.losses import Alignment, Shown, View, answer_loss, quarters, shown, whole
+from training.world.details import with_tags
+from training.world.scenes import Box, Scene
 
 SEED = 20251
 
@@ -63,7 +64,12 @@ class Pupil(nn.Module):
 @dataclass(frozen=True)
 class Outcome:
     loss: Tensor
-    figures: dict[str, float]
+    measure: Callable[[], dict[str, float]]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """For the log. Asking waits for the device, so ask when the step is done."""
+        return self.measure()
 
 
 @dataclass(frozen=True)
@@ -100,25 +106,56 @@ NORM, WORDS = "llava.model.language_model.norm", "llava.model.language_model.emb
 
 def _language(pupil: Pupil, text: SceneText) -> Outcome:
     visual = pupil.grid(text, pupil.words)
-    loss, figures = _answers(pupil, visual, text.conversations)
-    return Outcome(loss, figures)
+    return Outcome(*_answers(pupil, visual, text.conversations))
+
+
+DETAILS = 1 / 3
+"""Share of the language model's batches, and of the tower's, that have details."""
+
+
+def _list_text(scenes: list[Scene], random: Random) -> SceneText:
+    return scene_list(_sometimes_detailed(scenes, random), random)
+
+
+def _grid_text(scenes: list[Scene], random: Random) -> SceneText:
+    return scene_grid(_sometimes_detailed(scenes, random), random)
+
+
+def _sometimes_detailed(scenes: list[Scene], random: Random) -> list[Scene]:
+    return [with_tags(scene) for scene in scenes] if random.random() < DETAILS else scenes
 
 
 @dataclass(frozen=True)
 class Pictures:
     images: Tensor
+    """[pictures, 3, SIDE, SIDE] uint8."""
     shown: Shown
 
 
 def _pictures(scenes: list[Scene], random: Random) -> Pictures:
+    """Whole scenes, or all quarters of a fourth of them, with details."""
+    if random.random() < DETAILS:
+        detailed = [with_tags(scene) for scene in scenes[: max(1, len(scenes) // 4)]]
+        images, boxes = pixels(detailed, random, 2 * SIDE)
+        views = [view for scene, found in zip(detailed, boxes, strict=True) for view in quarters(scene, found)]
+        return Pictures(_quarters(images).flatten(0, 1), shown(views, random))
     images, boxes = pixels(scenes, random)
-    return Pictures(images, shown(scenes, boxes, random))
+    return Pictures(images, shown([*map(whole, scenes, boxes)], random))
+
+
+def _quarters(images: Tensor) -> Tensor:
+    """[scenes, 4, 3, SIDE, SIDE], in reading order, of pictures twice as large."""
+    return images.unfold(2, SIDE, SIDE).unfold(3, SIDE, SIDE).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
 
 
 def _tower(pupil: Pupil, batch: Pictures) -> Outcome:
     visual, pooled = pupil.see(batch.images)
     patch_loss, class_loss = pupil.alignment(pupil.words.weight, visual, pooled, batch.shown)
-    return Outcome(patch_loss + 0.1 * class_loss, {"patches": patch_loss.item(), "class": class_loss.item()})
+    prefix = "" if batch.shown.marks is None else "crops "
+    return Outcome(
+        patch_loss + 0.1 * class_loss,
+        lambda: {f"{prefix}patches": patch_loss.item(), f"{prefix}class": class_loss.item()},
+    )
 
 
 @dataclass(frozen=True)
@@ -131,31 +168,43 @@ class Lesson:
 
 @dataclass(frozen=True)
 class LessonInCrops:
-    """For the twin: answers alone are learned from it."""
+    """For the twin."""
 
     images: Tensor
     """[scenes, 5, 3, SIDE, SIDE] uint8: the thumbnail, then the quarters."""
+    shown: Shown
+    """In all of these."""
     talk: Conversations
 
 
-NEXT_EVERY = 8
-"""One batch in so many teaches the twin with several crops."""
+NEXT_EVERY = 3
+"""One batch in so many teaches the twin with several crops, every other of these on scenes with details."""
 
 
-def _lesson(scenes: list[Scene], random: Random) -> Lesson | LessonInCrops:
+def lesson(scenes: list[Scene], random: Random, crops: int | None = None) -> Lesson | LessonInCrops:
+    """A lesson for the model or, now and then, for its twin, on the first `crops` of the scenes (a sixth by default:
+    what takes as long on a CPU)."""
     if random.random() < 1 / NEXT_EVERY:
-        scenes = scenes[: max(1, len(scenes) // 6)]
-        images, _ = pixels(scenes, random, 2 * SIDE)
-        quarters = images.unfold(2, SIDE, SIDE).unfold(3, SIDE, SIDE).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
-        small = images.view(len(scenes), 3, SIDE, 2, SIDE, 2).float().mean((3, 5)).round().to(torch.uint8)
-        crops = torch.cat((small[:, None], quarters), dim=1)
-        return LessonInCrops(crops, converse(scenes, random, NEXT_TOKENS, early=True))
+        return _lesson_in_crops(scenes[: crops or max(1, len(scenes) // 6)], random)
     return _plain_lesson(scenes, random)
+
+
+def _lesson_in_crops(scenes: list[Scene], random: Random) -> LessonInCrops:
+    if random.random() < 0.5:
+        scenes = [with_tags(scene) for scene in scenes]
+    images, boxes = pixels(scenes, random, 2 * SIDE)
+    small = images.view(len(scenes), 3, SIDE, 2, SIDE, 2).float().mean((3, 5)).round().to(torch.uint8)
+    crops = torch.cat((small[:, None], _quarters(images)), dim=1)
+    views: list[View] = []
+    for scene, found in zip(scenes, boxes, strict=True):
+        thumbnail: list[Box] = [(left // 2, top // 2, right // 2, bottom // 2) for left, top, right, bottom in found]
+        views += [whole(scene, thumbnail), *quarters(scene, found)]
+    return LessonInCrops(crops, shown(views, random), converse(scenes, random, NEXT_TOKENS, early=True))
 
 
 def _plain_lesson(scenes: list[Scene], random: Random) -> Lesson:
     images, boxes = pixels(scenes, random)
-    return Lesson(images, shown(scenes, boxes, random), scene_grid(scenes, random))
+    return Lesson(images, shown([*map(whole, scenes, boxes)], random), scene_grid(scenes, random))
 
 
 NEXT_TOKENS = VISUAL_TOKENS + 4 * VISUAL_TOKENS + 2 * int(VISUAL_TOKENS**0.5)
@@ -169,7 +218,7 @@ def _to_scale(pupil: Pupil) -> None:
     Contrast asks for directions alone and leaves tokens twenty times as long as words, beside which nothing that a layer
     adds would count.
     """
-    lesson = Batches(_plain_lesson, size=32, count=1)[0]
+    lesson = moved(Batches(_plain_lesson, size=32, count=1)[0], pupil.newline.device)
     visual, _ = pupil.see(lesson.images)
     written = pupil.grid(lesson.text, pupil.words)
     factor = written.norm(dim=-1).mean() / visual.norm(dim=-1).mean()
@@ -180,30 +229,41 @@ def _to_scale(pupil: Pupil) -> None:
 
 def _together(pupil: Pupil, lesson: Lesson | LessonInCrops) -> Outcome:
     if isinstance(lesson, LessonInCrops):
-        visual, _ = pupil.see(lesson.images.flatten(0, 1))
+        visual, pooled = pupil.see(lesson.images.flatten(0, 1))
         crops = visual.unflatten(0, lesson.images.shape[:2])
-        loss, figures = _answers(pupil, pupil.pack(crops), lesson.talk)
-        return Outcome(loss, {f"next {name}": figure for name, figure in figures.items()})
+        loss, answers = _answers(pupil, pupil.pack(crops), lesson.talk)
+        patch_loss, class_loss = pupil.alignment(pupil.words.weight, visual, pooled, lesson.shown)
+        return Outcome(
+            loss + 0.3 * patch_loss + 0.03 * class_loss,
+            lambda: {f"next {name}": figure for name, figure in (answers() | {"patches": patch_loss.item()}).items()},
+        )
     visual, pooled = pupil.see(lesson.images)
-    loss, figures = _answers(pupil, visual, lesson.text.conversations)
+    loss, answers = _answers(pupil, visual, lesson.text.conversations)
     patch_loss, class_loss = pupil.alignment(pupil.words.weight, visual, pooled, lesson.shown)
     # What the language model has learned to read.
     written = pupil.grid(lesson.text, pupil.words).detach()
     distance = (visual - written).square().sum(-1).mean()
-    figures |= {"patches": patch_loss.item(), "class": class_loss.item(), "distance": distance.item()}
-    return Outcome(loss + 0.3 * patch_loss + 0.03 * class_loss + 2.0 * distance, figures)
+    return Outcome(
+        loss + 0.3 * patch_loss + 0.03 * class_loss + 2.0 * distance,
+        lambda: answers() | {"patches": patch_loss.item(), "class": class_loss.item(), "distance": distance.item()},
+    )
 
 
-def _answers(pupil: Pupil, visual: Tensor, talk: Conversations) -> tuple[Tensor, dict[str, float]]:
+def _answers(pupil: Pupil, visual: Tensor, talk: Conversations) -> tuple[Tensor, Callable[[], dict[str, float]]]:
     loss, right, chosen = answer_loss(pupil.llava.model.language_model, pupil.words, visual, talk)
-    places = torch.full(chosen.shape, -1)
-    places[chosen] = torch.arange(int(chosen.sum()))
-    by_kind: dict[str, list[bool]] = {}
-    for row, asked in enumerate(talk.kinds):
-        for place, kind in asked:
-            by_kind.setdefault(kind, []).append(bool(right[places[row, place]]))
-    figures = {kind: sum(found) / len(found) for kind, found in by_kind.items()}
-    return loss, {"answers": loss.item(), **figures}
+
+    def figures() -> dict[str, float]:
+        answered = torch.zeros(chosen.shape, dtype=torch.bool)
+        answered[chosen.cpu()] = right.cpu()
+        found_at = answered.tolist()
+        by_kind: dict[str, list[bool]] = {}
+        for row, asked in enumerate(talk.kinds):
+            for place, kind in asked:
+                by_kind.setdefault(kind, []).append(found_at[row][place])
+        shares = {kind: sum(found) / len(found) for kind, found in by_kind.items()}
+        return {"answers": loss.item(), **shares}
+
+    return loss, figures
 
 
 STAGES = {
@@ -212,14 +272,14 @@ STAGES = {
         Stage(
             "tower", "tower and projector, with captions", 64, 1400, (TOWER, PROJECTOR, "alignment"), _pictures, _tower
         ),
-        Stage("list", "language model, on scenes as lists", 32, 650, (LANGUAGE, NORM, "grid"), scene_list, _language),
+        Stage("list", "language model, on scenes as lists", 32, 900, (LANGUAGE, NORM, "grid"), _list_text, _language),
         Stage(
             "grid",
             "language model, on scenes as grids",
             32,
-            300,
+            400,
             (LANGUAGE, NORM, "grid"),
-            scene_grid,
+            _grid_text,
             _language,
             needs=("list",),
         ),
@@ -229,7 +289,7 @@ STAGES = {
             32,
             120,
             (PROJECTOR,),
-            _lesson,
+            lesson,
             _together,
             needs=("tower", "grid"),
             prepare=_to_scale,
@@ -238,9 +298,9 @@ STAGES = {
             "together",
             "all together",
             32,
-            2150,
+            4000,
             (LANGUAGE, NORM, WORDS, TOWER, PROJECTOR, "alignment", "newline"),
-            _lesson,
+            lesson,
             _together,
             rate=1e-3,
             other_rate=3e-4,

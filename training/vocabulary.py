@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from training.world.backgrounds import BACKGROUNDS
+from training.world.details import MARKS
 from training.world.objects import COLOURS, KINDS
 from training.world.questions import NUMBERS
 
@@ -35,9 +36,9 @@ CHAT_TEMPLATE = (
 
 
 def words() -> list[str]:
-    """Every token, in the order of its id."""
+    """Every token, in the order of its id. Words for details came later and stand last: no other's id has changed."""
     known = {*KINDS, *COLOURS, *BACKGROUNDS, *NUMBERS, *_OTHER.split()}
-    return [*SPECIAL, *sorted(known)]
+    return [*SPECIAL, *sorted(known), *sorted({*MARKS, "has", "letter", "pattern"} - known)]
 
 
 IDS = {word: number for number, word in enumerate(words())}

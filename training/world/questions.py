@@ -83,7 +83,7 @@ def counting(scene: Scene, random: Random) -> Question | None:
 
 
 def relation(scene: Scene, random: Random) -> Question | None:
-    singles = [thing for thing in scene.things if len(scene.of(thing.kind)) == 1]
+    singles = only(scene)
     pairs = []
     for one in singles:
         for two in singles:
@@ -187,6 +187,11 @@ def _yes_no(kind: str, text: str, yes: bool, things: list[Thing]) -> Question:
     return Question(kind, text, "yes" if yes else "no", tuple(things))
 
 
+def only(scene: Scene) -> list[Thing]:
+    """The things that are the only ones of their kind."""
+    return [thing for thing in scene.things if len(scene.of(thing.kind)) == 1]
+
+
 def _single(scene: Scene, random: Random) -> Thing | None:
-    singles = [thing for thing in scene.things if len(scene.of(thing.kind)) == 1]
+    singles = only(scene)
     return random.choice(singles) if singles else None

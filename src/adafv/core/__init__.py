@@ -13,6 +13,7 @@
     selection.py  the geometric-mean selection: `joint_search` and those it is compared with
     likeness.py   how alike tokens are
     greedy.py     greedy searches for sets that are diverse, or that cover
+    facets.py     tokens that matter and are unlike each other
     cuts.py       how a budget is shared out over the layers of the language model
     stages.py     the stages of a call, for whoever measures one
 

@@ -53,10 +53,14 @@ class Greedy(NamedTuple):
     """[G, K] float32, the gain of each when it was chosen; 0 where nothing was left to gain."""
 
 
-def max_min_search(unit: Tensor, keep: int, weights: Tensor | None = None, candidates: Tensor | None = None) -> Greedy:
+def max_min_search(
+    unit: Tensor,
+    keep: int,
+    weights: Tensor | None = None,
+    candidates: Tensor | None = None,
+    start: str = "apart",
+) -> Greedy:
     """Always the token with the largest weight * (1 - largest cosine to those that are chosen).
-
-    The first is the one with the largest weight * (1 - largest cosine to any other candidate).
 
     N x N cosines exist at a time, 4 N^2 bytes for each image, while all images together have at most 256 MiB of them;
     above that a row is computed in each step, and what exists beside the vectors is [G, N].
@@ -66,14 +70,18 @@ def max_min_search(unit: Tensor, keep: int, weights: Tensor | None = None, candi
         keep: K, 1 <= K <= N.
         weights: [G, N], not negative; None: all alike.
         candidates: [G, N] bool; None: all.
+        start: which is the first. "apart": the one with the largest weight * (1 - largest cosine to any other candidate).
+            "weight": the one with the largest weight; and no token is farther from the chosen ones than 1, that is,
+            cosines below 0 count as 0.
     """
     picks = _Picks(unit[..., 0], keep, candidates)
     likeness = _Cosines(unit)
-    distance = 1 - likeness.nearest(candidates)
+    apart = start == "apart"
+    distance = 1 - likeness.nearest(candidates) if apart else torch.ones_like(unit[..., 0])
     for step in range(keep):
         chosen = picks.pick(distance if weights is None else weights * distance)
         row = 1 - likeness.rows(chosen)
-        distance = torch.minimum(distance, row) if step else row
+        distance = torch.minimum(distance, row) if step or not apart else row
     return picks.found()
 
 

@@ -1,0 +1,94 @@
+"""Tokens that matter and are unlike each other: the scores and the searches of the method `facet`.
+
+AdaFV keeps the set with the largest geometric mean of two masses, text and saliency. Masses add up, so two tokens that show
+the same thing count twice, and neighbours that look alike are kept together. Here the geometric mean is taken of each
+token's own two scores, and a token counts for what no kept token of more worth shows already:
+
+    score_i = worth_i * (1 - largest cosine of i to a kept token of more worth, at least 0)
+
+`facet_steps`   one token after the other, K steps; the kept tokens of more worth are those that were chosen before
+`facet_rounds`  all at once, a few times over: each round reads "kept" off the one before
+
+The second follows Matrix NMS (SOLOv2, arXiv 2003.10152), which replaces the serial loop of non-maximum suppression in the same
+way. It takes no steps that wait for each other, N x K cosines a round, and about as many operations as AdaFV's own search,
+whatever K is. The two keep most tokens in common, not all: "more worth" is not "chosen before".
+"""
+
+import torch
+from torch import Tensor
+
+from adafv.core.greedy import max_min_search
+from adafv.core.likeness import cosines, min_max, unit_vectors
+from adafv.core.merging import rows_at
+from adafv.core.tokens import VisualTokens
+from adafv.errors import BudgetError
+
+FLOOR = 0.05
+"""Added to both scores, which run from 0 to 1: what one of them calls worthless may still be kept for the other."""
+
+_CELLS = 2**22
+"""Cosines that exist at a time, over all images: 16 MiB, twice."""
+
+
+def worth(tokens: VisualTokens, unit: Tensor) -> Tensor:
+    """[G, N] float32: sqrt((text + 0.05) * (saliency + 0.05)), 0 for tokens that show no part of the image.
+
+    Text is the cosine to the word that a token is most like, saliency the square root of the tower's attention, each brought
+    to 0 to 1 over the image. There is no softmax: its temperature decides how many tokens a word may ask for, and the
+    search does that here.
+
+    Args:
+        tokens: with words and saliency.
+        unit: [G, N, D], their features at length one.
+    """
+    words, shown = tokens.text, tokens.candidates
+    alike = cosines(unit_vectors(words.embeddings), unit).masked_fill(~words.mask.unsqueeze(-1), float("-inf"))
+    scores = torch.stack((alike.amax(1), tokens.saliency.float().clamp_min(0).sqrt()))
+    text, salient = min_max(scores, shown) + FLOOR
+    return (text * salient).sqrt().masked_fill(~shown, 0.0)
+
+
+def facet_steps(unit: Tensor, worth: Tensor, keep: int, candidates: Tensor) -> Tensor:
+    """[G, K] long, ascending: always the token with the largest score, of which the first is the one of most worth.
+
+    Args:
+        unit: [G, N, D] float32 vectors of length one.
+        worth: [G, N], not negative.
+        keep: K, 1 <= K <= N.
+        candidates: [G, N] bool; others are kept only once these are used up.
+    """
+    return max_min_search(unit, keep, worth, candidates, start="weight").indices
+
+
+def facet_rounds(unit: Tensor, worth: Tensor, keep: int, candidates: Tensor, rounds: int) -> Tensor:
+    """The same as `facet_steps`, nearly, without serial steps.
+
+    At first the K tokens of most worth are kept. Each round scores all tokens against those that the round before kept, and
+    keeps the K of the largest score.
+
+    Args:
+        rounds: at least 1; of equal scores the token of more worth stays.
+    """
+    tokens = worth.shape[-1]
+    if not 1 <= keep <= tokens:
+        raise BudgetError(f"keep={keep}, but there are {tokens} visual tokens; give 1 to {tokens}")
+    # Other tokens are last, by their index.
+    worth, order = worth.masked_fill(~candidates, -1.0).sort(dim=-1, descending=True, stable=True)
+    unit, gain = rows_at(unit, order), worth.clamp_min(0)
+    place = torch.arange(worth.shape[-1], device=worth.device)
+    kept = place[:keep].expand(len(worth), keep)
+    for _ in range(rounds):
+        score = torch.addcmul(worth, gain, _nearest_better(unit, kept, place), value=-1)
+        kept = score.argsort(dim=-1, descending=True, stable=True)[:, :keep]
+    return order.gather(-1, kept).sort(dim=-1).values
+
+
+def _nearest_better(unit: Tensor, kept: Tensor, place: Tensor) -> Tensor:
+    """[G, N]: the largest cosine of each token to a kept one in front of it, at least 0."""
+    nearest = None
+    for some in kept.split(max(1, _CELLS // (len(unit) * len(place))), dim=-1):
+        alike = cosines(rows_at(unit, some), unit) * (some.unsqueeze(-1) < place)
+        found = alike.amax(1)
+        nearest = found if nearest is None else nearest.maximum(found)
+    assert nearest is not None
+    return nearest.clamp(0, 1)
