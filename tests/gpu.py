@@ -41,6 +41,8 @@ ROUGH = 2.0
 """How far from the oracle, in units of the oracle's own distance from itself in float32. Two roundings that know nothing of
 each other are 1.4 apart."""
 KEEP = 0.3
+BESIDE = ("facet",)
+"""Methods that are measured inside whole calls, beside AdaFV."""
 
 
 @dataclass
@@ -411,12 +413,14 @@ def speed(
 ) -> None:
     from adafv.evaluation.speed.run import Options, measure
     from adafv.evaluation.speed.shapes import subject
-    from adafv.methods import method_named
+    from adafv.methods import known_methods, method_named
 
     if script.rehearse:
         name, budgets = "-".join([*name.split("-")[:-1], "tiny"]).replace("-1.5", ""), (16, 8)
     built = subject(name, script.device, "bfloat16")
-    beside = [method_named("adafv", objective="frank-wolfe")] if old_search else []
+    beside: list[Any] = [name for name in BESIDE if name in known_methods()]
+    if old_search:
+        beside.append(method_named("adafv", objective="frank-wolfe"))
     for batch in batches:
         if batch > 1 and script.left < 15:
             script.result["left_out"].append(f"{name}, batch {batch}")
