@@ -307,7 +307,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "parts"),
         [
-            (["nothing"], ["nothing"]),
+            (["nothing"], ["nothing", "llava-1.5-7b"]),
+            (["./nothing"], ["there is no such folder"]),
             (["--keep", "none"], ["keep"]),
             (["--method", "nobody"], ["nobody"]),
             (["--methods", "nobody"], ["nobody"]),
@@ -321,6 +322,11 @@ class TestCommand:
         done = run("bench", "speed", *options)
         refused(done, done.exit_code, *parts)
         assert done.exit_code in (1, 2)
+
+
+    def test_help_names_every_shape(self) -> None:
+        said = "".join(run("bench", "speed", "--help", env={"COLUMNS": "400"}).stdout.split())
+        assert ",".join(SHAPES) in said
 
 
 class TestScriptForGPUs:
