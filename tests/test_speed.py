@@ -323,7 +323,6 @@ class TestCommand:
         refused(done, done.exit_code, *parts)
         assert done.exit_code in (1, 2)
 
-
     def test_help_names_every_shape(self) -> None:
         said = "".join(run("bench", "speed", "--help", env={"COLUMNS": "400"}).stdout.split())
         assert ",".join(SHAPES) in said

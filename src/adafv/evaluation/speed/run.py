@@ -60,8 +60,11 @@ class _Runs:
 
 
 @torch.no_grad()
-def measure(subject: Subject, options: Options) -> dict[str, Any]:
+def measure(subject: Subject, options: Options, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """All that is to be known of one model at one batch size, as `report.py` documents it.
+
+    Args:
+        progress: hears of what is done, one line at a time.
 
     Raises:
         OptionError: a number is not one that can be measured.
@@ -81,6 +84,9 @@ def measure(subject: Subject, options: Options) -> dict[str, Any]:
             if late and number >= min(FEWEST_ROUNDS, options.rounds):
                 notes.append(f"stopped after {number} of {options.rounds} rounds, for time")
                 break
+            progress(
+                f"{subject.name}: round {number + 1} of {options.rounds}, {time.monotonic() - started:.0f} s so far"
+            )
             gc.collect()
             preparing.append(_lap(subject.device, lambda: subject.moved(subject.prepare())))
             for way, found in zip(ways, runs, strict=True):
