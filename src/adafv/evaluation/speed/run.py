@@ -47,7 +47,7 @@ class Options:
     """Tokens that are decoded behind the first one; 0: none."""
     published: bool = True
     limit: float | None = None
-    """Seconds after which no further round begins, if there were three."""
+    """Seconds of rounds after which no further one begins, if there were three."""
 
 
 @dataclass
@@ -79,8 +79,9 @@ def measure(subject: Subject, options: Options, progress: Callable[[str], None] 
         counted = {way.name + str(way.keep): _counted(subject, way, inputs, options) for way in ways}
         runs = [_Runs() for _ in ways]
         preparing: list[float] = []
+        begun = time.monotonic()
         for number in range(options.rounds):
-            late = options.limit is not None and time.monotonic() - started > options.limit
+            late = options.limit is not None and time.monotonic() - begun > options.limit
             if late and number >= min(FEWEST_ROUNDS, options.rounds):
                 notes.append(f"stopped after {number} of {options.rounds} rounds, for time")
                 break
