@@ -1,1 +1,1 @@
-"""Benchmarks of adafv, run from the root of the repository: `python -m benchmarks.overhead`."""
+"""Benchmarks of adafv, run from the root of the repository: `python -m benchmarks.search`."""

@@ -41,7 +41,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from http.client import HTTPConnection
 from pathlib import Path
 from random import Random
@@ -54,7 +54,8 @@ from rich.console import Console
 from rich.table import Table
 
 from adafv.bundled import bundled_model
-from benchmarks.overhead import DTYPES, Shapes, build, processor_name
+from adafv.evaluation.speed.report import processor_name
+from adafv.evaluation.speed.shapes import DTYPES, SHAPES, Shape, build
 
 SIDES = UNPRUNED, PRUNED = ("unpruned", "pruned")
 WORDS = (
@@ -317,28 +318,39 @@ class Options:
     layers: int = 3
     tower_layers: int = 2
     """With the last one, which the projector does not read."""
-    shapes: Shapes = field(default_factory=Shapes)
+    shape: Shape = SHAPES["llava-1.5-7b"]
     dtype: str = "bfloat16"
     threads: int = 2
     server: tuple[str, ...] = ()
     """Further arguments of vLLM's server."""
 
+    @property
+    def side(self) -> int:
+        """Of a picture, in pixels."""
+        return int(self.shape.vision["image_size"])
+
+    @property
+    def patches(self) -> int:
+        return (self.side // int(self.shape.vision["patch_size"])) ** 2
+
 
 def write_checkpoint(folder: Path, options: Options) -> None:
-    """A LLaVA of random weights at `options.shapes`, with the bundled model's tokenizer and image processor."""
+    """A LLaVA of random weights at `options.shape`, with the bundled model's tokenizer and image processor."""
     source = bundled_model()
     vocabulary = len(json.loads((source / "tokenizer.json").read_text())["model"]["vocab"])
-    shapes = replace(options.shapes, built_layers=options.layers, vocabulary=vocabulary)
-    model = build(shapes, options.dtype, options.tower_layers)
+    vision = {**options.shape.vision, "num_hidden_layers": options.tower_layers}
+    shape = replace(options.shape, vision=vision, text={**options.shape.text, "vocab_size": vocabulary})
+    model = build(shape, torch.device("cpu"), DTYPES[options.dtype], options.layers)
     given = json.loads((source / "config.json").read_text())
     model.config.image_token_id = given["image_token_index"]
     model.save_pretrained(folder)
     for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / name, folder)
     processor = json.loads((source / "processor_config.json").read_text())
-    processor["patch_size"] = shapes.patch
+    processor["patch_size"] = vision["patch_size"]
     images = processor["image_processor"]
-    images["crop_size"], images["size"] = {"height": shapes.side, "width": shapes.side}, {"shortest_edge": shapes.side}
+    side = options.side
+    images["crop_size"], images["size"] = {"height": side, "width": side}, {"shortest_edge": side}
     (folder / "processor_config.json").write_text(json.dumps(processor))
 
 
@@ -409,7 +421,7 @@ def measure(port: int, log: Path, load: Load, options: Options, seed: int) -> li
 
     def block(side: str, first_picture: int, requests: int) -> Block:
         seeds = range(first_picture, first_picture + requests)
-        bodies = [body(picture(each, options.shapes.side), keeps[side], options.tokens) for each in seeds]
+        bodies = [body(picture(each, options.side), keeps[side], options.tokens) for each in seeds]
         before = log.stat().st_size
         answers = run_block(port, bodies, load.concurrency).answers
         time.sleep(0.2)  # for the log
@@ -426,7 +438,7 @@ def measure(port: int, log: Path, load: Load, options: Options, seed: int) -> li
 
 def check_lengths(pair: dict[str, Block], options: Options) -> None:
     """Raise RuntimeError if this is not what was to be measured."""
-    visual = {UNPRUNED: options.shapes.patches, PRUNED: options.keep}
+    visual = {UNPRUNED: options.patches, PRUNED: options.keep}
     words = {answer.prompt_tokens - visual[side] for side in SIDES for answer in pair[side].answers}
     if len(words) != 1 or min(words) < 1:
         raise RuntimeError(f"without {visual} visual tokens, the same words take {sorted(words)} tokens")
@@ -438,7 +450,7 @@ def check_lengths(pair: dict[str, Block], options: Options) -> None:
 def header(port: int, options: Options) -> dict[str, Any]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/version", timeout=30) as response:
         release = json.loads(response.read())["version"]
-    shapes = options.shapes
+    text, vision = options.shape.text, options.shape.vision
     return {
         "vllm": release,
         "torch": torch.__version__,
@@ -449,9 +461,9 @@ def header(port: int, options: Options) -> dict[str, Any]:
         "load average": round(os.getloadavg()[0], 2),
         "threads": f"{options.threads} of the engine",
         "dtype": options.dtype,
-        "language model": f"{options.layers} layers of {shapes.layers}, width {shapes.width}, inner {shapes.inner}",
-        "tower": f"{options.tower_layers} layers of {shapes.tower_layers}, the last one not run, width {shapes.tower_width}",
-        "visual tokens": f"{shapes.patches}, pruned {options.keep}",
+        "language model": f"{options.layers} layers of {text['num_hidden_layers']}, width {text['hidden_size']}",
+        "tower": f"{options.tower_layers} layers of {vision['num_hidden_layers']}, the last one not run",
+        "visual tokens": f"{options.patches}, pruned {options.keep}",
         "answer": f"{options.tokens} tokens",
         "further options": " ".join(options.server) or "none",
     }
@@ -503,8 +515,8 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep the server's log there")
     parser.add_argument("server", nargs="*", help="after --: further arguments of vLLM's server")
     arguments = parser.parse_args(argv)
-    if not 0 < arguments.keep < default.shapes.patches:
-        parser.error(f"--keep must be from 1 to {default.shapes.patches - 1}")
+    if not 0 < arguments.keep < default.patches:
+        parser.error(f"--keep must be from 1 to {default.patches - 1}")
     if arguments.quick and arguments.concurrency:
         parser.error("--quick has its own concurrencies")
     if any(load.requests < load.concurrency or load.pairs < 1 for load in loads(arguments)):

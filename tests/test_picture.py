@@ -51,8 +51,8 @@ def record(
         images=[ImageRecord(**{**image, **changes})],  # type: ignore[arg-type]
         prompt_length_before=layout.tokens,
         prompt_length_after=len(kept),
-        kv_bytes_before=0,
-        kv_bytes_after=0,
+        config=None,
+        element=4,
         columns=index,
         given=layout.tokens,
     )

@@ -26,7 +26,7 @@ from adafv.core.tokens import LAST_ATTENTION, WORD_ATTENTION, Cut, Kept, Plan, V
 from adafv.engines.transformers.cache import HeldColumns
 from adafv.engines.transformers.call import Call, CompressedInputs, ImageJob
 from adafv.engines.transformers.compaction import Compaction
-from adafv.engines.transformers.record import Record, kv_bytes
+from adafv.engines.transformers.record import Record
 from adafv.engines.transformers.releases import cache_of
 from adafv.engines.transformers.settings import setting
 from adafv.engines.transformers.towers import uncompiled
@@ -463,7 +463,6 @@ class InsideRun:
             entry.layers = dict(image.steps)
         record.layer_lengths = [self.length if rows is None else len(rows) for rows in self.held]
         record.prompt_length_after = record.layer_lengths[-1]
-        record.kv_bytes_after = kv_bytes(self.model, 1) * sum(record.layer_lengths) // self.depth
         record.columns = self.rows.unsqueeze(0)
 
 

@@ -140,20 +140,32 @@ class Record:
     prompt_length_before: int
     prompt_length_after: int
     """As the language model saw it; its last layer, where tokens go inside it."""
-    kv_bytes_before: int
-    """Bytes of keys and values for the prompts of the batch, as given."""
-    kv_bytes_after: int
-    """... and as the language model saw them."""
     columns: Tensor = field(repr=False)
     """[batch, length after] long: the column of the conversation that each column was; -1 for padding."""
     given: int = field(repr=False)
     """Columns that the call gave, the last ones of the conversation."""
+    config: Any = field(repr=False)
+    """Of the language model; what a cache holds is counted when somebody asks: it takes milliseconds."""
+    element: int = field(repr=False)
+    """Bytes of a number in the cache."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time per stage: "tower" (with the projector), "selection", "compaction", "model" (the call of the stock
     model). On an accelerator work is queued, so without synchronising it is the time to queue it."""
     layer_lengths: list[int] | None = None
     """Of methods that act inside the language model: columns of the prompt that each decoder layer saw, and its cache holds.
     None for other methods: every layer sees `prompt_length_after`."""
+
+    @cached_property
+    def kv_bytes_before(self) -> int:
+        """Bytes of keys and values for the prompts of the batch, as given."""
+        return len(self.columns) * kv_bytes(self.config, self.element, self.prompt_length_before)
+
+    @cached_property
+    def kv_bytes_after(self) -> int:
+        """... and as the language model saw them."""
+        if self.layer_lengths is None:
+            return len(self.columns) * kv_bytes(self.config, self.element, self.prompt_length_after)
+        return kv_bytes(self.config, self.element, 1) * sum(self.layer_lengths) // len(self.layer_lengths)
 
     @cached_property
     def keep_mask(self) -> Tensor:
@@ -247,7 +259,7 @@ class Record:
 def record_of(call: "Call", seconds: dict[str, float]) -> Record:
     """What was done in a call. Nothing is read off the device before somebody looks."""
     columns, whole = call.inputs.compaction.columns, call.inputs.compaction.length
-    batch, first_new = len(columns), whole - call.prompt.length
+    first_new = whole - call.prompt.length
     images = []
     for number, job in enumerate(call.jobs):
         image, chosen = job.image, job.selected
@@ -272,10 +284,10 @@ def record_of(call: "Call", seconds: dict[str, float]) -> Record:
         images=images,
         prompt_length_before=whole,
         prompt_length_after=columns.shape[1],
-        kv_bytes_before=batch * kv_bytes(call.model, whole),
-        kv_bytes_after=batch * kv_bytes(call.model, columns.shape[1]),
         columns=columns,
         given=call.given.length,
+        config=call.model.config.get_text_config(),
+        element=call.model.get_input_embeddings().weight.element_size(),
         seconds=seconds,
     )
 
@@ -300,10 +312,13 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def kv_bytes(model: Any, tokens: int) -> int:
-    """Bytes of keys and values that a prompt of so many tokens leaves in the cache, all layers together."""
-    config = model.config.get_text_config()
-    element = torch.empty((), dtype=model.get_input_embeddings().weight.dtype).element_size()
+def kv_bytes(config: Any, element: int, tokens: int) -> int:
+    """Bytes of keys and values that a prompt of so many tokens leaves in the cache, all layers together.
+
+    Args:
+        config: of the language model.
+        element: bytes of a number.
+    """
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     # A layer with a sliding window keeps what the next token may look at besides itself.
     window = (getattr(config, "sliding_window", None) or tokens + 1) - 1

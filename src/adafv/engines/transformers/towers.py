@@ -6,7 +6,7 @@ attention names an attention function of ours in a config of its own, and the re
 model itself is never written to, so nothing must be undone, two threads do not meet, and an exception leaves no trace.
 
 Why not output_attentions=True: transformers then falls back to eager attention in every layer, which takes about a third
-more time (`python -m benchmarks.overhead --only tower`) and holds the full attention maps. Why not forward hooks on the
+more time (`adafv bench speed`, the published way) and holds the full attention maps. Why not forward hooks on the
 model: they are shared by all threads, and skipping the dead layers with them would need an exception as control flow.
 """
 

@@ -28,6 +28,8 @@ SIZES = ((576, 58), (2880, 144))
 """(N, K): LLaVA-1.5, and LLaVA-NeXT's five crops, each at the strictest budget of the paper."""
 WIDTH, TOWER_WIDTH, HEADS, WORDS_ASKED, DEPTH = 4096, 1024, 16, 20, 32
 """Of a 7B model and CLIP-L/14."""
+OF_VIDEOS, FRAMES = ("evs",), 24
+"""Methods that compare the frames of a video, and how many frames the tokens are then shared by."""
 SEARCHES = ({"objective": "joint"}, {"objective": "split"}, {"objective": "frank-wolfe"}, {"variant": "published"})
 """Of AdaFV: its search, the paper's, the one before, and the published code's."""
 
@@ -58,7 +60,8 @@ def measure_methods(
     """Milliseconds, operations, waits and memory of scores and selection, per method and size.
 
     Args:
-        sizes: (N, K); N is 576 times a number of crops, or any number, which is then one row of patches.
+        sizes: (N, K); N is 576 times a number of crops, or any number, which is then one row of patches. For methods that
+            compare frames, N is a video of 24 frames.
         batch: images that are chosen together.
         limit: seconds after which no further method begins; those left out are named.
     """
@@ -162,6 +165,8 @@ def _chosen(
         return lambda: None
     inside = LAYERS in method.stages
     layout = _layout(tokens)
+    if method.name in OF_VIDEOS:
+        layout = ImageLayout(layout.source, FRAMES, 1, tokens // FRAMES, frames=True)
     plan = Plan(None) if inside else plan_of(method, layout, keep)
     project = projector if method.mixes != "tokens" else None
     wanted = []

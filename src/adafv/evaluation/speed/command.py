@@ -51,9 +51,9 @@ def bench_speed(
     for name in models:
         progress(f"{name}: building")
         built = subject(name, device, dtype, picture, layers=layers)
-        progress(f"{name}: measuring")
+        progress(f"{name}: warming up and counting")
         options = Options(budgets=kept, methods=beside, batch=batch, rounds=rounds, decode=decode)
-        result["models"].append(measure(built, options))
+        result["models"].append(measure(built, options, progress))
         del built
     if alone:
         progress("methods: measuring")

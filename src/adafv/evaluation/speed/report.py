@@ -22,7 +22,7 @@ SCHEMA = "adafv.bench.speed/1"
 
 def machine(device: str | torch.device) -> dict[str, Any]:
     """Where something was measured."""
-    import adafv
+    from adafv import __version__
 
     device = torch.device(device)
     facts: dict[str, Any] = {
@@ -32,7 +32,7 @@ def machine(device: str | torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "adafv": adafv.__version__,
+        "adafv": __version__,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -47,7 +47,7 @@ class Options:
     """Tokens that are decoded behind the first one; 0: none."""
     published: bool = True
     limit: float | None = None
-    """Seconds after which no further round begins, if there were three."""
+    """Seconds of rounds after which no further one begins, if there were three."""
 
 
 @dataclass
@@ -60,8 +60,11 @@ class _Runs:
 
 
 @torch.no_grad()
-def measure(subject: Subject, options: Options) -> dict[str, Any]:
+def measure(subject: Subject, options: Options, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """All that is to be known of one model at one batch size, as `report.py` documents it.
+
+    Args:
+        progress: hears of what is done, one line at a time.
 
     Raises:
         OptionError: a number is not one that can be measured.
@@ -76,11 +79,15 @@ def measure(subject: Subject, options: Options) -> dict[str, Any]:
         counted = {way.name + str(way.keep): _counted(subject, way, inputs, options) for way in ways}
         runs = [_Runs() for _ in ways]
         preparing: list[float] = []
+        begun = time.monotonic()
         for number in range(options.rounds):
-            late = options.limit is not None and time.monotonic() - started > options.limit
+            late = options.limit is not None and time.monotonic() - begun > options.limit
             if late and number >= min(FEWEST_ROUNDS, options.rounds):
                 notes.append(f"stopped after {number} of {options.rounds} rounds, for time")
                 break
+            progress(
+                f"{subject.name}: round {number + 1} of {options.rounds}, {time.monotonic() - started:.0f} s so far"
+            )
             gc.collect()
             preparing.append(_lap(subject.device, lambda: subject.moved(subject.prepare())))
             for way, found in zip(ways, runs, strict=True):

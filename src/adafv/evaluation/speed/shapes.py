@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafv.asking.models import BUNDLED
 from adafv.errors import OptionError
+from adafv.printable import shortened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCK = 1_000_003
@@ -211,6 +213,8 @@ def subject(
     device = torch.device(device)
     if name in SHAPES:
         return _of_shape(name, device, DTYPES[dtype], picture, question, layers)
+    if "/" not in name and name not in BUNDLED and not Path(name).is_dir():
+        raise OptionError(f"there is no shape and no folder {shortened(name)}; shapes are: {', '.join(SHAPES)}")
     if layers is not None:
         raise OptionError("layers are counted for named shapes; a checkpoint is measured as it is")
     return _of_checkpoint(name, device, DTYPES[dtype], picture, question)

@@ -74,15 +74,13 @@ def unpruned(subject: Subject, inputs: dict[str, Any]) -> Way:
 
 def pruned(subject: Subject, inputs: dict[str, Any], keep: Any, method: str | Method = "adafv") -> Way:
     """The stock model within a `Pruner`."""
-    pruner = Pruner(method, keep=keep)
-    way = Way(method if isinstance(method, str) else label(method), keep, lambda: None, generates=True)
+    handle = Pruner(method, keep=keep)(subject.model)
 
     def run() -> Any:
-        with pruner(subject.model) as way.handle:
+        with handle:
             return subject.model(**inputs, logits_to_keep=1, use_cache=True)
 
-    way.run = run
-    return way
+    return Way(method if isinstance(method, str) else label(method), keep, run, handle, generates=True)
 
 
 def again(subject: Subject, inputs: dict[str, Any], keep: Any) -> Way:
