@@ -116,7 +116,8 @@ def _asked(scene: Scene, question: Question) -> Asked:
 def report(title: str, asked: list[Asked], right: dict[str, list[bool]], console: Console) -> None:
     kinds = [*dict.fromkeys(question.kind for question in asked)]
     table = Table(title=f"{title}: {len(asked)} questions, percent right, 95 % intervals")
-    for heading in ("", "all", *kinds):
+    table.add_column("", no_wrap=True)
+    for heading in ("all", *kinds):
         table.add_column(heading, justify="right")
     for name, label in RUNS.items():
         cells = []
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("--no-photos", action="store_true", help="no photographic backgrounds; they need scikit-image")
     parser.add_argument("--json", type=Path, help="write every question and whether each run was right")
     options = parser.parse_args()
-    console = Console(width=170)
+    console = Console(width=190)
     written = {}
     for title, questions in (
         ("scenes with details", detailed_questions(options.questions, photos=not options.no_photos)),

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from adafv.evaluation.world.details import DETAIL_KINDS
 from adafv.evaluation.world.questions import QUESTION_KINDS
 from adafv.evaluation.world.scenes import HELD_OUT
-from benchmarks import alignment, budgets
+from benchmarks import alignment, budgets, details
 from benchmarks.alignment import MEASURES, area, areas, summary
 from benchmarks.budgets import Answerer, Asked, held_out_questions, majority, report, run
 from training import curves
@@ -105,6 +106,35 @@ class TestBudgets:
         console = Console(width=160, record=True)
         report(asked, right, console)
         assert "+100.0 ± 0.0" in console.export_text()
+
+
+class TestDetails:
+    def test_all_kinds_alike_and_always_the_same(self) -> None:
+        asked = details.detailed_questions(100, photos=False)
+        assert asked == details.detailed_questions(100, photos=False)
+        counts = Counter(question.kind for _, question in asked)
+        assert set(counts) == {*QUESTION_KINDS, *DETAIL_KINDS}
+        assert set(counts.values()) == {10}
+        assert all(scene.split == "test" for scene, _ in asked)
+
+    def test_each_run_sees_what_it_is_named_after(self) -> None:
+        """On plain scenes, where the bundled model needs no crops; a blank picture tells it nothing."""
+        questions = held_out_questions(20, photos=False)
+        right = details.measure(questions, None, 1)
+        assert set(right) == set(details.RUNS)
+        assert {len(found) for found in right.values()} == {20}
+        for name in ("single view", "crops", "thumbnail"):
+            assert sum(right[name]) > sum(right["blank"]) + 4
+
+    def test_command(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+        written = tmp_path / "details.json"
+        arguments = ["--questions", "10", "--plain", "0", "--processes", "1", "--no-photos", "--json", str(written)]
+        monkeypatch.setattr(sys, "argv", ["details", *arguments])
+        details.main()
+        shown = capsys.readouterr().out
+        assert "scenes with details: 10 questions" in shown
+        assert "thumbnail alone" in shown
+        assert written.exists()
 
 
 def test_curves_of_the_shipped_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

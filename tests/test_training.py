@@ -18,9 +18,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import training.batches
 import training.train
-from adafv.evaluation.world.details import DETAIL_KINDS, with_tags
+from adafv.evaluation.world.details import DETAIL_KINDS, PATTERNS, with_tags
+from adafv.evaluation.world.details import render as render_details
 from adafv.evaluation.world.scenes import Scene, render, sample_scene
-from training.architecture import SIDE, VISUAL_TOKENS
+from training.architecture import SIDE, VISUAL_TOKENS, llava_next_processor
 from training.batches import moved, normalised, patches_in, pixels
 from training.conversations import IGNORED, converse
 from training.export import export
@@ -304,6 +305,19 @@ class TestDetails:
             assert text.kinds[0, place] == IDS[thing.kind]
         assert int((text.marks != PAD).sum()) == len(scene.tags)
         assert bool((scene_grid(scenes(1), Random(0)).marks == PAD).all())
+
+    def test_the_processor_s_thumbnail_shows_no_pattern(self) -> None:
+        """It is made with another filter than that of training; the crops beside it do show them."""
+        scene, processor = with_tags(scenes(1)[0]), llava_next_processor()
+        thumbnails, crops = set(), set()
+        for mark in PATTERNS:
+            tags = tuple(dataclasses.replace(tag, mark=mark, left=61, top=60) for tag in scene.tags)
+            picture, _ = render_details(dataclasses.replace(scene, tags=tags), 2 * SIDE)
+            views = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+            thumbnails.add(tuple(views[0, :, 32:34, 32:34].flatten().tolist()))
+            crops.add(tuple(views[1, :, 64:68, 64:68].flatten().tolist()))
+        assert len(thumbnails) == 1
+        assert len(crops) == len(PATTERNS)
 
     def test_quarters_show_each_tag_once(self) -> None:
         """At the patch in whose middle, give or take two pixels, it was drawn."""
