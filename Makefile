@@ -16,7 +16,7 @@ PIP     := install --quiet --disable-pip-version-check --no-compile
 # Tests use one thread each, so they share the cores by running side by side.
 WORKERS := -n auto --maxprocesses 4
 
-.PHONY: help gpu demo test test-all test-fast environments newest check format testbed benchmark oldest processors test-vllm package package-3.11 package-3.13 clean
+.PHONY: help gpu demo test test-all test-fast environments newest check format testbed benchmark oldest processors test-vllm test-lmms package package-3.11 package-3.13 clean
 
 help:
 	@echo "make demo       ask the bundled model about a picture, full and pruned, and draw what was kept"
@@ -28,6 +28,7 @@ help:
 	@echo "make newest     the tests on the newest transformers of the day; allowed to fail"
 	@echo "make processors the tests of stock processors that need torchvision"
 	@echo "make test-vllm  the tests inside vLLM, on CPU (VLLM=0.31.0: on that release)"
+	@echo "make test-lmms  the tests inside lmms-eval"
 	@echo "make package    wheel and sdist, tried as a new user would, outside the repository"
 	@echo "make benchmark  what pruning costs and saves at 7B shapes, on this machine's CPU (15 GB of memory, or a slice)"
 	@echo "make gpu        on a machine with CUDA: the oracle, waits, and bench speed at true 7B shapes"
@@ -143,6 +144,14 @@ $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/pip $(PIP) --no-deps $(OVER_$(VLLM)) --editable .
 	touch $@
 
+# lmms-eval and what it imports, in an environment that sees the other packages in the first.
+.venv-lmms/installed: pyproject.toml constraints-lmms.txt | $(VENV)/installed
+	$(PYTHON) -m venv --clear --without-pip .venv-lmms
+	$(BIN)/pip --python .venv-lmms/bin/python $(PIP) --no-deps --requirement constraints-lmms.txt --editable .
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$(.venv-lmms/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first_environment.pth"
+	touch $@
+
 # Built, installed and tried outside the repository, on both Pythons at a time; -rs lists what was left out. On the second one,
 # what another Python could break: installing, commands, the first answer, the page, examples.
 ON_3.13 := TestInstalled or TestHelp or TestPage or first_answer or test_env or test_examples
@@ -159,5 +168,8 @@ package-3.13: $(VENV)/installed
 test-vllm: $(VLLM_VENV)/installed
 	$(VLLM_VENV)/bin/python -m pytest tests/serving --confcutdir=tests/serving -n auto --maxprocesses 2 --dist loadfile
 
+test-lmms: .venv-lmms/installed
+	.venv-lmms/bin/python -m pytest tests/lmms --confcutdir=tests/lmms
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm-* .torchvision .testbed demo.png
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-lmms .venv-vllm-* .torchvision .testbed demo.png

@@ -25,12 +25,12 @@ from torch.nn.functional import normalize
 from adafv.core import text_to_image_attention
 from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families.llava import Llava
+from adafv.evaluation.world.scenes import sample_scene
 from benchmarks.accuracy import interval
 from training.architecture import SIDE
 from training.batches import normalised, patches_in, pixels
 from training.conversations import encode
 from training.stages import Pupil
-from training.world.scenes import sample_scene
 
 
 def area(positive: Tensor, negative: Tensor) -> float:

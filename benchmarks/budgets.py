@@ -3,7 +3,7 @@
     python -m benchmarks.budgets [--questions 2000] [--keep 0.5 0.25 0.1 0.05] [--family llava] [--json FILE]
 
 The scenes are those of the test split, which training never drew, and every one holds two kinds of objects that never
-met in training (`training.world`). Two questions a scene. An answer is right when the first word that the model says,
+met in training (`adafv.evaluation.world`). Two questions a scene. An answer is right when the first word that the model says,
 out of its whole vocabulary, is the right one; all answers are one word. Intervals count scenes, not questions.
 
 Two baselines stand beside: the most frequent answer to each kind of question, and the model with its picture blanked.
@@ -27,11 +27,11 @@ from rich.table import Table
 
 from adafv import Pruner
 from adafv.bundled import bundled_model
+from adafv.evaluation.world.details import render
+from adafv.evaluation.world.questions import QUESTION_KINDS, Question, ask
+from adafv.evaluation.world.scenes import Scene, sample_scene
 from benchmarks import accuracy
 from benchmarks.accuracy import batch_of, first_answer_logits, interval
-from training.world.details import render
-from training.world.questions import QUESTION_KINDS, Question, ask
-from training.world.scenes import Scene, sample_scene
 
 QUESTIONS_PER_SCENE = 2
 BATCH = 20

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adafv.core import joint_search, top_tokens
+from adafv.core.facets import facet_rounds, facet_steps, worth
 from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, Signal, VisualTokens, saliency_of
 from adafv.methods import Method
 
@@ -251,6 +252,33 @@ class Rounds(Volume):
 
 
 @dataclass(frozen=True)
+class Dense(Method):
+    """`facet` with a third factor: how much of the image a token is like, which is what SCOPE's first step counts."""
+
+    rounds: int = 3
+    power: float = 1.0
+    dense: float = 1.0
+    plain: bool = False
+    """Whether the mean cosine is taken of all tokens, without leaving out those below 0."""
+
+    name = "dense"
+    summary = "facet times density"
+    needs = frozenset({WORDS, SALIENCY})
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        unit, shown = normalize(tokens.features.detach().float(), dim=-1), tokens.candidates
+        if self.plain:
+            mean = (unit * shown.unsqueeze(-1)).sum(1, keepdim=True) / shown.sum(-1).view(-1, 1, 1)
+            like = (unit @ mean.mT).squeeze(-1).clamp_min(0.01)
+        else:
+            like = ((unit @ unit.mT).clamp_min(0) * shown.unsqueeze(1)).sum(-1) / shown.sum(-1, keepdim=True)
+        value = worth(tokens, unit).pow(self.power) * like.pow(self.dense)
+        if not self.rounds:
+            return Kept(facet_steps(unit, value, keep, shown))
+        return Kept(facet_rounds(unit, value, keep, shown, self.rounds))
+
+
+@dataclass(frozen=True)
 class Covering(Method):
     """SCOPE: saliency^alpha x what is newly covered."""
 
@@ -465,6 +493,14 @@ CANDIDATES: dict[str, Method] = {
     "a-minmax-tokens-text.7": Apart(space="tokens", share=0.7),
     "v-product-tokens-p.7": Volume(quality="product", space="tokens", power=0.7),
     "v-product-tokens-p.5": Volume(quality="product", space="tokens", power=0.5),
+    # facet and density
+    "d3": Dense(),
+    "d3-p2": Dense(power=2.0),
+    "d0": Dense(rounds=0),
+    "d0-p2": Dense(rounds=0, power=2.0),
+    "d3-plain": Dense(plain=True),
+    "d3-half": Dense(dense=0.5),
+    "f3-p2": Dense(power=2.0, dense=0.0),
     # without serial steps
     "t3-product-p.5": Rounds(quality="product", space="tokens", rounds=3, first="top", power=0.5),
     "r3-top-product": Rounds(quality="product", rounds=3, first="top"),

@@ -2,7 +2,8 @@
 
     python -m benchmarks.details [--questions 600] [--plain 300] [--model training/run/exported] [--json FILE]
 
-Questions of all kinds about scenes with details (`training.world.details`), and of the usual kinds about scenes without.
+Questions of all kinds about scenes with details (`adafv.evaluation.world.details`), and of the usual kinds about scenes
+without.
 Letters, patterns and their bearers can be told from the crops alone: where the thumbnail does better than "blank" there,
 it is by what the smear of a letter still says. Scenes are those of the test split; an answer is right when its first word
 is; intervals count scenes.
@@ -27,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from adafv import Pruner
+from adafv.evaluation.world.details import DETAIL_KINDS, DetailedScene, ask_detail, sample_detailed_scene
+from adafv.evaluation.world.questions import QUESTION_KINDS, Question, ask
+from adafv.evaluation.world.scenes import Scene
 from benchmarks.accuracy import interval
 from benchmarks.budgets import BATCH, QUESTIONS_PER_SCENE, Answerer, Asked, held_out_questions, majority
-from training.world.details import DETAIL_KINDS, DetailedScene, ask_detail, sample_detailed_scene
-from training.world.questions import QUESTION_KINDS, Question, ask
-from training.world.scenes import Scene
 
 RUNS = {
     "single view": "model, single view",

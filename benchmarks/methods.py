@@ -11,7 +11,7 @@ language model) run on the pixels.
 
 With dozens of methods the best one is partly lucky. Scenes and photographs with an even number choose, the others confirm.
 
-- world: questions about test scenes (`training.world`), asked of the bundled model. Right: the first word of the answer.
+- world: questions about test scenes (`adafv.evaluation.world`), asked of the bundled model. Right: the answer's first word.
 - photos: yes / no questions on photographs (a folder has `images/` and `presence.jsonl`). Right: the larger of two logits.
 - report: percent right, and minus other methods, paired, with 95 % intervals that count images.
 
@@ -36,6 +36,7 @@ from torch import Tensor
 
 import adafv
 from adafv import Pruner
+from adafv.evaluation.world.scenes import render
 from adafv.images import load_image
 from adafv.methods import Method, known_methods
 from adafv.methods.base import TOKENS
@@ -43,7 +44,6 @@ from adafv.methods.options import method_from_text
 from benchmarks import candidates
 from benchmarks.accuracy import SUFFIX, Asker, batch_of, first_answer_logits, interval
 from benchmarks.budgets import BATCH, Answerer, held_out_questions
-from training.world.scenes import render
 
 PARTS = ("all", "choose", "confirm")
 UNPRUNED = ("full", "blank")

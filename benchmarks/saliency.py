@@ -48,12 +48,12 @@ from adafv import Pruner
 from adafv.core import class_attention
 from adafv.core.received import patch_saliency, received_attention, sinks
 from adafv.core.tokens import SALIENCY, WORDS, Signal
+from adafv.evaluation.world.scenes import sample_scene
 from adafv.images import load_image
 from adafv.methods import Kept, Method, VisualTokens, method_named
 from benchmarks.accuracy import Asker, interval
 from benchmarks.budgets import BATCH, Answerer, held_out_questions
 from training.batches import normalised, patches_in, pixels
-from training.world.scenes import sample_scene
 
 PROBE = "adafv_saliency_probe"
 DEPTHS = (0, -2, -4)

@@ -3,8 +3,9 @@
     python -m benchmarks.sameness write BEFORE.json [--engine transformers|vllm] [--questions 500] [--objective NAME]
     python -m benchmarks.sameness compare BEFORE.json AFTER.json [--allow [kept|answers|numbers ...]]
 
-`write` asks the bundled models questions about test scenes (`training.world`), alone and in batches of several sizes, with
-every method, budget, scope of the text and kind of positions that the engine takes, and writes what was kept and answered.
+`write` asks the bundled models questions about test scenes (`adafv.evaluation.world`), alone and in batches of several sizes,
+with every method, budget, scope of the text and kind of positions that the engine takes, and writes what was kept and
+answered.
 `compare` counts what differs and ends with status 1 if anything does. Write both files on one machine, with the same
 versions of torch and of the engine: matrix products round differently elsewhere, and two near-equal scores then swap.
 
@@ -119,8 +120,8 @@ class Prompt:
 
 def batches_of(questions: int) -> dict[str, list[list[Prompt]]]:
     """Per bundled checkpoint, its prompts in batches: the same ones whoever asks for as many, two a scene."""
+    from adafv.evaluation.world.scenes import render, sample_scene
     from benchmarks.budgets import held_out_questions
-    from training.world.scenes import render, sample_scene
 
     # Photographic backgrounds need a package that not every environment has.
     made = held_out_questions(questions, photos=False)

@@ -5,8 +5,8 @@ On purpose not the code that asks the questions, so that each can find a mistake
 
 import re
 
-from training.world.details import DetailedScene
-from training.world.scenes import Scene, Thing
+from adafv.evaluation.world.details import DetailedScene
+from adafv.evaluation.world.scenes import Scene, Thing
 
 _SINGULAR = {"leaves": "leaf", "fish": "fish", "scissors": "scissors"}
 _NUMBERS = ["zero", "one", "two", "three", "four"]

@@ -22,10 +22,10 @@ from adafv import AdaFV
 from adafv.bundled import MODELS, bundled_model, sample_pictures
 from adafv.cli import app
 from adafv.errors import OptionError
+from adafv.evaluation.world.questions import Question, ask
+from adafv.evaluation.world.scenes import render, sample_scene
 from adafv.prompts.text import ChatTemplate
 from benchmarks.accuracy import batch_of
-from training.world.questions import Question, ask
-from training.world.scenes import render, sample_scene
 
 # What the shipped weights reach (0.985, 0.970, 0.930; 0.967), less a few questions for other machines' rounding.
 FLOORS = {

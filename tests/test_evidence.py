@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from adafv.evaluation.world.questions import QUESTION_KINDS
+from adafv.evaluation.world.scenes import HELD_OUT
 from benchmarks import alignment, budgets
 from benchmarks.alignment import MEASURES, area, areas, summary
 from benchmarks.budgets import Answerer, Asked, held_out_questions, majority, report, run
 from training import curves
 from training.stages import Pupil
-from training.world.questions import QUESTION_KINDS
-from training.world.scenes import HELD_OUT
 
 numbers = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=8)
 

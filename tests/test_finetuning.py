@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 
 from adafv import AdaFV, compress
 from adafv.bundled import bundled_model
-from training.world.questions import a, colour
-from training.world.scenes import render, sample_scene
+from adafv.evaluation.world.questions import a, colour
+from adafv.evaluation.world.scenes import render, sample_scene
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")

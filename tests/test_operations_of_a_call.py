@@ -77,16 +77,10 @@ def test_a_call_waits_once_for_a_gpu(any_family: FamilyRow) -> None:
     plain = make_inputs(any_family, model, [1])  # asks the model how many tokens an image has: on the CPU
     model.to("cuda")
     inputs = {name: value.to("cuda") if isinstance(value, torch.Tensor) else value for name, value in plain.items()}
-    sizes = {
-        "image_grid_thw",
-        "image_sizes",
-        "image_merge_sizes",
-        "image_position_ids",
-        "grid_thws",
-    }  # said on the host
-    inputs |= {name: inputs[name].cpu() for name in sizes & inputs.keys() if isinstance(inputs[name], torch.Tensor)}
+    sizes = {"image_grid_thw", "image_sizes", "image_merge_sizes", "image_position_ids", "grid_thws"}
+    on_host = {name: inputs[name].cpu() for name in sizes & inputs.keys() if isinstance(inputs[name], torch.Tensor)}
     with torch.no_grad():
-        given = {**inputs, "images": encode(model, inputs)}
+        given = {**inputs, "images": encode(model, inputs), **on_host}
         compress(model, given, 0.3)
         torch.cuda.synchronize()
         before = torch.cuda.get_sync_debug_mode()

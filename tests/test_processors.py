@@ -19,9 +19,11 @@ from stock_processors import HAVE_TORCHVISION, NEED_TORCHVISION, PROCESSORS
 from typer.testing import CliRunner
 
 from adafv import AdaFV
+from adafv.asking.session import Session
 from adafv.cli import app
 from adafv.engines.transformers.families import family_of
 from adafv.engines.transformers.reading import read_prompt
+from adafv.evaluation.batched import BatchedModel, Chat
 from adafv.prompts.prompt import place_images
 from adafv.prompts.text import resolve_scope, text_columns
 
@@ -86,6 +88,29 @@ def test_videos(trio: tuple[FamilyRow, Any, Any], frames: int) -> None:
     video = numpy.random.default_rng(0).integers(0, 256, (frames, 90, 120, 3), dtype=numpy.uint8)
     inputs = inputs_for(processor, ["video"], videos=[video])
     check(row, model, processor, inputs, "video", 1)
+
+
+def test_batches(trio: tuple[FamilyRow, Any, Any]) -> None:
+    """Of the evaluation: photos of several shapes, two of them, none."""
+    _, model, processor = trio
+    session = Session(model, processor)
+    questions = [
+        Chat.of(QUESTION, [photo(1)]),
+        Chat.of("and here, is there a red key?", [photo(2)]),
+        Chat.of("hello there"),
+        Chat.of("two: which is it?", [photo(3, 60, 130), photo(4, 140, 70)]),
+        Chat.of("a wide one?", [photo(5, 200, 60)]),
+    ]
+    found = []
+    for size in (1, 4):
+        asked = BatchedModel(session, session.pruner("adafv", 3), size)
+        answers = dict(asked.answers(questions, max_new_tokens=4))
+        weighed = dict(asked.likelihoods((chat, ["yes", " no"]) for chat in questions))
+        totals = [each.total for number in sorted(weighed) for each in weighed[number]]
+        found.append(([answers[number].text for number in sorted(answers)], totals))
+    (alone, totals), (together, others) = found
+    assert together == alone
+    assert others == pytest.approx(totals, abs=1e-4)
 
 
 def test_the_command_line(trio: tuple[FamilyRow, Any, Any], tmp_path: Path) -> None:

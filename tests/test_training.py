@@ -17,6 +17,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import training.batches
 import training.train
+from adafv.evaluation.world.details import DETAIL_KINDS, with_tags
+from adafv.evaluation.world.scenes import Scene, render, sample_scene
 from training.architecture import SIDE, VISUAL_TOKENS
 from training.batches import moved, normalised, patches_in, pixels
 from training.conversations import IGNORED, converse
@@ -27,8 +29,6 @@ from training.optimiser import Optimiser, StackedMuon
 from training.stages import NEXT_EVERY, NEXT_TOKENS, STAGES, Outcome, Pupil, Stage
 from training.train import train_stage
 from training.vocabulary import ASSISTANT, END, IDS, IMAGE, PAD, USER, tokenizer
-from training.world.details import DETAIL_KINDS, with_tags
-from training.world.scenes import Scene, render, sample_scene
 
 ALONE = [stage for stage in STAGES.values() if not stage.needs]
 """Stages that start from nothing."""

@@ -12,10 +12,9 @@ from facts import right_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.vocabulary import UNKNOWN, tokenizer, words
-from training.world import details
-from training.world.backgrounds import _PHOTOS, TEXTURES, photographs_installed
-from training.world.details import (
+from adafv.evaluation.world import details
+from adafv.evaluation.world.backgrounds import _PHOTOS, TEXTURES, photographs_installed
+from adafv.evaluation.world.details import (
     CELL,
     DETAIL_KINDS,
     FINE,
@@ -27,9 +26,10 @@ from training.world.details import (
     sample_detailed_scene,
     with_tags,
 )
-from training.world.objects import COLOURS, KINDS, draw
-from training.world.questions import QUESTION_KINDS, a, ask, caption, plural
-from training.world.scenes import HELD_OUT, SPLITS, Box, Scene, render, sample_scene
+from adafv.evaluation.world.objects import COLOURS, KINDS, draw
+from adafv.evaluation.world.questions import QUESTION_KINDS, a, ask, caption, plural
+from adafv.evaluation.world.scenes import HELD_OUT, SPLITS, Box, Scene, render, sample_scene
+from training.vocabulary import UNKNOWN, tokenizer, words
 
 SIDE = 144
 splits = st.sampled_from(SPLITS)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from adafv.evaluation.world.details import render
+from adafv.evaluation.world.scenes import Box, Scene, sample_scene
 from training.architecture import DEVIATION, GRID, MEAN, SIDE
-from training.world.details import render
-from training.world.scenes import Box, Scene, sample_scene
 
 
 class Batches(Dataset):

@@ -10,12 +10,12 @@ from random import Random
 import torch
 from torch import Tensor
 
+from adafv.evaluation.world.details import MARKS, DetailedScene, ask_detail
+from adafv.evaluation.world.objects import KINDS
+from adafv.evaluation.world.questions import ask, caption, plural
+from adafv.evaluation.world.scenes import Scene
 from training.architecture import VISUAL_TOKENS
 from training.vocabulary import ASSISTANT, END, IMAGE, PAD, UNKNOWN, USER, describe, tokenizer
-from training.world.details import MARKS, DetailedScene, ask_detail
-from training.world.objects import KINDS
-from training.world.questions import ask, caption, plural
-from training.world.scenes import Scene
 
 QUESTIONS = 7
 """Questions a picture."""

@@ -15,12 +15,12 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
+from adafv.evaluation.world.details import FINE, DetailedScene
+from adafv.evaluation.world.scenes import LARGE, SMALL, Scene
 from training.architecture import GRID, WIDTH
 from training.batches import patches_in
 from training.conversations import Conversations, converse
 from training.vocabulary import IDS, PAD
-from training.world.details import FINE, DetailedScene
-from training.world.scenes import LARGE, SMALL, Scene
 
 SIZES = 12
 

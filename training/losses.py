@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
 
+from adafv.evaluation.world.backgrounds import BACKGROUNDS
+from adafv.evaluation.world.details import FINE, MARKS, DetailedScene
+from adafv.evaluation.world.objects import COLOURS, KINDS
+from adafv.evaluation.world.scenes import Box, Scene, Thing
 from training.architecture import GRID, SIDE, WIDTH
 from training.batches import patches_in
 from training.conversations import IGNORED, Conversations
 from training.vocabulary import IDS, IMAGE
-from training.world.backgrounds import BACKGROUNDS
-from training.world.details import FINE, MARKS, DetailedScene
-from training.world.objects import COLOURS, KINDS
-from training.world.scenes import Box, Scene, Thing
 
 _PAINT_NAMES = tuple(COLOURS)
 THINGS = [IDS[word] for word in (*KINDS, *BACKGROUNDS)]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from adafv.evaluation.world.questions import QUESTION_KINDS, Question, caption
+from adafv.evaluation.world.scenes import Scene, render, sample_scene
 from training.export import FOLDER
-from training.world.questions import QUESTION_KINDS, Question, caption
-from training.world.scenes import Scene, render, sample_scene
 
 SPLIT = "test"
 SIDE = 432

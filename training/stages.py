@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
+from adafv.evaluation.world.details import with_tags
+from adafv.evaluation.world.scenes import Box, Scene
 from training import attention
 from training.architecture import SIDE, VISUAL_TOKENS, WIDTH, llava_config, llava_next_config
 from training.batches import Batches, moved, normalised, pixels
 from training.conversations import Conversations, converse
 from training.language import GridEmbedding, SceneText, scene_grid, scene_list
 from training.losses import Alignment, Shown, View, answer_loss, quarters, shown, whole
-from training.world.details import with_tags
-from training.world.scenes import Box, Scene
 
 SEED = 20251
 

@@ -8,10 +8,10 @@ from random import Random
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from training.world.backgrounds import BACKGROUNDS
-from training.world.details import MARKS
-from training.world.objects import COLOURS, KINDS
-from training.world.questions import NUMBERS
+from adafv.evaluation.world.backgrounds import BACKGROUNDS
+from adafv.evaluation.world.details import MARKS
+from adafv.evaluation.world.objects import COLOURS, KINDS
+from adafv.evaluation.world.questions import NUMBERS
 
 SPECIAL = ("<pad>", "<unk>", "<end>", "<user>", "<assistant>", "<image>")
 PAD, UNKNOWN, END, USER, ASSISTANT, IMAGE = range(len(SPECIAL))

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,19 +164,43 @@ class Session:
         Raises:
             UsageError: the question is not text, or holds what stands for an image.
         """
+        return self.batch([image], [question])
+
+    def batch(self, images: Sequence[Image], questions: Sequence[str]) -> Any:
+        """Questions about an image each, as one batch, padded on the left.
+
+        Raises:
+            UsageError, ImageError: as `inputs`.
+        """
+        for image, question in zip(images, questions, strict=True):
+            self.check_question(question)
+            check_shape(image.size, "the image", self.processor.image_processor)
+        prompts = [self.prompt(question) for question in questions]
+        tokenizer = self.processor.tokenizer
+        # As transformers does: a template that writes the first token itself must not get a second one.
+        written = bool(tokenizer.bos_token) and prompts[0].startswith(tokenizer.bos_token)
+        several: dict[str, Any] = {"images": images[0], "text": prompts[0]}
+        if len(prompts) > 1:
+            if tokenizer.pad_token is None:  # whatever it is, it is not looked at
+                tokenizer.pad_token = tokenizer.eos_token
+            several = {"images": [[image] for image in images], "text": prompts}
+            several |= {"padding": True, "padding_side": "left"}
+        inputs = self.processor(**several, return_tensors="pt", add_special_tokens=not written)
+        return inputs.to(self.device, self.model.dtype)
+
+    def check_question(self, question: str) -> None:
+        """Find out whether the model can be asked this.
+
+        Raises:
+            UsageError: it is not text, or holds what stands for an image.
+        """
         check_text(question, "the question")
-        check_shape(image.size, "the image", self.processor.image_processor)
         placeholder = image_text(self.processor)
         if placeholder in question:
             raise UsageError(f"the question holds {placeholder}, which stands for an image; leave it out")
-        prompt = self._prompt(question)
-        tokenizer = self.processor.tokenizer
-        # As transformers does: a template that writes the first token itself must not get a second one.
-        written = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-        inputs = self.processor(images=image, text=prompt, return_tensors="pt", add_special_tokens=not written)
-        return inputs.to(self.device, self.model.dtype)
 
-    def _prompt(self, question: str) -> str:
+    def prompt(self, question: str) -> str:
+        """The text of one image and one question, as the model's chat template writes it."""
         if getattr(self.processor, "chat_template", None) is None:
             return family_of(self.model).prompt.format(image=image_text(self.processor), question=question)
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
@@ -224,6 +248,14 @@ class Session:
         if record is not None:
             cached = record.layer_lengths or record.prompt_length_after
         return Answer(answer, _cache_bytes(returned_cache(output), cached) / MIB, record, note)
+
+    def answers(self, inputs: Any, pruner: Pruner, max_new_tokens: int) -> tuple[list[str], Record]:
+        """Answer a batch (see `batch`) by greedy decoding, and what was pruned of it."""
+        with pruner(self.model) as pruned:
+            output = self._generate(inputs, max_new_tokens)
+        new = output.sequences[:, inputs["input_ids"].shape[1] :]
+        said = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [answer.strip() for answer in said], pruned.last
 
     def compare(
         self,
@@ -333,7 +365,7 @@ def _check_kernels(config: Any, name: str) -> None:
 def _check_template(session: Session, name: str) -> None:
     """Write one prompt, to find out whether the chat template can be used at all."""
     try:
-        within(TEMPLATE_TIMEOUT, lambda: session._prompt("x"))
+        within(TEMPLATE_TIMEOUT, lambda: session.prompt("x"))
     except TimeoutError as error:
         raise LoadError(
             f"cannot load the model {shortened(name)}: its chat template writes a prompt for more than "

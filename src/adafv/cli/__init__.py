@@ -1,5 +1,5 @@
-"""The command line: `adafv ask`, `adafv page`, `adafv serve`, `adafv methods`, `adafv families`,
-`adafv bench`, `adafv env`.
+"""The command line: `adafv ask`, `adafv check`, `adafv bench`, `adafv analyze`, `adafv eval`, `adafv page`,
+`adafv serve`, `adafv methods`, `adafv families`, `adafv env`.
 
 torch and transformers take seconds to import, so a command imports them once its options are known to be sound.
 Answers go to standard output, everything else to standard error; no error ends in a traceback.
@@ -13,9 +13,12 @@ from typing import Annotated
 
 import typer
 
+from adafv.cli.analyze import analyze
 from adafv.cli.ask import ask
 from adafv.cli.bench import bench
+from adafv.cli.check import check
 from adafv.cli.env import env
+from adafv.cli.eval import evaluate
 from adafv.cli.failures import FAILED, INTERRUPTED, failures_as_messages, put
 from adafv.cli.page import page
 from adafv.cli.serve import serve
@@ -32,8 +35,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("ask")(ask)
+app.command("check")(check)
 app.command("page")(page)
 app.command("serve")(serve)
+app.command("analyze")(analyze)
+app.command("eval")(evaluate)
 app.command("env")(env)
 app.add_typer(bench, name="bench")
 

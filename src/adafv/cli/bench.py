@@ -1,4 +1,4 @@
-"""`adafv bench`: what pruning costs and saves, measured on this machine."""
+"""`adafv bench`: what pruning costs, saves and loses, measured on this machine."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from adafv.cli.bench_accuracy import accuracy
 from adafv.cli.failures import failures_as_messages, put, say
 
 bench = typer.Typer(no_args_is_help=True, help="Measure what pruning costs, saves and loses, on this machine.")
+bench.command("accuracy")(accuracy)
 
 
 @bench.command("speed")

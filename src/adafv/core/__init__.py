@@ -15,6 +15,7 @@
     greedy.py     greedy searches for sets that are diverse, or that cover
     facets.py     tokens that matter and are unlike each other
     cuts.py       how a budget is shared out over the layers of the language model
+    sending.py    small tensors on their way to a device
     stages.py     the stages of a call, for whoever measures one
 
 Every engine (transformers, vLLM) calls these functions; none has an implementation of its own.

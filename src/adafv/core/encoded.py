@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from adafv.core.layout import ImageLayout
+from adafv.core.sending import sent
 from adafv.core.tokens import SALIENCY, Signal
 
 
@@ -47,7 +48,7 @@ class EncodedImage:
         """Some of its tokens alone ([N'] long), laid out as `layout` says; None: all."""
         if tokens is None:
             return self if layout is self.layout else replace(self, layout=layout)
-        tokens = tokens.to(self.features.device)
+        tokens = sent(tokens, self.features.device)
         return EncodedImage(
             self.features[tokens],
             {signal: values[tokens] for signal, values in self.signals.items()},

@@ -9,8 +9,8 @@ token's own two scores, and a token counts for what no kept token of more worth 
 `facet_steps`   one token after the other, K steps; the kept tokens of more worth are those that were chosen before
 `facet_rounds`  all at once, a few times over: each round reads "kept" off the one before
 
-The second follows Matrix NMS (SOLOv2, arXiv 2003.10152), which replaces the serial loop of non-maximum suppression in the same
-way. It takes no steps that wait for each other, N x K cosines a round, and about as many operations as AdaFV's own search,
+The second follows Matrix NMS (SOLOv2, arXiv 2003.10152), which replaces the serial loop of non-maximum suppression so.
+It takes no steps that wait for each other, N x K cosines a round, and about as many operations as AdaFV's own search,
 whatever K is. The two keep most tokens in common, not all: "more worth" is not "chosen before".
 """
 

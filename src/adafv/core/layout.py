@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adafv.core.sending import sent
+
 
 @dataclass(frozen=True)
 class ImageLayout:
@@ -42,7 +44,7 @@ class ImageLayout:
 
     def place(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Crop, row and column of the tokens at `index` ([K] long -> three [K] long, -1 where no patch is shown)."""
-        source = self.source.to(index.device)[index]
+        source = sent(self.source, index.device)[index]
         inside = source % (self.rows * self.columns)
         patch = source >= 0
         return tuple(  # type: ignore[return-value]

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adafv.core.encoded import EncodedImage
 from adafv.core.layout import ImageLayout
+from adafv.core.sending import sent
 from adafv.core.tokens import READ, SALIENCY, STRINGS, Cut, Kept, Plan, Signal, VisualTokens, Words
 from adafv.errors import BudgetError, MethodError
 
@@ -224,7 +225,7 @@ def visual_tokens(images: Sequence[Wanted]) -> VisualTokens:
     if first.plan.crops is not None:
         candidates = torch.stack([image.encoded.layout.of_crops(first.plan.crops) for image in images])
     nothing_hidden = bool(shown.all())  # on the host
-    source, candidates, shown = source.to(device), candidates.to(device), shown.to(device)
+    source, candidates, shown = (sent(values, device) for values in (source, candidates, shown))
     signals = {}
     for signal in first.method.of_tower - {READ} if first.plan.grid is None else ():
         values = _stack([image.encoded.signals[signal] for image in images])
@@ -261,7 +262,7 @@ def _words(images: Sequence[Wanted]) -> Words:
     device = parts[0].device  # type: ignore[union-attr]
     lengths = [len(part) for part in parts]  # type: ignore[arg-type]
     ids = [
-        torch.full((length,), -1, device=device) if image.ids is None else image.ids.to(device)
+        torch.full((length,), -1, device=device) if image.ids is None else sent(image.ids, device)
         for image, length in zip(images, lengths, strict=True)
     ]
     strings = None
@@ -271,7 +272,7 @@ def _words(images: Sequence[Wanted]) -> Words:
         mask = torch.ones(len(images), lengths[0], dtype=torch.bool, device=device)
         return Words(_stack(parts), mask, _stack(ids), strings)  # type: ignore[arg-type]
     columns = torch.arange(max(lengths)).expand(len(images), -1)
-    mask = (columns < torch.tensor(lengths).unsqueeze(1)).to(device)
+    mask = sent(columns < torch.tensor(lengths).unsqueeze(1), device)
     return Words(
         pad_sequence(parts, batch_first=True),  # type: ignore[arg-type]
         mask,

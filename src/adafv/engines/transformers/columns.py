@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from adafv.core.sending import sent
 from adafv.engines.transformers.call import Call
 from adafv.engines.transformers.compaction import Compaction, nothing_removed
 from adafv.engines.transformers.packing import BORDERS, LONGEST
@@ -63,7 +64,7 @@ def take_out(call: Call) -> None:
             raise PromptError(f"{name} is {list(values.shape)}, but the prompt is [{batch}, {new}]")
         if name == "labels":
             # Nothing predicts the first token of a prompt, and padding put in front of it must not begin to.
-            first = (compaction.columns == 0).to(values.device)
+            first = sent(compaction.columns == 0, values.device)
             first[:, 0] = False
             labels = result[name]
             result[name] = labels.masked_fill(
@@ -81,7 +82,7 @@ def _shifted(values: Tensor, compaction: Compaction) -> Tensor:
     """
     if values.shape[1] != compaction.length:
         raise PromptError(f"shift_labels is {list(values.shape)}, but the prompt has {compaction.length} columns")
-    columns = compaction.columns.to(values.device)
+    columns = sent(compaction.columns, values.device)
     behind = torch.nn.functional.pad(columns[:, 1:] - 1, (0, 1))
     behind[:, -1] = columns[:, -1]
     return values.gather(1, behind.clamp_min(0)).masked_fill((columns < 0) | (behind < 0), _IGNORED_LABEL)

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adafv.core.sending import sent
+
 
 @dataclass(frozen=True)
 class Compaction:
@@ -30,7 +32,7 @@ class Compaction:
 
     def take(self, values: Tensor, fill: Any) -> Tensor:
         """[B, S, ...] -> [B, S', ...]; padding put in gets `fill`."""
-        columns = self.columns.to(values.device)
+        columns = sent(self.columns, values.device)
         index, padding = columns.clamp_min(0), columns < 0
         if values.dim() == 3:
             index = index.unsqueeze(-1).expand(*index.shape, values.shape[-1])
@@ -60,7 +62,7 @@ class Compaction:
             [B * repeats, S or `last`, ...]
         """
         width = self.length if last is None else min(last, self.length)
-        columns = self.columns.to(values.device)[:, self.columns.shape[1] - values.shape[1] :]
+        columns = sent(self.columns, values.device)[:, self.columns.shape[1] - values.shape[1] :]
         place = columns - (self.length - width)
         # One column more takes what is not asked for.
         index = torch.full((len(columns), width + 1), -1, device=values.device)
@@ -70,7 +72,7 @@ class Compaction:
             index = index.cummax(1).values
         index = index.repeat_interleave(repeats, dim=0)
         missing = index < 0
-        filled = missing if dropped is None else missing & self._asked(dropped, width, repeats).to(missing.device)
+        filled = missing if dropped is None else missing & sent(self._asked(dropped, width, repeats), missing.device)
         for _ in range(values.dim() - 2):
             index, missing, filled = index.unsqueeze(-1), missing.unsqueeze(-1), filled.unsqueeze(-1)
         index = index.clamp_min(0).expand(*index.shape[:2], *values.shape[2:])
@@ -85,7 +87,7 @@ class Compaction:
     def then(self, after: "Compaction") -> "Compaction":
         """Both, side by side: `after` is about the columns that follow these."""
         shifted = after.columns.where(after.columns < 0, after.columns + self.length)
-        columns = torch.cat((self.columns.to(shifted.device), shifted), dim=1)
+        columns = torch.cat((sent(self.columns, shifted.device), shifted), dim=1)
         return Compaction(
             columns,
             self.length + after.length,
@@ -96,7 +98,7 @@ class Compaction:
 
     def rows(self, index: Tensor) -> "Compaction":
         """Of other rows: those at `index` ([B'] long on the host), as a cache may be reordered or repeated."""
-        columns = self.columns[index.to(self.columns.device)]
+        columns = self.columns[sent(index, self.columns.device)]
         return Compaction(columns, self.length, self.changed, self.lost[index], self.padded)
 
 
@@ -139,8 +141,8 @@ def compact(
     kept = inside | (behind & (np.cumsum(~not_behind, axis=1) <= trailing[:, None]))
     counts = needed + trailing
 
-    wanted = stays & torch.from_numpy(kept).to(stays.device)
-    first = torch.from_numpy(new_length - 1 - counts).to(stays.device)
+    wanted = stays & sent(torch.from_numpy(kept), stays.device)
+    first = sent(torch.from_numpy(new_length - 1 - counts), stays.device)
     place = wanted.cumsum(1) + first.unsqueeze(1)
     place = place.masked_fill(~wanted, new_length)  # one column beyond the end takes what is not wanted
     columns = torch.full((batch, new_length + 1), -1, device=stays.device)

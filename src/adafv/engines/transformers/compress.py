@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.core.budget import Budget
 from adafv.core.select import Wanted, select_tokens
+from adafv.core.sending import sent
 from adafv.core.tokens import STRINGS
 from adafv.engines.transformers.cache import (
     CacheContents,
@@ -156,11 +157,11 @@ def _embedded_words(call: Call, jobs: list[ImageJob]) -> dict[int, tuple[Tensor,
     if call.embeds is not None:
         given = call.embeds
         parts = [
-            given[job.image.row, text.to(given.device)].detach().to(device)
+            given[job.image.row, sent(text, given.device)].detach().to(device)
             for job, text in zip(jobs, columns, strict=True)
         ]
     else:
-        row = torch.from_numpy(np.concatenate(ids)).unsqueeze(0).to(call.device)
+        row = sent(torch.from_numpy(np.concatenate(ids)).unsqueeze(0), call.device)
         parts = list(call.model.get_input_embeddings()(row)[0].detach().to(device).split(list(map(len, ids))))
     return {id(job): (part, torch.from_numpy(each)) for job, part, each in zip(jobs, parts, ids, strict=True)}
 
@@ -206,14 +207,14 @@ def _stays(call: Call) -> Tensor:
         on_host[np.concatenate(columns)] = False
         kept = jobs[0].selected.kept.indices  # type: ignore[union-attr]
         if jobs[0].method.may_repeat:  # distinct places for what may not be distinct
-            chosen += [torch.from_numpy(each[: kept.shape[1]]).to(call.device) for each in columns]
+            chosen += [sent(torch.from_numpy(each[: kept.shape[1]]), call.device) for each in columns]
             continue
         order = [job.place for job in jobs]
         if order != list(range(len(kept))):
             kept = kept[order]
-        places = torch.from_numpy(np.stack(columns)).to(kept.device)
+        places = sent(torch.from_numpy(np.stack(columns)), kept.device)
         chosen.append(places.gather(1, kept).flatten().to(call.device))
-    stays = torch.from_numpy(on_host).to(call.device)
+    stays = sent(torch.from_numpy(on_host), call.device)
     if chosen:
         stays = stays.index_fill(0, torch.cat(chosen) if len(chosen) > 1 else chosen[0], True)
     return stays.view(-1, width)

@@ -121,6 +121,36 @@ class EncodedImages:
         moved = replace(self, images={modality: found}).to(device)
         return moved.images[modality]
 
+    def showing(self, model: Any, inputs: Mapping[str, Any], images: Sequence[EncodedImage]) -> "EncodedImages":
+        """Other images of the same model, in a batch that was never encoded together.
+
+        Args:
+            inputs: what the processor made of the batch.
+            images: one for each image in it, in its order; one may be there several times. That they are what the model makes
+                of those pixels is for the caller to know.
+
+        Raises:
+            PromptError: the batch has another number of images, or a video.
+        """
+        family = family_of(model)
+        visuals, taken = _visuals_of(family, inputs)
+        if set(visuals) != {"image"}:
+            raise PromptError(
+                "a batch of images is to be shown, and images alone; there are none, or videos beside them"
+            )
+        entries = visuals["image"]
+        runs: list[Any] = []
+        if inputs.get("input_ids") is not None:
+            runs = read_prompt(model, family, {"input_ids": inputs["input_ids"]}).runs("image")
+        count = len(family.layouts(model, "image", entries, runs))
+        if count != len(images):
+            raise PromptError(
+                f"the batch shows {count} images, and {len(images)} encoded ones are given; give one for each"
+            )
+        described = {name: _described(name, value) for name, value in entries.items()}
+        hashes = {name: _hash(value) for name, value in taken.items()}
+        return replace(self, images={"image": list(images)}, visuals={"image": described}, pixels=hashes, times=1)
+
     def repeated(self, times: int) -> "EncodedImages":
         """One image as often as a batch asks about it; without another copy of it.
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafv.core.sending import sent
 from adafv.engines.transformers.families import Family
 from adafv.engines.transformers.releases import cache_of
 from adafv.errors import PromptError, UnsupportedCallError
@@ -121,7 +122,7 @@ def shorten_borders(result: dict[str, Any], dropped: list[tuple[int, int]]) -> N
             continue
         given = torch.as_tensor(result[name])
         places = [place - sum(lost for first, lost in dropped if first < place) for place in given.flatten().tolist()]
-        result[name] = torch.tensor(places, dtype=given.dtype, device=given.device).view(given.shape)
+        result[name] = sent(torch.tensor(places, dtype=given.dtype), given.device).view(given.shape)
         if longest in result:
             length = max(end - start for start, end in pairwise(places))
             was = result[longest]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafv.core.sending import sent
 from adafv.engines.transformers.cache import contents_of
 from adafv.engines.transformers.call import Call
 from adafv.engines.transformers.compaction import Compaction
@@ -51,7 +52,7 @@ def set_linear_positions(call: Call, stays: Tensor) -> None:
         raise PromptError(f"position_ids is {list(given.shape)}, but the prompt is [{batch}, {length}]")
     part = whole if given.shape[1] == length else compaction
     if positions == "compact":
-        given = given - _lost_in_front(call, stays, given.shape[1]).to(given.device)
+        given = given - sent(_lost_in_front(call, stays, given.shape[1]), given.device)
     given = _from_zero(call, given)
     result["position_ids"] = _padded(call, part, part.take(given, 0))
     if call.packed and positions == "original" and compaction.changed:

@@ -17,9 +17,9 @@ import numpy
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.world import scenes
-from training.world.questions import Question, only
-from training.world.scenes import Box, Scene, Thing, sample_scene
+from adafv.evaluation.world import scenes
+from adafv.evaluation.world.questions import Question, only
+from adafv.evaluation.world.scenes import Box, Scene, Thing, sample_scene
 
 FINE = 288
 """Pixels of the side of the picture that tags are drawn for."""

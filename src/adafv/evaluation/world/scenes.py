@@ -13,8 +13,8 @@ from random import Random
 
 from PIL import Image
 
-from training.world.backgrounds import BACKGROUNDS, TEXTURES, paint
-from training.world.objects import COLOURS, KINDS, draw
+from adafv.evaluation.world.backgrounds import BACKGROUNDS, TEXTURES, paint
+from adafv.evaluation.world.objects import COLOURS, KINDS, draw
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = frozenset(frozenset(pair) for pair in Random("held-out pairings").sample([*combinations(KINDS, 2)], 40))

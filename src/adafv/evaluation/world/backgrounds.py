@@ -9,6 +9,9 @@ import numpy
 from numpy.typing import NDArray
 from PIL import Image
 
+from adafv.errors import AdaFVError
+from adafv.extras import install_command
+
 TEXTURES = ("gradient", "stripes", "dots", "checks")
 BACKGROUNDS = (*TEXTURES, "photo")
 """Also the answers to "what is the background?"."""
@@ -19,6 +22,10 @@ _PHOTOS = {
     "train": ("brick.png", "chelsea.png", "coffee.png", "grass.png", "motorcycle_left.png", "rocket.jpg"),
     "test": ("astronaut.png", "camera.png", "gravel.png", "moon.png"),
 }
+
+
+class MissingPhotographsError(AdaFVError):
+    """A scene has a piece of a photograph behind it, and scikit-image is not installed."""
 
 
 def paint(kind: str, side: int, seed: int, split: str) -> Image.Image:
@@ -58,8 +65,21 @@ def paint(kind: str, side: int, seed: int, split: str) -> Image.Image:
 
 
 def photographs_installed() -> bool:
-    """Whether scikit-image, where the photographs are, is there (extra `train`)."""
+    """Whether scikit-image, where the photographs are, is there (extra `eval`)."""
     return find_spec("skimage") is not None
+
+
+def check_photographs() -> None:
+    """Find out whether photographs can be had.
+
+    Raises:
+        MissingPhotographsError: they cannot; the message says how.
+    """
+    if not photographs_installed():
+        raise MissingPhotographsError(
+            "pieces of photographs stand behind some of the drawn scenes, and they come with scikit-image, which is not "
+            f"installed; {install_command('eval')}, or leave them out with --no-photos (photos=False)"
+        )
 
 
 def _muted(random: Random) -> NDArray[numpy.float32]:
@@ -81,7 +101,8 @@ def _photo(side: int, random: Random, split: str) -> Image.Image:
 
 @cache
 def _photograph(name: str) -> Image.Image:
+    check_photographs()
     spec = find_spec("skimage")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("photographic backgrounds need scikit-image: pip install '.[train]'")
+    assert spec is not None
+    assert spec.origin is not None
     return Image.open(Path(spec.origin).parent / "data" / name).convert("RGB")

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from training.world.objects import COLOURS, KINDS
-from training.world.scenes import Scene, Thing
+from adafv.evaluation.world.objects import COLOURS, KINDS
+from adafv.evaluation.world.scenes import Scene, Thing
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 APART = 0.14

@@ -1,0 +1,13 @@
+"""Small tensors on their way from the host to a device."""
+
+import torch
+from torch import Tensor
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on the device. What comes from the host does not make the host wait until the device has caught up.
+
+    That is safe: memory that is not pinned is copied before the call returns, and nobody changes these tensors later. The
+    other way round the host has to wait, and does.
+    """
+    return values.to(device, non_blocking=values.is_cpu)
