@@ -200,7 +200,9 @@ def terminal_table(result: Mapping[str, Any]) -> "Table":
         title_style="",
     )
     for heading in headings(result):
-        made.add_column(heading, justify="left" if heading in ("method", "verdict") else "right")
+        made.add_column(
+            heading, justify="left" if heading in ("method", "verdict") else "right", no_wrap=heading == "verdict"
+        )
     styles = {"safe": "green", "not shown": "yellow", "loses more": "red"}
     for row in cells(result):
         made.add_row(*(Text(printable(cell), style=styles.get(cell, "")) for cell in row))
