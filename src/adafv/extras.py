@@ -42,6 +42,14 @@ def outdated(extra: str) -> str:
     return ""
 
 
+def release(package: str) -> str:
+    """The installed release of a package; "unknown" where it is not installed, such as a source tree on the path."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def _written(requirement: Requirement) -> str:
     """Its bounds, the lower one first."""
     return ",".join(sorted(map(str, requirement.specifier), reverse=True))

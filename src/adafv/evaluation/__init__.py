@@ -1,4 +1,5 @@
-"""What pruning costs, saves and loses, measured: `adafv check`, `adafv bench` and `adafv analyze`.
+"""What pruning costs, saves and loses, measured: `adafv check`, `adafv bench`, `adafv analyze` and
+`adafv eval`.
 
     questions.py        questions about pictures, read from JSON lines, CSV, a folder or a data set on disk
     answers.py          asks a model: every picture goes through the tower once for all questions, methods and budgets
@@ -18,6 +19,11 @@
     alignment.py        whether scores know where things are: the measurements behind figures 2 to 4 of the paper
     analysis.py         what is said of them: figures, tables, paragraphs, JSON
     chart.py            charts as SVG
+    batched.py          a model that answers, and weighs answers, in batches
+    lmms.py             the same as a model of lmms-eval
+    registration.py     how lmms-eval finds it
+    harness.py          benchmarks of lmms-eval at several budgets: `adafv eval`
+    published.py        numbers as published, with their sources
     speed/              seconds, operations, bytes and memory of a call, stage by stage
 
 It uses the engine of transformers, and nothing below the command line uses it.

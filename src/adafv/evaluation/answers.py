@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from adafv.engines.transformers.settings import POSITIONS
 from adafv.errors import ImageError, OptionError
 from adafv.evaluation.questions import REFUSE, BadRecord, Question, Questions, refusal
 from adafv.evaluation.store import Chances, Given, Store, Way, key_of
+from adafv.extras import release
 from adafv.images import check_shape
 from adafv.methods import Method
 from adafv.methods.base import LAYERS
@@ -156,7 +156,7 @@ class Asker:
             "prompt": _short_hash(settings),
             "picture_settings": _short_hash(json.loads(self.session.processor.image_processor.to_json_string())),
             "longest_answer": self.max_new_tokens,
-            "versions": {name: _version(name) for name in ("adafv", "torch", "transformers")},
+            "versions": {name: release(name) for name in ("adafv", "torch", "transformers")},
         }
 
     def check_ways(self, ways: Sequence[Configuration]) -> None:
@@ -419,10 +419,3 @@ def _batches(questions: Sequence[Question], digests: dict[str, str], size: int) 
 
 def _short_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

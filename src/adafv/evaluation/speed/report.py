@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import transformers
 
+from adafv.extras import release
+
 SCHEMA = "adafv.bench.speed/1"
 
 
 def machine(device: str | torch.device) -> dict[str, Any]:
     """Where something was measured."""
-    from adafv import __version__
-
     device = torch.device(device)
     facts: dict[str, Any] = {
         "device": device.type,
@@ -32,7 +32,7 @@ def machine(device: str | torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "adafv": __version__,
+        "adafv": release("adafv"),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
