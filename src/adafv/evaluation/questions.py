@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -416,6 +417,8 @@ def _texts(value: Any, what: str) -> tuple[str, ...] | None:
         return None
     listed = list(value) if isinstance(value, (list, tuple)) else [value]
     listed = [each.get("answer") if isinstance(each, Mapping) else each for each in listed]
+    if any(isinstance(each, float) and not math.isfinite(each) for each in listed):
+        raise ValueError(f"has {what} that are no number (NaN or infinite); give a text")
     texts = [
         ("yes" if each else "no") if isinstance(each, bool) else str(each)
         for each in listed
@@ -432,7 +435,7 @@ def _boxes(value: Any) -> tuple[tuple[float, ...], ...] | None:
     try:
         listed = value if value and isinstance(value[0], (list, tuple)) else [value]
         boxes = tuple(tuple(float(side) for side in list(box)[-4:]) for box in listed)
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, OverflowError):
         boxes = ((),)
     if any(len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]) for box in boxes):
         raise ValueError("has boxes that are none; give [x0, y0, x1, y1] in pixels, or a list of them")
