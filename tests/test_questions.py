@@ -93,6 +93,7 @@ class TestBadRecords:
             ({**CAT, "answer": [" "]}, "has answers that are no text"),
             ('{"image": "cat.png", "question": "what?", "answer": NaN}', "has answers that are no number"),
             ({**CAT, "boxes": [0, 0, 10**400, 5]}, "has boxes that are none"),
+            ({**CAT, "answer": 1, "choices": ["a dog", "a bird"]}, "none of its choices"),
             ({**CAT, "choices": ["one"]}, "give 2 to 26"),
             ({**CAT, "boxes": [3, 2, 1, 4]}, "has boxes that are none"),
             ({**CAT, "boxes": "left"}, "has boxes that are none"),

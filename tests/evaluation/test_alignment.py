@@ -247,7 +247,6 @@ class TestBoxes:
         with pytest.raises(BoxesError, match="--images"):
             read_boxes(path)
 
-
     def test_a_name_that_no_file_can_have(self, tmp_path: Path) -> None:
         path = tmp_path / "boxes.json"
         path.write_text(json.dumps({"x" * 5000: {"width": 40, "height": 20, "boxes": []}}))

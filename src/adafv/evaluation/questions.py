@@ -392,6 +392,11 @@ def _question(record: Any, where: str, place: str, picture: Any) -> Question:
     if choices is not None and not 2 <= len(choices) <= 26:
         raise ValueError(f"has {len(choices)} choices; give 2 to 26")
     answers = _texts(values["answers"], "answers")
+    if choices and answers:
+        from adafv.evaluation.matching import right_choices  # which knows questions
+
+        if not right_choices(answers, choices):
+            raise ValueError("has an answer that is none of its choices; give the text of one, or its letter")
     name, group = values["name"], values["group"]
     if group is not None and not (isinstance(group, (str, int)) and str(group).strip()):
         raise ValueError("has a group that is neither text nor a number; give another")

@@ -124,10 +124,7 @@ def cautions(result: Mapping[str, Any]) -> list[str]:
     if result["settings"]["counted"] == "accuracy":
         full = unpruned["accuracy"]["mean"]
         if full == 0:
-            return [
-                "The unpruned model gets no question right, so pruning has nothing to lose; look at the answers, --suffix and "
-                "--matching."
-            ]
+            return ["The unpruned model gets no question right: look at the answers, --suffix and --matching."]
         needless = blank is not None and blank["accuracy"]["mean"] >= full - 0.05
     else:
         needless = blank is not None and blank["agreement"]["mean"] >= 0.9
