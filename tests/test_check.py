@@ -95,6 +95,40 @@ def found(outcome: tuple[Path, Any]) -> dict[str, Any]:
     return loaded
 
 
+class TestCautions:
+    """What the verdicts leave out: of such questions nothing can be lost."""
+
+    @pytest.mark.parametrize(
+        ("counted", "unpruned", "blank", "agreement", "part"),
+        [
+            ("accuracy", 0.0, 0.0, 0.2, "gets no question right"),
+            ("accuracy", 0.6, 0.58, 0.2, "hardly need the picture"),
+            ("accuracy", 0.6, 0.5, 0.95, None),
+            ("agreement", None, None, 0.95, "hardly need the picture"),
+            ("agreement", None, None, 0.5, None),
+        ],
+    )
+    def test_cautions(self, counted: str, unpruned: Any, blank: Any, agreement: float, part: str | None) -> None:
+        result = {
+            "settings": {"counted": counted},
+            "unpruned": {"accuracy": {"mean": unpruned}},
+            "blank": {"accuracy": {"mean": blank}, "agreement": {"mean": agreement}},
+        }
+        said = words.cautions(result)
+        assert len(said) == (part is not None)
+        assert part is None or part in said[0]
+
+    def test_are_on_the_terminal(self, folder: Path, tmp_path: Path) -> None:
+        record = {
+            "image": str(folder / "images" / json.loads((SAMPLES / "samples.json").read_text())[0]["picture"]),
+            "question": "Is there a bell?",
+            "answer": "zorglub",
+        }
+        result = run("check", write(tmp_path, [record]), *FAST, "--keep", "50%", "--output", tmp_path / "out")
+        assert result.exit_code == 0, result.stderr
+        assert "warning: The unpruned model gets no question right" in result.stderr
+
+
 class TestResult:
     def test_follows_its_schema(self, found: dict[str, Any]) -> None:
         assert list(problems(found, schema(), schema())) == []

@@ -293,11 +293,13 @@ class TestCommand:
     def test_table_and_file(self, tmp_path: Path) -> None:
         file = tmp_path / "speed.json"
         done = run(
-            *("bench", "speed", "llava-tiny", "--keep", "8", "--rounds", "1", "--decode", "1", "--dtype", "float32"),
+            *("bench", "speed", "llava-tiny", "--keep", "8,16", "--rounds", "1", "--decode", "1", "--dtype", "float32"),
             *("--methods", "saliency", "--json", file),
         )
         assert done.exit_code == 0, done.output
         assert "| adafv 8 " in done.stdout
+        assert "keep 16 prunes nothing: the prompt has 16 visual tokens" in done.stdout
+        assert "keep 8 prunes nothing" not in done.stdout
         assert "random weights" in done.stdout
         found = json.loads(file.read_text())
         assert found["schema"] == "adafv.bench.speed/1"
@@ -316,6 +318,8 @@ class TestCommand:
             (["--dtype", "int8"], ["float32"]),
             (["--rounds", "0"], ["1 or more"]),
             (["llava-tiny", "--layers", "9"], ["layers=9"]),
+            (["llava-tiny", "--picture", "nothing.png"], ["there is no file nothing.png"]),
+            (["llava-tiny", "--json", "."], ["--json . is a folder"]),
         ],
     )
     def test_what_is_refused(self, options: list[str], parts: list[str]) -> None:

@@ -393,6 +393,13 @@ class TestCommand:
         (tmp_path / "q.jsonl").write_text(json.dumps({"image": "a.png", "question": "what is it?"}))
         refused(run("bench", "accuracy", tmp_path / "q.jsonl"), 1, "has no answer", "adafv check")
 
+    def test_a_budget_that_prunes_nothing_is_named(self) -> None:
+        options = ("--questions", 2, "--methods", "adafv", "--against", "adafv", "--keep", "5000,10")
+        result = run("bench", "accuracy", "--world", "--no-photos", *options)
+        assert result.exit_code == 0, result.output
+        assert "warning: --keep 5000 prunes nothing of drawn scenes" in result.stderr
+        assert "--keep 10 prunes nothing" not in result.stderr
+
     def test_a_folder_that_cannot_be(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         refused(run(*WORLD, "--to", tmp_path / "file"), 2, "--to", "is a file")

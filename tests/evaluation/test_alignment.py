@@ -228,7 +228,9 @@ class TestBoxes:
         [
             ([], "is no object"),
             ({"width": 0, "height": 20, "boxes": []}, "width and height"),
+            ({"width": 10**400, "height": 20, "boxes": []}, "that no picture has"),
             ({"width": 40, "height": 20}, "no list of boxes"),
+            ({"width": 40, "height": 20, "boxes": [["key", 1, 2, 10**400, 4]]}, "not numbers"),
             ({"width": 40, "height": 20, "boxes": [["key", 1, 2, 3]]}, "class, x0, y0, x1, y1"),
             ({"width": 40, "height": 20, "boxes": [["key", 1, 2, "x", 4]]}, "not numbers"),
             ({"width": 40, "height": 20, "boxes": [["key", 9, 2, 9, 4]]}, "holds nothing"),
@@ -245,8 +247,23 @@ class TestBoxes:
         with pytest.raises(BoxesError, match="--images"):
             read_boxes(path)
 
+    def test_a_name_that_no_file_can_have(self, tmp_path: Path) -> None:
+        path = tmp_path / "boxes.json"
+        path.write_text(json.dumps({"x" * 5000: {"width": 40, "height": 20, "boxes": []}}))
+        with pytest.raises(BoxesError, match="--images"):
+            read_boxes(path)
+
 
 class TestCommand:
+    def test_the_limit_holds_for_the_last_file(self, tmp_path: Path) -> None:
+        about = {"width": 40, "height": 20, "boxes": [["key", 0, 0, 20, 20]]}
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (40, 20)).save(tmp_path / name)
+        (tmp_path / "boxes.json").write_text(json.dumps({"a.png": about, "b.png": about}))
+        result = run("analyze", tmp_path / "boxes.json", "--limit", 1, "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        assert "boxes: 1 of 1 pictures" in result.stderr
+
     def test_world(self, tmp_path: Path) -> None:
         result = run("analyze", "--world", "--scenes", 4, "--no-photos", "--to", tmp_path / "new")
         assert result.exit_code == 0, result.output

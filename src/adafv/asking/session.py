@@ -97,7 +97,7 @@ def check_device(name: str | None) -> torch.device:
             raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError, NotImplementedError, ModuleNotFoundError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"--device {name!r} cannot be used here ({reason}); try cpu") from error
+        raise UsageError(f"--device {name!r} cannot be used here ({shortened(reason)}); try cpu") from error
     return device
 
 

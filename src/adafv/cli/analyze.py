@@ -158,8 +158,9 @@ def _run(
     left = {}
     with warnings_as_messages():
         for each in data:
-            template = ask or (WORLD_QUESTION if world and each is data[-1] else PHOTO_QUESTION)
-            each = Boxed(each.name, each.pictures[:limit] if limit and each is not data[-1] else each.pictures)
+            drawn = world and each is data[-1]
+            template = ask or (WORLD_QUESTION if drawn else PHOTO_QUESTION)
+            each = Boxed(each.name, each.pictures if drawn else each.pictures[:limit])
             _warn_of_unknown(session, each, template)
             told = _progress(each.name, len(each.pictures))
             some, left[each.name] = measure(

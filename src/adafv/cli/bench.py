@@ -6,8 +6,11 @@ from typing import Annotated
 
 import typer
 
+from adafv.asking.failures import UsageError
 from adafv.cli.bench_accuracy import accuracy
 from adafv.cli.failures import failures_as_messages, put, say
+from adafv.cli.output import writable_folder, write_whole
+from adafv.printable import shortened
 
 bench = typer.Typer(no_args_is_help=True, help="Measure what pruning costs, saves and loses, on this machine.")
 bench.command("accuracy")(accuracy)
@@ -39,6 +42,8 @@ def speed(
 ) -> None:
     """Seconds, operations, bytes and memory of a call, stage by stage: unpruned, pruned, the ideal, the published way."""
     with failures_as_messages():
+        if output is not None:
+            _check_file(output)
         from adafv.evaluation.speed.command import bench_speed
         from adafv.evaluation.speed.report import as_tables
 
@@ -58,7 +63,14 @@ def speed(
         )
         put(as_tables(result))
         if output is not None:
-            output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_whole(output, json.dumps(result, indent=1) + "\n")
+
+
+def _check_file(path: Path) -> None:
+    """Before hours of measuring: the file can be written at their end."""
+    if path.is_dir():
+        raise UsageError(f"--json {shortened(path)} is a folder; name a file in it")
+    writable_folder("--json, in the folder", path.parent)
 
 
 def _listed(text: str) -> list[str]:

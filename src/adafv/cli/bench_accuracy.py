@@ -380,6 +380,7 @@ def _answered(
         scores = []
         for each in data:
             keys = _filled(wish, asker, model, each, ways, store, settings, share)
+            _tell_of_nothing_pruned(each.name, ways, store, keys)
             rule = wish.rule or each.rule or "auto"
             scores.append(Scores(each, ways, store, keys, what=SURE if wish.sure else RIGHT, rule=rule))
         told = {str(way): why for way, why in refusals.items()}
@@ -399,6 +400,19 @@ def _answered(
             write_whole(folder / "accuracy.json", written + "\n")
             say(f"wrote {', '.join([*figures.values(), 'accuracy.md', 'accuracy.csv', 'accuracy.json'])} to {folder}")
         put(written if wish.as_json else report.markdown(figures).rstrip("\n"))
+
+
+def _tell_of_nothing_pruned(name: str, ways: "list[Configuration]", store: "Store", keys: dict[str, str]) -> None:
+    """A budget above what there is: all its methods are the unpruned model, and their differences 0."""
+    told = set()
+    for way in ways:
+        given = [answer for key in keys.values() if (answer := store.get(key, way.way)) is not None]
+        if way.pruned and given and all(each.kept >= each.tokens for each in given) and way.budget not in told:
+            told.add(way.budget)
+            most = max(each.tokens for each in given)
+            say(
+                f"warning: --keep {way.budget} prunes nothing of {shortened(name)}: its pictures have at most {most} tokens"
+            )
 
 
 def _filled(

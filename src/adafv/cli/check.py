@@ -182,7 +182,7 @@ def _check(wish: _Wish) -> None:
     from adafv.evaluation.check import Wish as Wanted
     from adafv.evaluation.page import page
     from adafv.evaluation.store import Store
-    from adafv.evaluation.words import terminal_table, verdicts
+    from adafv.evaluation.words import cautions, terminal_table, verdicts
 
     device = check_device(wish.device)
     say(f"loading {shortened(model)}")
@@ -204,6 +204,8 @@ def _check(wish: _Wish) -> None:
         found = result(counted, _about(wish, model, asker, budgets, ways), questions.bad)
     _write(folder / RESULT, as_text(found))
     _write(folder / PAGE, page(found, _pictures(asker, counted, found)))
+    for each in cautions(found):
+        say(f"warning: {each}")
     if wish.as_json:
         put(as_text(found).rstrip("\n"))
     else:
@@ -350,7 +352,9 @@ def _pictures(asker: "Asker", counted: "Counted", found: dict[str, Any]) -> list
     drawn: list[Any] = []
     for case in found["cases"]:
         try:
-            record, crops = asker.record(questions[case["question"]], ways[case["method"], case["keep"]])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the page says where no word counted
+                record, crops = asker.record(questions[case["question"]], ways[case["method"], case["keep"]])
             drawn.append(panels(record, 0, crops, width=PICTURE_WIDTH)[0].drawings[-1][0])
         except (AdaFVError, OSError):  # of a picture that is gone by now
             drawn.append(None)

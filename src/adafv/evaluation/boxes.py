@@ -73,7 +73,7 @@ def read_boxes(source: Path, images: Path | None = None) -> Boxed:
     folders = [images] if images is not None else [file.parent / "images", file.parent]
     pictures = []
     for name, about in listed.items():
-        path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        path = next((folder / name for folder in folders if _is_file(folder / name)), None)
         if path is None:
             raise BoxesError(
                 f"{shown} names the picture {shortened(name)}, which is not in {shortened(folders[0])}; --images DIR"
@@ -81,6 +81,13 @@ def read_boxes(source: Path, images: Path | None = None) -> Boxed:
         pictures.append(BoxedPicture(FilePicture(path, name), _boxes_of(about, f"{shown}, {shortened(name)}")))
     label = file.parent.name if file.name == "images.json" else file.stem
     return Boxed(label or file.stem, pictures)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # the name is too long
+        return False
 
 
 def _boxes_of(about: Any, where: str) -> dict[str, tuple[Box, ...]]:
@@ -92,7 +99,10 @@ def _boxes_of(about: Any, where: str) -> dict[str, tuple[Box, ...]]:
     sides = [about.get("width"), about.get("height")]
     if not all(isinstance(side, (int, float)) and not isinstance(side, bool) and side > 0 for side in sides):
         raise wrong("has no width and height above 0")
-    width, height = (float(side) for side in sides)  # type: ignore[arg-type]
+    try:
+        width, height = (float(side) for side in sides)  # type: ignore[arg-type]
+    except OverflowError:
+        raise wrong("has a width or height that no picture has") from None
     found: dict[str, list[Box]] = {}
     boxes = about.get("boxes")
     if not isinstance(boxes, list):
@@ -102,7 +112,7 @@ def _boxes_of(about: Any, where: str) -> dict[str, tuple[Box, ...]]:
             raise wrong(f"has the box {shortened(box, 60)}, which is not [class, x0, y0, x1, y1]")
         try:
             left, top, right, bottom = (float(side) for side in box[1:])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise wrong(f"has the box {shortened(box, 60)}, whose sides are not numbers") from None
         left, right = (min(max(side / width, 0.0), 1.0) for side in (left, right))
         top, bottom = (min(max(side / height, 0.0), 1.0) for side in (top, bottom))

@@ -59,7 +59,7 @@ def score(answer: str, question: Question, rule: str = "auto") -> float | None:
     right = [normalised(each) or each.strip().lower() for each in question.answers]
     said = normalised(answer) or answer.strip().lower()
     if question.choices and rule == "auto":
-        return float(_chosen(answer, question.choices) in _right_choices(question.answers, question.choices))
+        return float(_chosen(answer, question.choices) in right_choices(question.answers, question.choices))
     counts = Counter(right)
     if rule == "vqa" or (rule == "auto" and len(right) >= 3 and max(counts.values()) > 1):
         return min(1.0, counts[said] / 3)
@@ -81,8 +81,8 @@ def _chosen(answer: str, choices: Sequence[str]) -> int | None:
     return None
 
 
-def _right_choices(answers: Sequence[str], choices: Sequence[str]) -> set[int | None]:
-    """By their texts or letters."""
+def right_choices(answers: Sequence[str], choices: Sequence[str]) -> set[int | None]:
+    """Places of the choices that are right, by their texts or letters; empty where an answer is none of them."""
     texts = [normalised(choice) for choice in choices]
     places: set[int | None] = set()
     for answer in answers:

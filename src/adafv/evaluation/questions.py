@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -391,6 +392,11 @@ def _question(record: Any, where: str, place: str, picture: Any) -> Question:
     if choices is not None and not 2 <= len(choices) <= 26:
         raise ValueError(f"has {len(choices)} choices; give 2 to 26")
     answers = _texts(values["answers"], "answers")
+    if choices and answers:
+        from adafv.evaluation.matching import right_choices  # which knows questions
+
+        if not right_choices(answers, choices):
+            raise ValueError("has an answer that is none of its choices; give the text of one, or its letter")
     name, group = values["name"], values["group"]
     if group is not None and not (isinstance(group, (str, int)) and str(group).strip()):
         raise ValueError("has a group that is neither text nor a number; give another")
@@ -416,6 +422,8 @@ def _texts(value: Any, what: str) -> tuple[str, ...] | None:
         return None
     listed = list(value) if isinstance(value, (list, tuple)) else [value]
     listed = [each.get("answer") if isinstance(each, Mapping) else each for each in listed]
+    if any(isinstance(each, float) and not math.isfinite(each) for each in listed):
+        raise ValueError(f"has {what} that are no number (NaN or infinite); give a text")
     texts = [
         ("yes" if each else "no") if isinstance(each, bool) else str(each)
         for each in listed
@@ -432,7 +440,7 @@ def _boxes(value: Any) -> tuple[tuple[float, ...], ...] | None:
     try:
         listed = value if value and isinstance(value[0], (list, tuple)) else [value]
         boxes = tuple(tuple(float(side) for side in list(box)[-4:]) for box in listed)
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, OverflowError):
         boxes = ((),)
     if any(len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]) for box in boxes):
         raise ValueError("has boxes that are none; give [x0, y0, x1, y1] in pixels, or a list of them")

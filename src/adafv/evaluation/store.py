@@ -197,7 +197,7 @@ class Store:
                     chances = tuple((str(answer), float(chance)) for answer, chance in entry.get("chances", ()))
                     given = Given(entry["answer"], entry["tokens"], entry["kept"], entry.get("chosen_by", ""), chances)
                     self._remember(entry["question"], (entry["method"], entry["keep"]), given, place)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 if isinstance(error, StoreError):
                     raise
                 what = "is no store of answers" if number == 1 else f"is damaged in line {number}"

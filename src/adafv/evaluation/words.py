@@ -107,18 +107,28 @@ def how(result: Mapping[str, Any]) -> list[str]:
     if blank is not None and settings["counted"] == "accuracy":
         full, without = result["unpruned"]["accuracy"]["mean"], blank["accuracy"]["mean"]
         said.append(f"With its picture blanked the model gets {percent(without)} % right, unpruned {percent(full)} %.")
-        if without >= full - 0.05:
-            said.append("So these questions hardly need the picture, and cannot tell what pruning loses.")
     elif blank is not None:
         said.append(
             f"With its picture blanked the model gives the same answer to {percent(blank['agreement']['mean'])} %."
         )
-        if blank["agreement"]["mean"] >= 0.9:
-            said.append("So these questions hardly need the picture, and cannot tell what pruning loses.")
+    said += cautions(result)
     textless = max((row["chosen_without_text"] for row in result["rows"]), default=0)
     if textless:
         said.append(f"In {textless} questions no word counts for the picture, and saliency alone chose the tokens.")
     return said
+
+
+def cautions(result: Mapping[str, Any]) -> list[str]:
+    """Why these questions cannot tell what pruning loses, whatever the verdicts say; mostly empty."""
+    blank, unpruned = result["blank"], result["unpruned"]
+    if result["settings"]["counted"] == "accuracy":
+        full = unpruned["accuracy"]["mean"]
+        if full == 0:
+            return ["The unpruned model gets no question right: look at the answers, --suffix and --matching."]
+        needless = blank is not None and blank["accuracy"]["mean"] >= full - 0.05
+    else:
+        needless = blank is not None and blank["agreement"]["mean"] >= 0.9
+    return ["These questions hardly need the picture, and cannot tell what pruning loses."] if needless else []
 
 
 def row_of(result: Mapping[str, Any], method: str, keep: str) -> dict[str, Any]:

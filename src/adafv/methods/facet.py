@@ -8,6 +8,9 @@ from adafv.core.tokens import SALIENCY, WORDS, Kept, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods.base import Method
 
+MOST_ROUNDS = 100
+"""A slip of the finger is not to run for hours; a few rounds are enough."""
+
 
 @dataclass(frozen=True)
 class Facet(Method):
@@ -33,8 +36,8 @@ class Facet(Method):
     needs = frozenset({WORDS, SALIENCY})
 
     def __post_init__(self) -> None:
-        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 0:
-            raise OptionError(f"rounds={self.rounds!r}; give a whole number, 0 or more")
+        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or not 0 <= self.rounds <= MOST_ROUNDS:
+            raise OptionError(f"rounds={self.rounds!r}; give a whole number, 0 to {MOST_ROUNDS}")
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         unit = unit_vectors(tokens.features.detach())

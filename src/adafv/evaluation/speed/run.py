@@ -96,7 +96,7 @@ def measure(subject: Subject, options: Options, progress: Callable[[str], None] 
                 found.seconds.append(sum(stages.values()))
                 if way.generates and options.decode and number < DECODING_ROUNDS:
                     found.decode.append(_decoded(subject, way, inputs, options.decode))
-    visual = int((inputs["input_ids"][0] == subject.model.config.image_token_id).sum())
+    visual = _visual(subject, inputs)
     return {
         "name": subject.name,
         "dtype": str(subject.dtype).removeprefix("torch."),
@@ -122,10 +122,18 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "count": len(values)}
 
 
+def _visual(subject: Subject, inputs: dict[str, Any]) -> int:
+    """Visual tokens of a prompt."""
+    return int((inputs["input_ids"][0] == subject.model.config.image_token_id).sum())
+
+
 def _ways(subject: Subject, inputs: dict[str, Any], options: Options, notes: list[str]) -> list[Way]:
     budgets = list(options.budgets) or list(subject.budgets)
     found = [unpruned(subject, inputs)]
+    visual = _visual(subject, inputs)
     for keep in budgets:
+        if keep == "all" or (isinstance(keep, int) and keep >= visual):
+            notes.append(f"keep {keep} prunes nothing: the prompt has {visual} visual tokens; give fewer, or a share")
         found += [pruned(subject, inputs, keep, method) for method in ("adafv", *options.methods)]
         found += [ideal(subject, inputs, keep), again(subject, inputs, keep)]
         if options.published:

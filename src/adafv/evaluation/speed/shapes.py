@@ -404,10 +404,14 @@ def noise_picture(size: tuple[int, int]) -> Any:
 
 
 def opened(path: Path) -> Any:
-    from PIL import Image
+    """A picture as RGB.
 
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+    Raises:
+        ImageError: it is not there, or damaged.
+    """
+    from adafv.evaluation.questions import FilePicture
+
+    return FilePicture(path, str(path)).load()
 
 
 def prompt_of(shape: Shape, model: Any, images: dict[str, Any], words: int) -> dict[str, Any]:
