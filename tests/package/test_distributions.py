@@ -121,6 +121,7 @@ class TestInstalled:
         assert "Found 1 error" in done.stdout
 
 
+@pytest.mark.release
 class TestSdist:
     """What somebody who packages adafv does: unpack, and run the tests there (with the development's packages)."""
 
@@ -136,7 +137,6 @@ class TestSdist:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
         return done.stdout
 
-    @pytest.mark.release
     def test_all_tests_are_collected(self, unpacked: Path) -> None:
         said = self.pytest(unpacked, "--collect-only")
         counted = re.search(r"(\d+) tests collected", said)
@@ -145,7 +145,6 @@ class TestSdist:
         modules = {path.name for path in (ROOT / "tests").glob("test_*.py")}
         assert {name for name in modules if f"tests/{name}" in said} == modules
 
-    @pytest.mark.release
     def test_some_of_them_run(self, unpacked: Path) -> None:
         """Those of the pure functions, of the documents, of helpers and of what is not in the package."""
         chosen = ["tests/test_core.py", "tests/test_vllm_settings.py", "-m", "not slow"]
