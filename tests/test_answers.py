@@ -317,12 +317,13 @@ class TestStore:
             Store(path, self.WHO)
         assert path.read_bytes() == content
 
-    def test_damage_in_the_middle_is_named(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("line", [b"{\n", b"[1]\n", b"null\n"])
+    def test_damage_in_the_middle_is_named(self, tmp_path: Path, line: bytes) -> None:
         path = tmp_path / "answers.jsonl"
         with Store(path, self.WHO) as store:
             store.add(("adafv", "0.1"), [(str(number), Given("x", 4, 2), [0, 3]) for number in range(3)])
         lines = path.read_bytes().splitlines(keepends=True)
-        path.write_bytes(b"".join([*lines[:2], b"{\n", *lines[3:]]))
+        path.write_bytes(b"".join([*lines[:2], line, *lines[3:]]))
         with pytest.raises(StoreError, match="damaged in line 3"):
             Store(path, self.WHO)
 

@@ -22,6 +22,7 @@ from adafv.core.likeness import self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, STRINGS, WORDS, VisualTokens, Words
 from adafv.errors import BudgetError, OptionError
 from adafv.methods import method_named
+from adafv.methods.facet import Facet
 from adafv.methods.mmtok import content_of
 
 ROWS, COLUMNS = 3, 4
@@ -695,3 +696,9 @@ def test_half_of_the_cosines() -> None:
 def test_budgets_that_are_refused(search: str, keep: int) -> None:
     with pytest.raises(BudgetError, match=f"keep={keep}, but there are 4"):
         SEARCHES[search](drawn(0, 1, 4, 3), keep, uniform(0, 1, 4), None)
+
+
+def test_rounds_of_facet_have_a_bound() -> None:
+    with pytest.raises(OptionError, match="0 to 100"):
+        Facet(rounds=101)
+    assert Facet(rounds=100).rounds == 100
