@@ -405,6 +405,7 @@ class TestMistakes:
 
     def test_placeholder_in_the_question(self, ask: Ask) -> None:
         refused(ask(question="What is <image>?"), 2, "stands for an image")
+        refused(ask(question="what " * 5000), 2, "positions; shorten it")
 
     def test_no_image(self, ask: Ask, tmp_path: Path) -> None:
         refused(ask(image=tmp_path / "nowhere.png"), 1, "error: there is no file")

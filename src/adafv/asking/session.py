@@ -192,12 +192,18 @@ class Session:
         """Find out whether the model can be asked this.
 
         Raises:
-            UsageError: it is not text, or holds what stands for an image.
+            UsageError: it is not text, holds what stands for an image, or is longer than the model's context.
         """
         check_text(question, "the question")
         placeholder = image_text(self.processor)
         if placeholder in question:
             raise UsageError(f"the question holds {placeholder}, which stands for an image; leave it out")
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        # A token is at least a byte, so most questions need not be split into tokens here.
+        if most is not None and len(question.encode()) >= most:
+            tokens = len(self.processor.tokenizer(question, add_special_tokens=False).input_ids)
+            if tokens >= most:
+                raise UsageError(f"the question has {tokens} tokens, and the model has {most} positions; shorten it")
 
     def prompt(self, question: str) -> str:
         """The text of one image and one question, as the model's chat template writes it."""
