@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from adafv.core.facets import facet_rounds, facet_steps, worth
-from adafv.core.likeness import unit_vectors
-from adafv.core.tokens import SALIENCY, WORDS, Kept, VisualTokens
+from adafv.core.greedy import Greedy, coverage_search, few_at_a_time
+from adafv.core.likeness import self_cosines, unit_vectors
+from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods.base import Method
 
@@ -25,9 +26,13 @@ class Facet(Method):
 
     Args:
         rounds: how often all tokens are judged anew, see `facet_rounds`; 0: one token after the other, K serial steps.
+        cover: keep, one after the other, the token with the largest worth^2 * sum_j max(0, cos(j, i) - best_j) instead, where
+            best_j is the largest cosine of j to a kept token, at first 0, of the tower's output. That is SCOPE's search with
+            both scores in place of saliency alone: K steps of N x N. `rounds` does not apply.
     """
 
     rounds: int = 3
+    cover: bool = False
 
     name = "facet"
     summary = "relevant to the text and striking, times how unlike what is kept"
@@ -38,10 +43,22 @@ class Facet(Method):
     def __post_init__(self) -> None:
         if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or not 0 <= self.rounds <= MOST_ROUNDS:
             raise OptionError(f"rounds={self.rounds!r}; give a whole number, 0 to {MOST_ROUNDS}")
+        if not isinstance(self.cover, bool):
+            raise OptionError(f"cover={self.cover!r}; give true or false")
+        if self.cover:
+            object.__setattr__(self, "needs", frozenset({WORDS, SALIENCY, HIDDEN}))
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         unit = unit_vectors(tokens.features.detach())
         value = worth(tokens, unit)
+        if self.cover:
+            shown = tokens.candidates
+
+            def search(some: slice) -> Greedy:
+                alike = self_cosines(unit_vectors(tokens.signals[HIDDEN][some].detach()))
+                return coverage_search(alike, keep, value[some].square(), shown[some].float(), shown[some])
+
+            return Kept(few_at_a_time(len(shown), shown.shape[1] ** 2, search))
         if self.rounds:
             return Kept(facet_rounds(unit, value, keep, tokens.candidates, self.rounds))
         return Kept(facet_steps(unit, value, keep, tokens.candidates))
