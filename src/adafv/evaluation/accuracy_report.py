@@ -128,7 +128,11 @@ class Scores:
         if not names:
             return None
         values = [mine[name] - (other[name] if minus else 0.0) for name in names]
-        return Mean(*interval(values, [self.questions[name].cluster for name in names]), len(names))
+        clusters = [self.questions[name].cluster for name in names]
+        mean, half = interval(values, clusters)
+        if len(set(values)) == 1:  # nothing varied, which is no certainty: the rule of three
+            half = min(1.0, 3 / len(set(clusters)))
+        return Mean(mean, half, len(names))
 
     def columns(self) -> dict[str, frozenset[str]]:
         """Kinds of questions and the marks of the data set, with the names of their questions."""
