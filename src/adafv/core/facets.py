@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adafv.core.greedy import max_min_search
-from adafv.core.likeness import cosines, min_max, unit_vectors
+from adafv.core.likeness import best_word_cosines, cosines, min_max
 from adafv.core.merging import rows_at
 from adafv.core.tokens import VisualTokens
 from adafv.errors import BudgetError
@@ -42,8 +42,8 @@ def worth(tokens: VisualTokens, unit: Tensor) -> Tensor:
         unit: [G, N, D], their features at length one.
     """
     words, shown = tokens.text, tokens.candidates
-    alike = cosines(unit_vectors(words.embeddings), unit).masked_fill(~words.mask.unsqueeze(-1), float("-inf"))
-    scores = torch.stack((alike.amax(1), tokens.saliency.float().clamp_min(0).sqrt()))
+    alike = best_word_cosines(words.embeddings, words.mask, unit)
+    scores = torch.stack((alike, tokens.saliency.float().clamp_min(0).sqrt()))
     text, salient = min_max(scores, shown) + FLOOR
     return (text * salient).sqrt().masked_fill(~shown, 0.0)
 

@@ -19,6 +19,16 @@ def cosines(ones: Tensor, others: Tensor) -> Tensor:
     return ones @ others.mT
 
 
+def best_word_cosines(text: Tensor, mask: Tensor, unit: Tensor) -> Tensor:
+    """[G, N], the cosine of each token ([G, N, D] of length one) to the word it is most like.
+
+    Args:
+        text: [G, T, D] embeddings of the words, of any length.
+        mask: [G, T] bool, the words that count.
+    """
+    return cosines(unit_vectors(text), unit).masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(-2)
+
+
 def self_cosines(unit: Tensor) -> Tensor:
     """[..., N, D] of length one -> [..., N, N], the same above and below the diagonal.
 

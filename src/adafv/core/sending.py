@@ -5,9 +5,9 @@ from torch import Tensor
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on the device. What comes from the host does not make the host wait until the device has caught up.
+    """`values` on the device. What comes from the host does not make the host wait until a GPU has caught up.
 
-    That is safe: memory that is not pinned is copied before the call returns, and nobody changes these tensors later. The
-    other way round the host has to wait, and does.
+    That is safe with CUDA: memory that is not pinned is copied before the call returns, and nobody changes these tensors
+    later. Other accelerators promise no such thing: there, and the other way round, the host waits.
     """
-    return values.to(device, non_blocking=values.is_cpu)
+    return values.to(device, non_blocking=values.is_cpu and device.type == "cuda")

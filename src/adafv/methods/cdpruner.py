@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adafv.core.greedy import Parts, determinantal_search
-from adafv.core.likeness import cosines, crop_of, masked_mean, min_max, unit_vectors
+from adafv.core.likeness import best_word_cosines, cosines, crop_of, masked_mean, min_max, unit_vectors
 from adafv.core.tokens import WORDS, Kept, VisualTokens
 from adafv.methods.base import Method
 from adafv.methods.checks import check_choice, check_sign
@@ -59,11 +59,10 @@ def relevance(tokens: VisualTokens, unit: Tensor, words: str, sign: int) -> Tens
     Args:
         unit: [G, N, D], the features at length one.
     """
-    text, mask = unit_vectors(tokens.text.embeddings), tokens.text.mask
-    alike = sign * cosines(text, unit)
+    text, mask = tokens.text.embeddings, tokens.text.mask
     if words == "mean":
-        return min_max(masked_mean(alike, mask), tokens.candidates)
-    return min_max(alike.masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(1), tokens.candidates)
+        return min_max(masked_mean(sign * cosines(unit_vectors(text), unit), mask), tokens.candidates)
+    return min_max(best_word_cosines(sign * text, mask, unit), tokens.candidates)
 
 
 def parts_of(tokens: VisualTokens, crops: str) -> Parts | None:

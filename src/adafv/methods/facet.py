@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from adafv.core.facets import facet_rounds, facet_steps, worth
-from adafv.core.greedy import Greedy, coverage_search, few_at_a_time
-from adafv.core.likeness import self_cosines, unit_vectors
+from adafv.core.likeness import unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods.base import Method
+from adafv.methods.scope import covering
 
 MOST_ROUNDS = 100
 """A slip of the finger is not to run for hours; a few rounds are enough."""
@@ -52,13 +52,7 @@ class Facet(Method):
         unit = unit_vectors(tokens.features.detach())
         value = worth(tokens, unit)
         if self.cover:
-            shown = tokens.candidates
-
-            def search(some: slice) -> Greedy:
-                alike = self_cosines(unit_vectors(tokens.signals[HIDDEN][some].detach()))
-                return coverage_search(alike, keep, value[some].square(), shown[some].float(), shown[some])
-
-            return Kept(few_at_a_time(len(shown), shown.shape[1] ** 2, search))
+            return covering(tokens, keep, value.square())
         if self.rounds:
             return Kept(facet_rounds(unit, value, keep, tokens.candidates, self.rounds))
         return Kept(facet_steps(unit, value, keep, tokens.candidates))

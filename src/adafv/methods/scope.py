@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from adafv.core.greedy import Greedy, Parts, coverage_search, few_at_a_time
 from adafv.core.likeness import self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, Kept, VisualTokens
@@ -43,15 +45,24 @@ class Scope(Method):
         check_choice("crops", self.crops, CROP_CHOICES)
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
-        shown, parts = tokens.candidates, parts_of(tokens, self.crops)
-        quality = tokens.saliency.detach().float() ** self.alpha
+        return covering(tokens, keep, tokens.saliency.detach().float() ** self.alpha, parts_of(tokens, self.crops))
 
-        def search(some: slice) -> Greedy:
-            alike = self_cosines(unit_vectors(tokens.signals[HIDDEN][some].detach()))
-            part = None
-            if parts is not None:
-                part = Parts(parts.of[some], parts.number)
-                alike.masked_fill_(part.of.unsqueeze(1) != part.of.unsqueeze(2), 0.0)
-            return coverage_search(alike, keep, quality[some], shown[some].float(), shown[some], part)
 
-        return Kept(few_at_a_time(len(shown), shown.shape[1] ** 2, search))
+def covering(tokens: VisualTokens, keep: int, quality: Tensor, parts: Parts | None = None) -> Kept:
+    """One after the other the token u with the largest quality_u * sum_j max(0, cos(j, u) - best_j), of the tower's output.
+
+    Args:
+        quality: [G, N], not negative.
+        parts: they do not see each other; None: one search over all.
+    """
+    shown = tokens.candidates
+
+    def search(some: slice) -> Greedy:
+        alike = self_cosines(unit_vectors(tokens.signals[HIDDEN][some].detach()))
+        part = None
+        if parts is not None:
+            part = Parts(parts.of[some], parts.number)
+            alike.masked_fill_(part.of.unsqueeze(1) != part.of.unsqueeze(2), 0.0)
+        return coverage_search(alike, keep, quality[some], shown[some].float(), shown[some], part)
+
+    return Kept(few_at_a_time(len(shown), shown.shape[1] ** 2, search))
