@@ -9,6 +9,7 @@ import typer
 from adafv.asking.failures import UsageError
 from adafv.cli.bench_accuracy import accuracy
 from adafv.cli.failures import failures_as_messages, put, say
+from adafv.cli.options import parts_of
 from adafv.cli.output import writable_folder, write_whole
 from adafv.printable import shortened
 
@@ -49,9 +50,9 @@ def speed(
 
         result = bench_speed(
             models or ([] if methods else ["bundled"]),
-            budgets=_listed(keep),
-            beside=_listed(method),
-            alone=_listed(methods),
+            budgets=parts_of(keep),
+            beside=parts_of(method),
+            alone=parts_of(methods),
             device=device,
             dtype=dtype,
             batch=batch,
@@ -71,7 +72,3 @@ def _check_file(path: Path) -> None:
     if path.is_dir():
         raise UsageError(f"--json {shortened(path)} is a folder; name a file in it")
     writable_folder("--json, in the folder", path.parent)
-
-
-def _listed(text: str) -> list[str]:
-    return [part for each in text.split(",") if (part := each.strip())]

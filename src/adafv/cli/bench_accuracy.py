@@ -10,7 +10,7 @@ import typer
 from adafv.asking.failures import UsageError, check_text
 from adafv.asking.models import about, checked_model, folder_or_id, hub_options
 from adafv.cli.failures import failures_as_messages, put, say, warnings_as_messages
-from adafv.cli.options import DTYPES, METHOD, RUN, DeviceOption, DtypeOption, ModelOption, TextOption, one_of
+from adafv.cli.options import DTYPES, METHOD, RUN, DeviceOption, DtypeOption, ModelOption, TextOption, one_of, parts_of
 from adafv.cli.output import counted, model_label, writable_folder, write_whole
 from adafv.core.budget import Budget
 from adafv.printable import shortened
@@ -221,7 +221,7 @@ class _Wish:
 
 
 def _listed(option: str, text: str) -> list[str]:
-    found = [part.strip() for part in text.split(",") if part.strip()]
+    found = parts_of(text)
     if not found:
         raise UsageError(f"{option} {shortened(text)!r} names nothing; give names, with commas between them")
     return list(dict.fromkeys(found))

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adafv.asking.failures import UsageError, check_text
-from adafv.asking.models import BUNDLED, checked_model, folder_or_id, hub_options
+from adafv.asking.models import checked_model, folder_or_id, hub_options
 from adafv.cli.failures import OutputError, failures_as_messages, put, say, warnings_as_messages
 from adafv.cli.options import DTYPES, METHOD, RUN, DeviceOption, DtypeOption, ModelOption, TextOption, one_of
+from adafv.cli.output import model_label, writable_folder, write_whole
 from adafv.core.budget import Budget
 from adafv.printable import printable, shortened
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _OUTPUT = "What to find out, and where to write it"
 FOLDER = Path("adafv-check")
 STORE, RESULT, PAGE = "answers.jsonl", "result.json", "report.html"
+KEPT = "the answers are kept: make room, and run the command again"
 _EVERY = 10.0
 """Seconds between two lines of progress, where standard error is no terminal."""
 
@@ -175,7 +177,7 @@ def _check(wish: _Wish) -> None:
     if wish.limit is not None:
         questions = _some(questions, wish.limit, wish.seed)
     ways = _ways(wish, budgets)
-    folder = _made(wish.output)
+    folder = writable_folder("--output", wish.output)
     from adafv.asking.session import Session, check_device
     from adafv.evaluation.answers import Asker
     from adafv.evaluation.check import Counted, as_text, result
@@ -202,8 +204,8 @@ def _check(wish: _Wish) -> None:
         wanted = Wanted(wish.max_loss / 100, by, wish.matching, wish.seed)
         counted = Counted(questions.questions, keys, store, ways, wanted)
         found = result(counted, _about(wish, model, asker, budgets, ways), questions.bad)
-    _write(folder / RESULT, as_text(found))
-    _write(folder / PAGE, page(found, _pictures(asker, counted, found)))
+    write_whole(folder / RESULT, as_text(found), KEPT)
+    write_whole(folder / PAGE, page(found, _pictures(asker, counted, found)), KEPT)
     for each in cautions(found):
         say(f"warning: {each}")
     if wish.as_json:
@@ -238,21 +240,6 @@ def _some(questions: "Questions", limit: int, seed: int) -> "Questions":
         return questions
     chosen = sorted(Random(f"questions {seed}").sample(range(len(listed)), limit))
     return Questions([listed[number] for number in chosen], questions.bad)
-
-
-def _made(folder: Path) -> Path:
-    """The folder, which can be written to."""
-    shown = f"--output {shortened(folder)}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise UsageError(f"{shown} is a file; name a folder") from error
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UsageError(f"{shown} cannot be made ({shortened(why)}); choose another place") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"{shown} may not be written to; choose another place")
-    return folder
 
 
 def _asked(
@@ -325,7 +312,7 @@ def _about(
     wish: _Wish, model: str, asker: "Asker", budgets: list[Budget], ways: "list[Configuration]"
 ) -> dict[str, Any]:
     """What the result says of the run: nothing of this machine."""
-    name = Path(model).name if model not in BUNDLED and os.path.isdir(model) else model
+    name = model_label(model)
     return {
         "model": name,
         "fingerprint": asker.fingerprint(),
@@ -359,20 +346,6 @@ def _pictures(asker: "Asker", counted: "Counted", found: dict[str, Any]) -> list
         except (AdaFVError, OSError):  # of a picture that is gone by now
             drawn.append(None)
     return drawn
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UsageError(
-            f"{shortened(path)} cannot be written ({shortened(error.strerror)}); the answers are kept: make room, and run "
-            "the command again"
-        ) from error
 
 
 def _print(table: Any, sentences: list[str]) -> None:

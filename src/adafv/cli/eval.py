@@ -21,6 +21,7 @@ from adafv.cli.options import (
     ModelOption,
     TextOption,
     one_of,
+    parts_of,
 )
 from adafv.core.budget import Budget
 from adafv.printable import shortened
@@ -119,14 +120,14 @@ def evaluate(
 
 def _budgets(keep: str) -> dict[str, Budget]:
     """Budgets by what was written, without repetitions."""
-    found = {word.strip(): Budget.of(word.strip()) for word in keep.split(",") if word.strip()}
+    found = {word: Budget.of(word) for word in parts_of(keep)}
     if not found:
         raise UsageError("--keep names no budget; such as --keep 640,320,160")
     return {word: budget for word, budget in found.items() if not budget.keeps_all}
 
 
 def _names(tasks: str) -> list[str]:
-    found = list(dict.fromkeys(word.strip() for word in tasks.split(",") if word.strip()))
+    found = list(dict.fromkeys(parts_of(tasks)))
     if not found:
         raise UsageError("--tasks names no task; such as --tasks pope,gqa")
     return found

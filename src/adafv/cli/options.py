@@ -63,3 +63,8 @@ def one_of(option: str, value: str, known: tuple[str, ...]) -> str:
 def with_shorthands(written: list[str] | None, **shorthands: str | None) -> list[str]:
     """What `--option` says, with the options that have a name of their own."""
     return [*(written or []), *(f"{name}={value}" for name, value in shorthands.items() if value is not None)]
+
+
+def parts_of(text: str) -> list[str]:
+    """What stands between commas, less what is empty."""
+    return [part for each in text.split(",") if (part := each.strip())]

@@ -25,28 +25,34 @@ def writable_folder(option: str, path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
             raise UsageError(f"{name} may not be written; choose another place")
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"{name} is a file, or lies in one; name a folder") from error
-    except OSError as error:
-        raise UsageError(f"{name} cannot be made ({shortened(error.strerror)}); choose another place") from error
+    except FileExistsError as error:
+        raise UsageError(f"{name} is a file; name a folder") from error
+    except NotADirectoryError as error:
+        raise UsageError(f"{name} lies in a file; name a folder") from error
+    except (OSError, ValueError) as error:
+        why = shortened(getattr(error, "strerror", None) or error)
+        raise UsageError(f"{name} cannot be made ({why}); choose another place") from error
     return path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
+def write_whole(path: Path, text: str, mend: str = "choose another place") -> None:
+    """Write a file whole or not at all; half letters, which a question may hold, as \\ud83d.
+
+    Args:
+        mend: what to do where it cannot be written.
 
     Raises:
         UsageError: it cannot be written.
     """
     beside = path.with_name(f".adafv-{os.getpid()}-{path.name}.tmp")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(beside, path)
     except OSError as error:
         with suppress(OSError):
             beside.unlink()
         why = shortened(error.strerror)
-        raise UsageError(f"{shortened(path)} cannot be written ({why}); choose another place") from error
+        raise UsageError(f"{shortened(path)} cannot be written ({why}); {mend}") from error
 
 
 def model_label(model: str) -> str:
