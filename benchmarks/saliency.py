@@ -30,6 +30,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,17 +46,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from adafv import Pruner
+from adafv.asking.session import Session
+from adafv.bundled import bundled_model
 from adafv.core import class_attention
 from adafv.core.received import patch_saliency, received_attention, sinks
 from adafv.core.tokens import SALIENCY, WORDS, Signal
-from adafv.evaluation.world.scenes import sample_scene
+from adafv.evaluation.drawn import held_out, side_for
+from adafv.evaluation.statistics import interval
+from adafv.evaluation.world.scenes import render, sample_scene
 from adafv.images import load_image
 from adafv.methods import Kept, Method, VisualTokens, method_named
-from benchmarks.accuracy import Asker, interval
-from benchmarks.budgets import BATCH, Answerer, held_out_questions
 from training.batches import normalised, patches_in, pixels
 
 PROBE = "adafv_saliency_probe"
+SUFFIX = " Answer the question using a single word or phrase."
+BATCH = 20
 DEPTHS = (0, -2, -4)
 """Layers that are tried, counted from the one whose output the projector reads."""
 
@@ -389,15 +394,28 @@ def patches_of_boxes(boxes: Sequence[Sequence[float]], width: int, height: int, 
     return inside.flatten()
 
 
+def loaded(folder: str = "", dtype: str = "float32") -> Session:
+    """A model of the testbed, or the bundled one."""
+    return Session.load(folder or str(bundled_model()), dtype, torch.device("cpu"))
+
+
+@torch.no_grad()
+def first_logits(session: Session, inputs: Any, pruner: Pruner | None = None) -> Tensor:
+    """[batch, vocabulary], of the first token of each answer."""
+    with nullcontext() if pruner is None else pruner(session.model):
+        logits: Tensor = session.model(**inputs, logits_to_keep=1).logits[:, -1]
+    return logits
+
+
 def photo_areas(testbed: str, photos: Path) -> Found:
-    asker = Asker(testbed, photos / "images", "bfloat16")
-    tower, tapped = asker.model.model.vision_tower, tapped_layer(asker.model)
+    session = loaded(testbed, "bfloat16")
+    tower, tapped = session.model.model.vision_tower, tapped_layer(session.model)
     found = Found("photographs")
     corners, sharpest = 0, 0.0
     facts = json.loads((photos / "images.json").read_text())
     for number, (name, about) in enumerate(facts.items()):
-        image = asker.processor.image_processor(load_image(str(photos / "images" / name)), return_tensors="pt")
-        layers = probe(tower, image["pixel_values"].to(asker.model.dtype))
+        image = session.processor.image_processor(load_image(str(photos / "images" / name)), return_tensors="pt")
+        layers = probe(tower, image["pixel_values"].to(session.model.dtype))
         scores = {name: score[0] for name, score in scores_of(layers, tapped).items()}
         side = round(scores[REFERENCE].numel() ** 0.5)
         kinds: dict[str, list[list[float]]] = defaultdict(list)
@@ -412,8 +430,8 @@ def photo_areas(testbed: str, photos: Path) -> Found:
 
 
 def scene_areas(scenes: int) -> Found:
-    answerer = Answerer()
-    tower, tapped = answerer.model.model.vision_tower, tapped_layer(answerer.model)
+    model = loaded().model
+    tower, tapped = model.model.vision_tower, tapped_layer(model)
     found = Found("drawn scenes")
     for number in range(scenes):
         scene = sample_scene("validation", number)
@@ -509,9 +527,10 @@ def _give(arms: list[Arm], scores: dict[str, Tensor], seed: int) -> None:
 def photo_answers(
     testbed: str, photos: Path, names: Sequence[str], keeps: Sequence[float], share: tuple[int, int]
 ) -> Found:
-    asker = Asker(testbed, photos / "images", "bfloat16")
-    tower, tapped = asker.model.model.vision_tower, tapped_layer(asker.model)
-    arms = arms_of(names, keeps, asker.processor)
+    session = loaded(testbed, "bfloat16")
+    tower, tapped = session.model.model.vision_tower, tapped_layer(session.model)
+    arms = arms_of(names, keeps, session.processor)
+    words = [session.processor.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No")]
     by_image: dict[str, list[dict[str, str]]] = defaultdict(list)
     for line in (photos / "presence.jsonl").read_text().splitlines():
         question = json.loads(line)
@@ -523,15 +542,17 @@ def photo_answers(
     wanted = [image for image in by_image if numbers[image] % share[1] == share[0]]
     for done, image in enumerate(wanted, 1):
         questions = by_image[image]
-        inputs = asker.inputs(image, [question["text"] for question in questions])
+        picture = load_image(str(photos / "images" / image))
+        inputs = session.batch([picture] * len(questions), [question["text"] + SUFFIX for question in questions])
         labels = [question["label"] == "yes" for question in questions]
         _give(arms, scores_of(probe(tower, inputs["pixel_values"][:1]), tapped), numbers[image])
 
-        def right(answers: list[bool], labels: list[bool] = labels) -> list[float]:
-            return [float(answer == label) for answer, label in zip(answers, labels, strict=True)]
+        def right(logits: Tensor, labels: list[bool] = labels) -> list[float]:
+            yes, no = logits[:, words].unbind(-1)
+            return [float(answer == label) for answer, label in zip((yes > no).tolist(), labels, strict=True)]
 
-        full = right(asker.says_yes(inputs, None))
-        given = [(arm, right(asker.says_yes(inputs, arm.pruner))) for arm in arms]
+        full = right(first_logits(session, inputs))
+        given = [(arm, right(first_logits(session, inputs, arm.pruner))) for arm in arms]
         _add_answers(found, [numbers[image]] * len(labels), full, given)
         if done % 20 == 0:
             print(f"{done} photographs, {time.monotonic() - start:.0f} s", flush=True)
@@ -539,22 +560,24 @@ def photo_answers(
 
 
 def scene_answers(count: int, names: Sequence[str], keeps: Sequence[float], share: tuple[int, int]) -> Found:
-    answerer = Answerer()
-    tower, tapped = answerer.model.model.vision_tower, tapped_layer(answerer.model)
-    arms = arms_of(names, keeps, answerer.processor)
+    session = loaded()
+    tower, tapped = session.model.model.vision_tower, tapped_layer(session.model)
+    arms = arms_of(names, keeps, session.processor)
     found = Found("drawn scenes")
-    questions = [asked for asked in held_out_questions(count) if asked[0].number % share[1] == share[0]]
+    questions = [asked for asked in held_out(count) if asked[0].number % share[1] == share[0]]
     start = time.monotonic()
     for first in range(0, len(questions), BATCH):
         batch = questions[first : first + BATCH]
-        inputs = answerer.inputs(batch)
+        images = [render(scene, side_for(session.model))[0] for scene, _ in batch]
+        inputs = session.batch(images, [question.text for _, question in batch])
         _give(arms, scores_of(probe(tower, inputs["pixel_values"]), tapped), first)
 
-        def right(answers: list[str], batch: Any = batch) -> list[float]:
-            return [float(answer == question.answer) for answer, (_, question) in zip(answers, batch, strict=True)]
+        def right(logits: Tensor, batch: Any = batch) -> list[float]:
+            said = [session.processor.decode([token]) for token in logits.argmax(-1).tolist()]
+            return [float(word == question.answer) for word, (_, question) in zip(said, batch, strict=True)]
 
-        full = right(answerer.answers(inputs))
-        given = [(arm, right(answerer.answers(inputs, arm.pruner))) for arm in arms]
+        full = right(first_logits(session, inputs))
+        given = [(arm, right(first_logits(session, inputs, arm.pruner))) for arm in arms]
         _add_answers(found, [scene.number for scene, _ in batch], full, given)
         if (first // BATCH) % 10 == 9:
             print(f"{first + BATCH} questions, {time.monotonic() - start:.0f} s", flush=True)

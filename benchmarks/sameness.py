@@ -120,11 +120,11 @@ class Prompt:
 
 def batches_of(questions: int) -> dict[str, list[list[Prompt]]]:
     """Per bundled checkpoint, its prompts in batches: the same ones whoever asks for as many, two a scene."""
+    from adafv.evaluation.drawn import held_out
     from adafv.evaluation.world.scenes import render, sample_scene
-    from benchmarks.budgets import held_out_questions
 
     # Photographic backgrounds need a package that not every environment has.
-    made = held_out_questions(questions, photos=False)
+    made = list(held_out(questions, photos=False))
     first_share = max(1, round(questions * MODELS["llava"]))
     shares = {"llava": range(first_share), "llava-next": range(first_share, questions)}
     found: dict[str, list[list[Prompt]]] = {}

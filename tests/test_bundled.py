@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 
 import training.samples
 from adafv import AdaFV
+from adafv.asking.session import Session
 from adafv.bundled import MODELS, bundled_model, sample_pictures
 from adafv.cli import app
 from adafv.errors import OptionError
 from adafv.evaluation.world.questions import Question, ask
 from adafv.evaluation.world.scenes import render, sample_scene
 from adafv.prompts.text import ChatTemplate
-from benchmarks.accuracy import batch_of
 
 # What the shipped weights reach (0.985, 0.970, 0.930; 0.967), less a few questions for other machines' rounding.
 FLOORS = {
@@ -158,7 +158,7 @@ def accuracy(name: str, keep: float, size: int = 20) -> float:
         for start in range(0, len(questions), size):
             some = questions[start : start + size]
             pictures = [render(sample_scene("test", number, photos=False), SIDES[name])[0] for number, _ in some]
-            inputs = batch_of(processor, pictures, [question.text for _, question in some])
+            inputs = Session(model, processor).batch(pictures, [question.text for _, question in some])
             said = processor.tokenizer.batch_decode(generate(model, inputs), skip_special_tokens=True)
             right += sum(answer.strip() == question.answer for answer, (_, question) in zip(said, some, strict=True))
     return right / len(questions)
@@ -178,7 +178,7 @@ class TestAccuracy:
 def test_is_the_same_after_use(name: str) -> None:
     model, processor = loaded(name)
     picture = Image.open(sample_pictures()[0])
-    inputs = batch_of(processor, [picture], ["describe the picture."])
+    inputs = Session(model, processor).batch([picture], ["describe the picture."])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     use = partial(generate, model, inputs, 8)
     stock = use()

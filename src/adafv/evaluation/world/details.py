@@ -3,7 +3,7 @@
 A tag is drawn for a picture of `FINE` pixels, which the twin sees as four crops. In the thumbnail, half as large, nothing
 is left of a pattern: its lines are one pixel wide, and two of them make one pixel of the plain grey that "plain" is made
 of. Of a letter, 5 x 7 pixels with strokes of one, a smear is left. What can be told of it is a matter of measurement
-(`benchmarks.details`).
+(`adafv bench accuracy --details`).
 
 These scenes are a layer of their own, with seeds of their own: scenes, pictures and questions of `scenes` and `questions`
 are untouched by them. Their questions are for models that see crops; for others they have no answer.

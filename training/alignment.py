@@ -1,6 +1,6 @@
 """Does the premise of the method hold? Two areas under the curve, after every stage of training.
 
-    python -m benchmarks.alignment training/run/tower.pt training/run/projector.pt training/run/together.pt
+    python -m training.alignment training/run/tower.pt training/run/projector.pt training/run/together.pt
 
 - word: the similarity of an object's word (its input embedding) with the projected visual tokens, against its box.
 - question: the same for the method's own text-to-image attention of a whole question that names the object.
@@ -25,8 +25,8 @@ from torch.nn.functional import normalize
 from adafv.core import text_to_image_attention
 from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families.llava import Llava
+from adafv.evaluation.statistics import interval
 from adafv.evaluation.world.scenes import sample_scene
-from benchmarks.accuracy import interval
 from training.architecture import SIDE
 from training.batches import normalised, patches_in, pixels
 from training.conversations import encode
