@@ -1,10 +1,12 @@
 """Shared settings: no network, quiet transformers, one thread (small models are slower with two that wait for each other)."""
 
+import gc
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+gc.disable()  # until all is collected: imports leave nothing behind, and looking through them takes seconds of each process
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,6 +24,19 @@ def pytest_configure(config: pytest.Config) -> None:
         import fixtures
 
         config.pluginmanager.register(fixtures, "adafv fixtures")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage, by a test neither, looks through it again."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Its plugin imports hypothesis, for two seconds, to sum up what it did, if only to say that it did nothing."""
+    if "hypothesis" not in sys.modules:
+        session.config.pluginmanager.unregister(name="hypothesispytest")
 
 
 def pytest_unconfigure() -> None:
