@@ -117,6 +117,7 @@ class TestDetails:
         assert set(counts.values()) == {10}
         assert all(scene.split == "test" for scene, _ in asked)
 
+    @pytest.mark.release  # seventeen seconds; test_command runs them all on ten questions
     def test_each_run_sees_what_it_is_named_after(self) -> None:
         """On plain scenes, where the bundled model needs no crops; a blank picture tells it nothing."""
         questions = held_out_questions(20, photos=False)
