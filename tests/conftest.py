@@ -16,6 +16,12 @@ import pytest
 from pairwise import Case, every_pair, every_pair_of, slice_of
 
 
+LONGEST = (
+    "oracle ways_of_calling every_family training contract page merging_methods quantised inside_methods world".split()
+)
+"""Files that take longest. They are begun first, so that no process is left with one of them when the others are done."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The process that hands tests out to others (pytest-xdist) collects none, so it is spared ten seconds of imports.
 
@@ -62,6 +68,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def case(item: pytest.Item) -> Case | None:
         return Case.of(getattr(item, "originalname", item.name), parameters_of(item))
 
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     items[:] = [item for item in items if exists(parameters_of(item))]
     if os.environ.get("ADAFV_WHOLE"):
         return
