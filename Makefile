@@ -14,8 +14,8 @@ TESTED  := $(patsubst transformers==%,%,$(filter transformers==%,$(file < constr
 # Compiling whole packages to bytecode takes as long as unpacking them; what is imported is compiled then.
 PIP     := install --quiet --disable-pip-version-check --no-compile
 # Tests use one thread each, so they share the cores by running side by side. A file stays with one process, which builds
-# its models and starts its server once; the whole product of a file is too much for one.
-WORKERS := -n auto --maxprocesses 4 $(if $(ADAFV_WHOLE),,--dist loadfile)
+# its models and starts its server once (in the order of tests/conftest.py); the whole product of a file is too much for one.
+WORKERS := -n auto --maxprocesses 4 $(if $(ADAFV_WHOLE),,--dist loadfile --no-loadscope-reorder)
 
 # Put before what takes long; .ci/run has it say the seconds.
 TIMED   :=

@@ -10,6 +10,7 @@ All tests share one such parent, those of several processes of pytest-xdist too.
 
 import array
 import fcntl
+import gc
 import json
 import os
 import runpy
@@ -207,8 +208,11 @@ def _serve(address: str, owner: int) -> dict[str, Any]:
     import importlib
     import importlib.util
 
+    gc.disable()
     for name in (*PRELOADED, *(FOR_THE_PAGE if importlib.util.find_spec("gradio") else ())):
         importlib.import_module(name)
+    gc.freeze()  # no forked process looks through what was imported
+    gc.enable()
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(f"{address}.new")
     listening.listen(16)

@@ -74,14 +74,18 @@ def every_pair(product: Sequence[Case]) -> set[Case]:
     return chosen
 
 
-def every_pair_of(product: Sequence[Mapping[str, Hashable]]) -> list[int]:
-    """Of a test's parameters (name: value), the places of as few as a greedy choice finds with every pair of two values."""
-    pairs = [set(combinations(sorted(parameters.items(), key=str), 2)) for parameters in product]
-    missing, chosen = set[Any]().union(*pairs), []
+def every_pair_of(product: Sequence[Mapping[str, Hashable]], together: int = 2) -> list[int]:
+    """Of a test's parameters (name: value), the places of as few as a greedy choice finds with every pair of two values.
+
+    Args:
+        together: 2; or 1, for every value alone.
+    """
+    found = [set(combinations(sorted(parameters.items(), key=str), together)) for parameters in product]
+    missing, chosen = set[Any]().union(*found), []
     while missing:
-        best = max(range(len(pairs)), key=lambda place: len(pairs[place] & missing))
+        best = max(range(len(found)), key=lambda place: len(found[place] & missing))
         chosen.append(best)
-        missing -= pairs[best]
+        missing -= found[best]
     return chosen
 
 

@@ -33,13 +33,19 @@ def shared_model(row: FamilyRow, dtype: torch.dtype = torch.float32) -> Iterator
 
 
 def state_of(model: Any) -> tuple[Any, ...]:
-    """What a test could change of a model; a weight that is written to counts its versions."""
-    modules = list(model.modules())
-    return (
-        [type(module) for module in modules],
-        [own_hooks(module) for module in modules],
-        ["forward" in vars(module) for module in modules],
-        [module.training for module in modules],
-        [(id(weight), weight._version) for weight in (*model.parameters(), *model.buffers())],
-        repr(model.generation_config),
-    )
+    """What a test could change of a model; a weight that is written to counts its versions.
+
+    Without `modules()`, `parameters()` and their like, which each walk through all of the model and know names.
+    """
+    modules, weights, waiting, seen = [], [], [model], set()
+    while waiting:
+        module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        inside = vars(module)
+        modules.append((id(module), type(module), own_hooks(module), "forward" in inside, module.training))
+        for held in (inside["_parameters"], inside["_buffers"]):
+            weights += [(id(weight), weight._version) for weight in held.values() if weight is not None]
+        waiting += inside["_modules"].values()
+    return modules, weights, repr(vars(model.generation_config))

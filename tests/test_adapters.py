@@ -21,7 +21,7 @@ peft = pytest.importorskip("peft")
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 KEEP = 0.3
-GREEDY = {"max_new_tokens": 5, "do_sample": False}
+GREEDY = {"max_new_tokens": 3, "do_sample": False}
 rows = pytest.mark.parametrize(
     "row", [row for row in FAMILIES if row.name in ("llava", "llava-next")], ids=lambda row: row.name
 )
@@ -80,6 +80,7 @@ def test_unmerged(row: FamilyRow, adapter: str, task: str | None) -> None:
         assert torch.equal(model.generate(**inputs, **GREEDY), answer)
 
 
+@pytest.mark.each
 @rows
 @pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != "projector-trained-whole"])
 def test_merged(row: FamilyRow, adapter: str) -> None:
@@ -98,6 +99,7 @@ def test_merged(row: FamilyRow, adapter: str) -> None:
         assert_oracle(merged, inputs, logits, handle.last.keep_mask)
 
 
+@pytest.mark.each
 @rows
 @pytest.mark.parametrize("adapter", ["tower", "both", "dora"])
 def test_saliency_is_read_through_the_adapter(row: FamilyRow, adapter: str) -> None:

@@ -149,6 +149,7 @@ def test_two_different_images(place: tuple[FamilyRow, Any], name: str) -> None:
     same_logits(found, logits, inputs["attention_mask"], expected.keep_mask, 2e-5, 2e-5)
 
 
+@pytest.mark.each  # every pair: test_two_different_images
 @pytest.mark.parametrize("name", SELECTING)
 def test_generate(place: tuple[FamilyRow, Any], name: str) -> None:
     row, model = place

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,7 +43,7 @@ scores = st.integers(1, 40).flatmap(
 
 
 @given(scores)
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @pytest.mark.parametrize("search", SEARCHES)
 def test_exactly_k_distinct_tokens_in_order(search: str, case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
     text, saliency, keep = case
@@ -55,7 +56,7 @@ def test_exactly_k_distinct_tokens_in_order(search: str, case: tuple[torch.Tenso
 
 
 @given(scores)
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_joint_is_never_below_split(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
     text, saliency, keep = case
     split = split_search(text, saliency, keep).objective
@@ -129,7 +130,7 @@ def test_an_image_does_not_depend_on_its_group() -> None:
 
 
 @given(st.integers(2, 10), st.data())
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_certificates_hold_against_brute_force(tokens: int, data: st.DataObject) -> None:
     keep = data.draw(st.integers(1, tokens))
     text, saliency = (heavy_tailed(tokens, data.draw(st.integers(0, 10_000))) for _ in range(2))
@@ -185,7 +186,7 @@ small = st.integers(1, 3).flatmap(
 
 
 @given(small)
-@settings(max_examples=400, deadline=None)
+@examples(400)
 def test_joint_is_the_best_of_all_sets_where_these_are_few(case: tuple[int, tuple[list[float], list[float]]]) -> None:
     keep, pair = case
     text, saliency = (torch.tensor(scores) for scores in pair)
@@ -210,7 +211,7 @@ def first_of_the_best(
 
 
 @given(small, st.data())
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_of_equally_good_sets_the_one_with_the_lower_indices(
     case: tuple[int, tuple[list[float], list[float]]], data: st.DataObject
 ) -> None:
@@ -281,7 +282,7 @@ def test_few_tokens_of_images_side_by_side(keep: int) -> None:
 
 
 @given(small, st.integers(6, 8), st.sampled_from(["joint", "frank-wolfe"]))
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_the_certificate_holds_where_not_all_sets_are_tried(
     case: tuple[int, tuple[list[float], list[float]]], tried: int, search: str
 ) -> None:
@@ -364,7 +365,7 @@ def test_certificate_is_below_one_percent_in_the_median(tokens: int, keep: int) 
 
 
 @given(scores)
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_scale_of_either_score_does_not_matter(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
     text, saliency, keep = case
     text, saliency = text.clamp_min(1e-3), saliency.clamp_min(1e-3)
@@ -464,7 +465,7 @@ def test_class_attention_is_the_first_row_of_softmax() -> None:
 
 
 @given(st.integers(1, 5), st.integers(1, 8), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_text_attention_by_its_definition(words: int, tokens: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     text, visual = torch.randn(words, 6, generator=generator), torch.randn(tokens, 6, generator=generator)

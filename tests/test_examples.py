@@ -120,8 +120,4 @@ def test_each_is_short_tested_and_says_how_to_call_it(path: Path) -> None:
 
 def run(name: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    script = str(EXAMPLES / f"{name}.py")
-    if name == "captions":  # one by Python itself
-        command = [sys.executable, script]
-        return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=600)
-    return forking.ran([script], cwd=folder, env=variables, timeout=600)
+    return forking.ran([str(EXAMPLES / f"{name}.py")], cwd=folder, env=variables, timeout=600)

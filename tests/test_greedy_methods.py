@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from test_operations import MOST_OPERATIONS, Watched
 from torch import Tensor
@@ -465,7 +466,7 @@ def test_facet_in_rounds_keeps_little_at_a_time() -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 23), st.sampled_from([0, 1, 3]))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_facet_does_not_depend_on_the_order_of_the_tokens(seed: int, keep: int, rounds: int) -> None:
     tokens = images(1, 2, seed=seed)
     unit = unit_vectors(tokens.features)
@@ -564,7 +565,7 @@ SEARCHES: dict[str, Callable[[Tensor, int, Tensor, Tensor | None], Greedy]] = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     search=st.sampled_from(sorted(SEARCHES)),
     groups=st.integers(1, 3),
@@ -600,7 +601,7 @@ def test_what_every_search_returns(
     assert torch.equal(again.order.flip(0), found.order)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(count=st.integers(2, 20), width=st.integers(2, 8), seed=st.integers(0, 2**20))
 def test_gains_are_what_is_gained(count: int, width: int, seed: int) -> None:
     unit, worth = drawn(seed, 1, count, width), uniform(seed, 1, count) + 0.1
@@ -622,7 +623,7 @@ def test_gains_are_what_is_gained(count: int, width: int, seed: int) -> None:
     torch.testing.assert_close(points.gains[0].double().cumprod(0), torch.stack(sizes), atol=1e-5, rtol=1e-2)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     groups=st.integers(1, 3),
     count=st.integers(1, 60),

@@ -212,7 +212,7 @@ def test_every_family_is_served_or_refused_by_name(family: str, name: str) -> No
         inputs = make_inputs(row, model, [1])
         decoder = type(getattr(model.model, "language_model", None)).__name__
         if decoder in DECODERS:
-            check_against_the_oracle(model, inputs, method_named(name), 0.3, new=4)
+            check_against_the_oracle(model, inputs, method_named(name), 0.3, new=2)
             return
         with (
             pruner(name, 0.3)(model),

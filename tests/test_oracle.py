@@ -43,15 +43,15 @@ GENERATE = {
     "beams-return": {"num_beams": 3, "num_return_sequences": 2},
     "static-cache": {"cache_implementation": "static"},
     "no-cache": {"use_cache": False},
-    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
+    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 3},
     "encoder-penalties": {"encoder_repetition_penalty": 1.4, "encoder_no_repeat_ngram_size": 2},
     "guidance": {"guidance_scale": 1.7},
-    "decaying-length": {"exponential_decay_length_penalty": (2, 1.5)},
+    "decaying-length": {"exponential_decay_length_penalty": (1, 1.5)},
     "chunked-prefill": {"prefill_chunk_size": 7},
 }
 EXPANDING = {"beams", "beam-sample", "return-sequences", "beams-return"}
 DECODED = {
-    "max_new_tokens": 4,
+    "max_new_tokens": 3,  # by the prompt, by the first step of decoding, and by one after another
     "return_dict_in_generate": True,
     "output_logits": True,
     "suppress_tokens": [IMAGE, VIDEO],  # random models say anything
@@ -372,7 +372,7 @@ def test_decoding_by_hand_with_forward(any_family: FamilyRow, any_model: Any, ba
         output = model(**inputs, use_cache=True)
         kept = adafv.last.keep_mask
         tokens, logits = [], []
-        for _ in range(4):
+        for _ in range(3):
             logits.append(output.logits[:, -1])
             tokens.append(logits[-1][:, :VIDEO].argmax(-1, keepdim=True))  # no placeholder: random models say anything
             mask = torch.cat((mask, torch.ones(rows, 1, dtype=torch.long)), 1)
@@ -381,9 +381,9 @@ def test_decoding_by_hand_with_forward(any_family: FamilyRow, any_model: Any, ba
     visuals = {name: value for name, value in inputs.items() if name in VISUAL_INPUTS}
     types = token_types(any_family, conversation, inputs["input_ids"].shape[1])
     whole = {"input_ids": conversation, "attention_mask": mask, **types, **visuals}
-    full = torch.cat((kept, torch.ones(rows, 4, dtype=torch.bool)), 1)
+    full = torch.cat((kept, torch.ones(rows, 3, dtype=torch.bool)), 1)
     with torch.no_grad():
-        expected = model(**oracle_for(any_family, model, whole, full)).logits[:, -5:-1]
+        expected = model(**oracle_for(any_family, model, whole, full)).logits[:, -4:-1]
     torch.testing.assert_close(torch.stack(logits, 1), expected, **TOLERANCE)
 
 

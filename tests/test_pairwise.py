@@ -78,6 +78,14 @@ def test_pairs_of_any_parameters() -> None:
     assert 12 <= len(chosen) < 16
 
 
+def test_each_value_of_any_parameters() -> None:
+    product = [dict(zip("ab", values)) for values in itertools.product(range(3), range(5))]
+    chosen = [product[place] for place in every_pair_of(product, together=1)]
+    assert {case["a"] for case in chosen} == set(range(3))
+    assert {case["b"] for case in chosen} == set(range(5))
+    assert len(chosen) == 5
+
+
 def is_a_slice(selected: set[Case], product: list[Case]) -> None:
     assert selected < set(product)
     for value in ("family", "mode", "batch"):

@@ -31,7 +31,11 @@ QUESTION = "what is the cat holding?"
 ROWS = {row.name: row for row in FAMILIES}
 
 
-@pytest.fixture(scope="module", params=PROCESSORS)
+HERE = NEED_TORCHVISION if HAVE_TORCHVISION and not os.environ.get("ADAFV_WHOLE") else PROCESSORS
+"""With torchvision, before a release alone those, too, that `make test` runs without."""
+
+
+@pytest.fixture(scope="module", params=HERE)
 def trio(request: pytest.FixtureRequest) -> tuple[FamilyRow, Any, Any]:
     row = ROWS[request.param]
     model = row.build()

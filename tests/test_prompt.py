@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from adafv.core import ImageLayout
@@ -28,7 +29,7 @@ def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @given(batches())
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_every_row_keeps_its_tokens_in_order(case: tuple[torch.Tensor, torch.Tensor]) -> None:
     attended, stays = case
     dropped = (~stays).sum(1).tolist()
@@ -57,7 +58,7 @@ def test_every_row_keeps_its_tokens_in_order(case: tuple[torch.Tensor, torch.Ten
 
 
 @given(batches(), st.lists(st.booleans(), min_size=4, max_size=4))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_rows_without_an_image_may_lose_trailing_padding(
     case: tuple[torch.Tensor, torch.Tensor], text: list[bool]
 ) -> None:
@@ -85,7 +86,7 @@ def test_rows_without_an_image_may_lose_trailing_padding(
 
 
 @given(batches(), st.integers(1, 14))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_values_are_given_back_where_they_were(case: tuple[torch.Tensor, torch.Tensor], last: int) -> None:
     attended, stays = case
     found = compact(attended, (~stays).sum(1).tolist(), stays)

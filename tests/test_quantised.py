@@ -37,7 +37,7 @@ pytest.importorskip("accelerate")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of every cast to float16, once a layer
 
 KEEP = 0.3
-GREEDY = {"max_new_tokens": 5, "do_sample": False}
+GREEDY = {"max_new_tokens": 3, "do_sample": False}
 NOT_THE_TOWER = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 ROWS = [row for row in FAMILIES if row.name in ("llava", "llava-next")]
 
@@ -100,6 +100,7 @@ def worst(mine: list[Tensor], theirs: list[Tensor]) -> float:
     return max(float((one - two).abs().max()) for one, two in zip(mine, theirs, strict=True))
 
 
+@pytest.mark.pairs
 @rows
 @schemes
 @towers
@@ -128,6 +129,7 @@ def test_pruned_is_the_prompt_shortened_by_hand(row: FamilyRow, scheme: str, tow
     assert saliency.nan_to_num().max() > 0
 
 
+@pytest.mark.each
 @rows
 @schemes
 def test_saliency_is_read_through_quantised_layers(row: FamilyRow, scheme: str) -> None:
@@ -149,6 +151,7 @@ def test_saliency_is_read_through_quantised_layers(row: FamilyRow, scheme: str) 
     torch.testing.assert_close(pruner.last.saliency[0][shown], expected[source], atol=2e-3, rtol=5e-2)
 
 
+@pytest.mark.pairs
 @rows
 @towers
 @pytest.mark.parametrize(
@@ -172,6 +175,7 @@ def test_oracle(row: FamilyRow, tower: str, scheme: str, dtype: torch.dtype, tol
     assert worst(mine, theirs) < tolerance
 
 
+@pytest.mark.pairs
 @rows
 @towers
 @pytest.mark.parametrize("scheme", ["torchao-int8-dynamic", "bitsandbytes-int8"])
@@ -225,6 +229,7 @@ def test_outliers_of_masked_tokens_count_in_llm_int8(row: FamilyRow) -> None:
     assert found["bitsandbytes-int8"] > 1e-4
 
 
+@pytest.mark.each
 @rows
 @schemes
 def test_saved_from_inside_the_block(row: FamilyRow, scheme: str, tmp_path: Path) -> None:

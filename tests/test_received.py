@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from adafv.core.received import patch_saliency, received_attention, sinks
@@ -32,7 +33,7 @@ def taken(layer: Layer, order: torch.Tensor) -> Layer:
 
 
 @given(layers)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_received_equals_the_formula_and_sums_to_one(layer: Layer) -> None:
     query, key, scaling = attended(layer)
     naive = (query @ key.transpose(-1, -2) * scaling).softmax(-1).mean(-2)
@@ -42,7 +43,7 @@ def test_received_equals_the_formula_and_sums_to_one(layer: Layer) -> None:
 
 
 @given(layers, st.data())
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_ignored_patches_might_as_well_not_be_there(layer: Layer, data: st.DataObject) -> None:
     patches = layer["query"].shape[-2]
     stays = torch.tensor(data.draw(st.lists(st.booleans(), min_size=patches, max_size=patches)))
@@ -57,7 +58,7 @@ def test_ignored_patches_might_as_well_not_be_there(layer: Layer, data: st.DataO
 
 
 @given(layers, st.integers(1, 50))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_the_size_of_the_blocks_does_not_matter(layer: Layer, rows: int) -> None:
     torch.testing.assert_close(
         received_attention(*attended(layer), rows=rows), received_attention(*attended(layer), rows=1000)
@@ -65,7 +66,7 @@ def test_the_size_of_the_blocks_does_not_matter(layer: Layer, rows: int) -> None
 
 
 @given(layers, st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_the_order_of_the_patches_does_not_matter(layer: Layer, random: Any) -> None:
     order = list(range(layer["query"].shape[-2]))
     random.shuffle(order)
@@ -74,7 +75,7 @@ def test_the_order_of_the_patches_does_not_matter(layer: Layer, random: Any) -> 
 
 
 @given(layers)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_saliency_is_received_times_squared_deviation(layer: Layer) -> None:
     stays = ~sinks(layer["features"])
     rest = taken(layer, stays.nonzero()[:, 0])
@@ -88,7 +89,7 @@ def test_saliency_is_received_times_squared_deviation(layer: Layer) -> None:
 
 
 @given(layers, st.floats(0.1, 10), st.floats(-5, 5))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_saliency_does_not_depend_on_the_scale_or_the_middle_of_the_values(
     layer: Layer, scale: float, shift: float
 ) -> None:

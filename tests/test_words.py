@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from chats import IMAGE, LETTERS, TEMPLATES, TOKENIZERS, Chat, found, learned, tokenizer, write
-from hypothesis import HealthCheck, assume, given, settings
+from drawn import examples
+from hypothesis import HealthCheck, assume, given
 from hypothesis import strategies as st
 
 from adafv.errors import PromptError
@@ -131,7 +132,7 @@ layouts = st.sampled_from(
 
 
 @given(st.sampled_from(EVERY), layouts, st.lists(words, min_size=4, max_size=4), st.integers(0, 3), st.booleans())
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(600, suppress_health_check=[HealthCheck.too_slow])
 def test_the_columns_are_those_of_the_users_words(
     way: tuple[str, str], layout: tuple[str, ...], said: list[str], padding: int, later: bool
 ) -> None:

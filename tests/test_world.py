@@ -8,8 +8,9 @@ from random import Random
 
 import numpy
 import pytest
+from drawn import examples
 from facts import right_answer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from adafv.evaluation.world import details
@@ -36,8 +37,8 @@ splits = st.sampled_from(SPLITS)
 numbers = st.integers(0, 10**9)
 scenes = st.builds(sample_scene, splits, numbers, photos=st.just(False))
 seeds = st.integers(0, 2**32)
-few = settings(max_examples=40, deadline=None)  # each draws pictures
-many = settings(max_examples=200, deadline=None)
+few = examples(40)  # each draws pictures
+many = examples(200)
 
 
 def some(split: str, count: int) -> list[Scene]:

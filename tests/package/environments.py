@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -100,6 +101,19 @@ class Environment:
         constraints = {"PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
         done = subprocess.run(command, env={**clean_variables(), **constraints}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+    def link(self, name: str, release: str) -> None:
+        """Has a package of the Python that runs this, without what it needs: for pip, it is there.
+
+        Torch is nearly a gigabyte, which takes pip half a minute of a core to unpack.
+        """
+        found = distribution(name)
+        assert found.version.partition("+")[0] == release
+        assert found.files is not None
+        folder = Path(str(found.locate_file("")))
+        here = self.folder / "lib" / f"python{self.release}" / "site-packages"
+        for part in {path.parts[0] for path in found.files} - {"..", "__pycache__"}:
+            (here / part).symlink_to(folder / part)
 
     def installed(self) -> dict[str, str]:
         """Name and release of every package, as pip lists them."""

@@ -35,12 +35,19 @@ else:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
 
+    # Imports leave no garbage, and looking for it takes seconds: `engine` does, once for each.
+    gc.disable()
     # An engine looks through all modules, for seconds, to put its own in the place of a few functions: once is enough.
     from vllm.platforms.cpu import CpuPlatform
 
     if hasattr(CpuPlatform, "register_triton_kernel_overrides"):
         register = functools.cache(CpuPlatform.register_triton_kernel_overrides)
         CpuPlatform.register_triton_kernel_overrides = staticmethod(register)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,14 +20,14 @@ from adafv.core.encoded import TowerCache
 from adafv.engines.serving.request import Wish
 from adafv.errors import BudgetError, UnsupportedCallError
 
-PICTURES = ("bird", "cars", "key", "tree")
+PICTURES = ("bird", "cars", "key")
 QUESTIONS = (
     "What color is the banana?",
     "How many cars are there?",
     "Is there a key?",
     "What color is the background?",
 )
-KEEPS = (8, 36, 0.1)
+KEEPS = (8, 0.1)
 Case = tuple[str, str, float]
 CASES: list[Case] = list(itertools.product(PICTURES, QUESTIONS, KEEPS))
 random.Random(0).shuffle(CASES)
@@ -327,7 +327,7 @@ def test_a_name_given_by_the_client_is_the_pictures_alone(fresh: Any, expected: 
 
 def test_one_name_for_two_pictures(fresh: Any, expected: dict[Case, Answered]) -> None:
     """Whoever asks something new about a name is answered about the picture that was sent."""
-    for question, name in zip(QUESTIONS, PICTURES, strict=True):
+    for question, name in zip(QUESTIONS[: len(PICTURES)], PICTURES, strict=True):
         output = generate(fresh, [prompt(fresh, chat(picture(name), question), 8, ["mine"])])[0]
         assert alike(output, expected[name, question, 8].output)
 
