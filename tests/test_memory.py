@@ -1,6 +1,7 @@
-"""What a pruned call keeps alive: what the tower made of an image is gone when the language model begins, in every family.
+"""What a pruned call keeps alive, moves and computes, against what it must: a slip of two is seen.
 
-Python's collector of cycles is off meanwhile: what waits for it stays for as long as it likes.
+What the tower made of an image is gone when the language model begins, in every family. Python's collector of cycles is off
+meanwhile: what waits for it stays for as long as it likes.
 """
 
 import gc
@@ -14,8 +15,9 @@ from models import FAMILIES, FamilyRow, make_inputs, noise
 from torch import Tensor
 
 from adafv import Pruner, compress, encode
+from adafv.core.stages import stage
 from adafv.engines.transformers.releases import returned_cache
-from adafv.evaluation.speed.counting import Counting, Living, tensors_of
+from adafv.evaluation.speed.counting import Counting, Counts, Living, tensors_of
 from adafv.evaluation.speed.stages import Stages, listening
 
 CPU = torch.device("cpu")
@@ -28,6 +30,7 @@ class AtPrefill(Stages):
     def __init__(self) -> None:
         super().__init__()
         self.living = Living()
+        self.counts: dict[str, Counts] = {}
         self.made_in: dict[str, int] = {}
         self.left: dict[str, int] = {}
         """What is alive behind the call, by the stage that made it."""
@@ -45,7 +48,7 @@ def watched() -> Iterator[AtPrefill]:
     try:
         stages = AtPrefill()
         count = Counting(stages, CPU)
-        stages.living = count.living
+        stages.living, stages.counts = count.living, count.counts
         with torch.no_grad(), listening(stages), count:
             yield stages
             stages.left = dict(stages.living.made_in)
@@ -92,7 +95,7 @@ KEPT = 4 * WIDTH * IMAGES * KEEP
 @pytest.fixture(scope="module")
 def wide() -> tuple[Any, dict[str, Any]]:
     """A model and its inputs: features are most of what there is."""
-    model = LLAVA.build(vision={"image_size": 224, "num_hidden_layers": 2}, text={"hidden_size": WIDTH})
+    model = LLAVA.build(vision={"image_size": 224}, text={"hidden_size": WIDTH})
     one = [1, 5, *[model.config.image_token_id] * TOKENS, 7, 9, 11]
     pixels = torch.stack([noise(number, 3, 224, 224) for number in range(IMAGES)])
     ids = torch.tensor([one]).repeat(IMAGES, 1)
@@ -136,6 +139,38 @@ class TestBatch:
             compress(model, {**asked, "images": encoded}, KEEP, method="saliency")
         assert stages.living.peaks["selection"] <= 1.5 * KEPT
 
+    def test_no_more_arithmetic_than_tower_and_kept_tokens(self, wide: Any) -> None:
+        """Counted by hand from the shapes: the layers of the tower that are read, the projector, and a prompt with K tokens."""
+        model, inputs = wide
+        with watched() as stages, Pruner("adafv", keep=KEEP)(model):
+            model(**inputs, logits_to_keep=1, use_cache=True)
+        counts, (words, columns) = stages.counts, (5, 5 + KEEP)
+        encoding = tower_flops(model.config.vision_config, layers=3) + projector_flops(model)
+        reading = language_flops(model.config.text_config, columns)
+        comparing = IMAGES * 2 * words * TOKENS * WIDTH
+        assert counts["tower"].flops == pytest.approx(encoding, rel=0.02)
+        assert counts["prefill"].flops == pytest.approx(reading, rel=0.02)
+        assert comparing / 2 <= counts["scores"].flops + counts["selection"].flops <= 1.1 * comparing
+        assert sum(each.flops for each in counts.values()) <= 1.03 * (encoding + reading + comparing)
+
+    def test_few_bytes_move(self, wide: Any) -> None:
+        """In tower and projector no more than in the stock model, which runs a layer more; and around them."""
+        model, inputs = wide
+        with watched() as stages, stage("stock"):
+            model.model.get_image_features(inputs["pixel_values"])
+        stock = stages.counts["stock"].bytes
+        moved = {}
+        for method in ("saliency", "adafv"):
+            with watched() as stages:
+                compress(model, inputs, KEEP, method=method)
+            moved[method] = {name: counts.bytes for name, counts in stages.counts.items()}
+        chosen, searched = moved["saliency"], moved["adafv"]
+        assert 0.6 * stock < chosen["tower"] <= 0.95 * stock
+        assert 2 * KEPT <= chosen["selection"] <= 3.2 * KEPT  # read and written once
+        assert chosen["compaction"] <= 1.5 * KEPT
+        assert searched["scores"] <= 5.5 * FULL  # squared, summed, and multiplied with the words
+        assert searched["selection"] - chosen["selection"] <= 350 * 8 * IMAGES * TOKENS
+
     def test_words_are_compared_a_few_images_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """On the path of a GPU, which takes float32 copies."""
         from adafv.core import scores
@@ -151,3 +186,23 @@ class TestBatch:
         torch.testing.assert_close(apart, together)
         assert stages.living.peak < 5 * 4 * 256 * 64
         torch.testing.assert_close(few(text, visual, None, None, 100.0), few(text, visual.float(), None, None, 100.0))
+
+
+def tower_flops(config: Any, layers: int) -> float:
+    """Of CLIP with one crop an image; a multiplication and an addition are two."""
+    width, tokens = config.hidden_size, TOKENS + 1
+    patches = 2 * TOKENS * 3 * config.patch_size**2 * width
+    layer = 2 * tokens * (4 * width**2 + 2 * width * config.intermediate_size) + 4 * tokens**2 * width
+    return IMAGES * (patches + layers * layer)
+
+
+def projector_flops(model: Any) -> float:
+    return IMAGES * TOKENS * 2 * (model.config.vision_config.hidden_size * WIDTH + WIDTH**2)
+
+
+def language_flops(config: Any, columns: int) -> float:
+    """Of Llama, causal attention in full, with the logits of one column."""
+    own, shared = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    weights = WIDTH * (2 * own + 2 * shared + 3 * config.intermediate_size)
+    layer = 2 * columns * weights + 4 * columns**2 * own
+    return IMAGES * (config.num_hidden_layers * layer + 2 * WIDTH * config.vocab_size)
