@@ -1,13 +1,10 @@
 """What the hot path costs a device: operations, memory, and waiting for it. Counted, so that no stopwatch is needed."""
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from adafv.core import (
     Selection,
@@ -18,6 +15,7 @@ from adafv.core import (
     split_search,
     text_to_image_attention,
 )
+from adafv.evaluation.speed.counting import Living, new_among, tensors_of
 
 MOST_OPERATIONS = 64
 """Of scores and selection of a group of images, views left out: each is a launch on a GPU."""
@@ -26,45 +24,26 @@ WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal
 """What reads a value, or makes a tensor whose size depends on one: the host would wait for the device."""
 
 
-def tensors_of(values: Any) -> list[Tensor]:
-    return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
-
-
 class Watched(TorchDispatchMode):
     """Counts operations that make something new, tracks the bytes alive, and refuses those that wait."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[str] = []
-        self.alive = self.peak = 0
-        self._seen: dict[int, Any] = {}
+        self.living = Living()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         assert name not in WAITS, f"{name} waits for the device"
         if name == "index" or name == "index_put":
             assert all(index is None or index.dtype != torch.bool for index in args[1]), "a mask as index waits"
-        given = {each.untyped_storage()._cdata for each in tensors_of((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        new = [each for each in tensors_of(out) if each.untyped_storage()._cdata not in given]
+        new = new_among(tensors_of(out), tensors_of((args, kwargs)))
         if new:
             self.made.append(name)
         for each in new:
-            self._track(each.untyped_storage())
+            self.living.saw(each)
         return out
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-
-        def gone(_: Any) -> None:
-            self.alive -= size
-            del self._seen[key]
-
-        self._seen[key] = weakref.ref(storage, gone)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
 
 
 def test_the_watch_sees_what_it_counts() -> None:
@@ -74,7 +53,7 @@ def test_the_watch_sees_what_it_counts() -> None:
         passing = held + 1
         del passing
     assert watch.made == ["zeros", "add"]
-    assert (watch.alive, watch.peak) == (4000, 8000)
+    assert (watch.living.bytes, watch.living.peak) == (4000, 8000)
     assert len(view) == 10
     for wait in (held[0].item, held.nonzero, lambda: bool(held[0]), lambda: held[held > 0]):
         with pytest.raises(AssertionError, match="waits"), Watched():
@@ -134,7 +113,7 @@ def test_memory_grows_with_the_tokens_alone(search: Any, kind: str, keep: int) -
     saliency = {"independent": noise, "alike": text, "opposite": 1 - text, "equal": torch.ones_like(text)}[kind]
     with Watched() as watch:
         search(text, saliency, keep)
-    assert watch.peak < 64 * 2**20
+    assert watch.living.peak < 64 * 2**20
 
 
 @pytest.mark.parametrize("keep", [2, 3])
@@ -143,7 +122,7 @@ def test_memory_of_many_images_does_not_grow_with_their_sets(keep: int) -> None:
     text, saliency = torch.rand(2, 64, 144, generator=torch.Generator().manual_seed(0))
     with Watched() as watch:
         together = joint_search(text, saliency, keep)
-    assert watch.peak < 64 * 2**20
+    assert watch.living.peak < 64 * 2**20
     for image in (0, 15, 16, 63):
         alone = joint_search(text[image], saliency[image], keep)
         assert all(map(torch.equal, alone, (each[image] for each in together)))

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from models import FamilyRow, make_inputs
-from test_operations import tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adafv import compress, encode
 from adafv.engines.transformers.families import family_of
+from adafv.evaluation.speed.counting import new_among, tensors_of
 
 MOST = 200
 """Operations that make something new, those on the host's copy of the prompt included."""
@@ -26,9 +26,8 @@ class Counted(TorchDispatchMode):
         self.looks = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {each.untyped_storage()._cdata for each in tensors_of((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        if self.looks and any(each.untyped_storage()._cdata not in given for each in tensors_of(out)):
+        if self.looks and new_among(tensors_of(out), tensors_of((args, kwargs))):
             self.made.append(func.overloadpacket.__name__)
         return out
 

@@ -110,7 +110,7 @@ class TestCounting:
             one = torch.zeros(1000)
             one = one + 1
             one.add_(1)
-        assert (count.peak, count.alive) == (8000, 4000)
+        assert (count.living.peak, count.living.bytes) == (8000, 4000)
 
     def test_what_is_not_on_the_device_is_told_apart(self) -> None:
         count = Counting(Stages(), torch.device("meta"))
@@ -118,7 +118,7 @@ class TestCounting:
             torch.zeros(10) + 1
             there = torch.zeros(10, device="meta") + 1
         assert len(there) == 10
-        assert (count.counts[REST].operations, count.counts[REST].on_host, count.peak) == (2, 2, 80)
+        assert (count.counts[REST].operations, count.counts[REST].on_host, count.living.peak) == (2, 2, 80)
 
 
 class TestShapes:

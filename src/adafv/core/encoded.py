@@ -11,6 +11,12 @@ from adafv.core.sending import sent
 from adafv.core.tokens import SALIENCY, Signal
 
 
+def alone(values: Tensor) -> Tensor:
+    """The same values in memory that holds nothing else; as they are where that is so."""
+    own = values.numel() * values.element_size()
+    return values if values.untyped_storage().nbytes() == own else values.clone()
+
+
 @dataclass(frozen=True)
 class EncodedImage:
     """What tower and projector made of one image, or one video."""
@@ -36,12 +42,12 @@ class EncodedImage:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def copy(self) -> "EncodedImage":
-        """The same in memory of its own: images that went through the tower together are views of one tensor."""
+        """The same in memory that nothing else is in: images that went through the tower together are views of one tensor."""
         return replace(
             self,
-            features=self.features.clone(),
-            signals={signal: values.clone() for signal, values in self.signals.items()},
-            deepstack=None if self.deepstack is None else self.deepstack.clone(),
+            features=alone(self.features),
+            signals={signal: alone(values) for signal, values in self.signals.items()},
+            deepstack=None if self.deepstack is None else alone(self.deepstack),
         )
 
     def part(self, tokens: Tensor | None, layout: ImageLayout) -> "EncodedImage":

@@ -420,5 +420,19 @@ def take(kept: Kept, values: Tensor) -> Tensor:
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:
-    """torch.stack, without the copy where there is one part."""
-    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
+    """torch.stack, without the copy where the parts lie one behind the other in one tensor, as images that went through the
+    tower together do, or are one tensor, as one image for several questions is."""
+    first, size = parts[0], parts[0].numel()
+    if len(parts) == 1:
+        return first.unsqueeze(0)
+    offsets = [part.storage_offset() - first.storage_offset() for part in parts]
+    step = offsets[1]
+    like = (first.shape, first.dtype, first.untyped_storage()._cdata)
+    if (
+        step in (0, size)
+        and offsets == [number * step for number in range(len(parts))]
+        and all((part.shape, part.dtype, part.untyped_storage()._cdata) == like for part in parts)
+        and all(part.is_contiguous() and not part.requires_grad for part in parts)
+    ):
+        return first.as_strided((len(parts), *first.shape), (step, *first.stride()))
+    return torch.stack(list(parts))

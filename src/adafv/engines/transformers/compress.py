@@ -144,6 +144,7 @@ def choose(call: Call) -> None:
     for group in select_tokens(wanted):
         for place, i in enumerate(group.members):
             jobs[i].selected, jobs[i].place, jobs[i].keep = group, place, group.kept.indices.shape[1]
+            jobs[i].encoded = None  # what did not stay need not live on beside what did
 
 
 def _embedded_words(call: Call, jobs: list[ImageJob]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -227,12 +228,14 @@ def _by_prompt(call: Call) -> dict[str, BaseModelOutputWithPooling]:
     sequences `generate` repeats the entries, and transformers 5.18 repeats the images of one prompt in the wrong order.
     """
     family, outputs = call.family, {}
+    # An image that stays whole may be a view of what the tower made of all of them: alone, it does not hold the others.
+    pruned = any(job.selected is not None for job in call.jobs)
     for modality in family.modalities:
         features: dict[int, list[Tensor]] = {}
         deepstack: dict[int, list[Tensor]] = {}
         for job in call.jobs:
             if job.image.modality == modality:
-                own, rows = _kept_of(job)
+                own, rows = _kept_of(job, pruned)
                 features.setdefault(job.image.row, []).append(own)
                 if rows is not None:
                     deepstack.setdefault(job.image.row, []).append(rows)
@@ -246,10 +249,11 @@ def _by_prompt(call: Call) -> dict[str, BaseModelOutputWithPooling]:
     return outputs
 
 
-def _kept_of(job: ImageJob) -> tuple[Tensor, Tensor | None]:
+def _kept_of(job: ImageJob, shared: bool) -> tuple[Tensor, Tensor | None]:
     """What stays of an image: features [K, D], deepstack rows [K, L, D]."""
     if job.selected is None:
         assert job.encoded is not None
-        return job.encoded.features, job.encoded.deepstack
+        whole = job.encoded.copy() if shared else job.encoded
+        return whole.features, whole.deepstack
     deepstack = job.selected.deepstack
     return job.selected.features[job.place], None if deepstack is None else deepstack[job.place]

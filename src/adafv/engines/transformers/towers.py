@@ -13,6 +13,7 @@ model: they are shared by all threads, and skipping the dead layers with them wo
 import copy
 import math
 import sys
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -168,9 +169,10 @@ class Tap:
         wanted: dict[int, set[str]] = {}
         for index, kind in self._places.values():
             wanted.setdefault(max(index, 1), set()).add(kind if index else "embeddings")
-        self._layers = {index: _TappedLayer(layers[index - 1], shape, kinds) for index, kinds in wanted.items()}
+        self._layers = {index: _TappedLayer(shape, kinds) for index, kinds in wanted.items()}
         for index, layer in self._layers.items():
-            self.tower = _with(self.tower, [*shape.layers.split("."), str(index - 1)], layer.twin)
+            twin = layer.twin_of(layers[index - 1])
+            self.tower = _with(self.tower, [*shape.layers.split("."), str(index - 1)], twin)
 
     def read(self, to_tokens: Callable[[Tensor], list[Tensor]]) -> dict[Signal, list[Tensor]]:
         """The signals, per image: saliency [N] float32, keys [N, H, d], hidden [N, E].
@@ -226,9 +228,9 @@ class TappedTower:
         layers = layers[:deepest]
         for index in read:
             layers[index - 1] = twin_of(layers[index - 1])
-            layers[index - 1].register_forward_hook(self._record(index))
+            layers[index - 1].register_forward_hook(_recording(self._states, index))
         self._twin = _with(tap.tower, shape.layers.split("."), nn.ModuleList(layers))
-        self._twin.register_forward_hook(self._hand_out, prepend=True)
+        self._twin.register_forward_hook(_handing_out(self._states), prepend=True)
 
     def read(self, to_tokens: Callable[[Tensor], list[Tensor]]) -> dict[Signal, list[Tensor]]:
         """The signals, as `Tap.read`; of what the projector reads, the states of all its layers side by side."""
@@ -237,17 +239,6 @@ class TappedTower:
             states = [self._states[index][:, self._class_tokens :] for index in self._layers_read]  # type: ignore[index]
             found[READ] = to_tokens(torch.cat(states, dim=-1).flatten(0, -2))
         return found
-
-    def _hand_out(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Let the tower return the states that are read: FSDP2 gathers its weights again when their gradients arrive."""
-        output.hidden_states = tuple(state for state in self._states if state is not None)
-        return output
-
-    def _record(self, index: int) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            self._states[index] = output[0] if isinstance(output, tuple) else output
-
-        return record
 
     def __call__(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         kwargs |= {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
@@ -261,6 +252,25 @@ class TappedTower:
     def patch_size(self) -> Any:
         """Some models ask their tower for it."""
         return self._twin.patch_size
+
+
+def _handing_out(states: list[Tensor | None]) -> Callable[..., Any]:
+    """A hook that lets the tower return the states that are read: FSDP2 gathers its weights again when their gradients
+    arrive. It knows the list alone: one that knew the twin, which knows its hooks, would keep all states until Python
+    collects its garbage."""
+
+    def hand_out(module: nn.Module, args: Any, output: Any) -> Any:
+        output.hidden_states = tuple(state for state in states if state is not None)
+        return output
+
+    return hand_out
+
+
+def _recording(states: list[Tensor | None], index: int) -> Callable[..., None]:
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        states[index] = output[0] if isinstance(output, tuple) else output
+
+    return record
 
 
 def with_tower(base: nn.Module, name: str, tower: TappedTower) -> Any:
@@ -328,11 +338,15 @@ def twin_of(module: nn.Module, **modules: nn.Module) -> Any:
                 "module.forward = torch.compile(module.forward)"
             )
 
+        itself = weakref.ref(twin)  # or it would hold itself, and what its hooks have recorded
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = device_hook.pre_forward(twin, *args, **kwargs)
+            me = itself()
+            assert me is not None
+            args, kwargs = device_hook.pre_forward(me, *args, **kwargs)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not device_hook.no_grad):
-                output = type(twin).forward(twin, *args, **kwargs)
-            return device_hook.post_forward(twin, output)
+                output = type(me).forward(me, *args, **kwargs)
+            return device_hook.post_forward(me, output)
 
         twin.__dict__["forward"] = forward
     return twin
@@ -350,22 +364,28 @@ class _Attended:
 
 
 class _TappedLayer:
-    """A twin of a layer that is tapped: `twin` runs as the layer does, and then what was asked for of it is there.
+    """What a tapped layer attends to and gives: the twin of the layer runs as the layer does, and then it is there.
+
+    The twin knows this object, and not the reverse; see `_handing_out`.
 
     Args:
         kinds: what to read, of "saliency", "keys", "hidden" (its output) and "embeddings" (its input).
     """
 
-    def __init__(self, layer: nn.Module, shape: TowerShape, kinds: Collection[str]) -> None:
+    def __init__(self, shape: TowerShape, kinds: Collection[str]) -> None:
         self._shape = shape
         self._runs: list[_Attended] = []
         self._found: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
         self.heads = 0
-        self.twin: Any = twin_of(layer)
-        if not {"saliency", "keys"}.isdisjoint(kinds):
-            attention = self._tapped(layer.get_submodule(shape.attention))
-            self.twin = _with(layer, shape.attention.split("."), attention)
-        self.twin.register_forward_hook(self._end_of_layer, with_kwargs=True)
+
+    def twin_of(self, layer: nn.Module) -> Any:
+        """A twin of the layer that is read."""
+        twin = twin_of(layer)
+        if not {"saliency", "keys"}.isdisjoint(self._found):
+            attention = self._tapped(layer.get_submodule(self._shape.attention))
+            twin = _with(layer, self._shape.attention.split("."), attention)
+        twin.register_forward_hook(self._end_of_layer, with_kwargs=True)
+        return twin
 
     def patches(self, kind: str) -> Tensor:
         """[all patches, C], run after run, without [CLS]: packed towers run the attention once per image."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 
 from adafv.core.budget import Budget
-from adafv.core.encoded import EncodedImage, TowerCache
+from adafv.core.encoded import EncodedImage, TowerCache, alone
 from adafv.core.select import MIX_TOKENS, TOWER, Wanted, select_tokens, take
 from adafv.core.tokens import Signal
 from adafv.engines.serving.metrics import Meter
@@ -147,7 +147,8 @@ class PrunedModel:
         layout, device = image.layout, image.features.device
         plan = self.adafv.plan(layout, budget, len(text) > 0)
         if plan is None:
-            return self.hand_over(image, torch.arange(layout.tokens, device=device), image.features)
+            # A view would keep what the tower made of the images beside it, of which vLLM counts the kept tokens alone.
+            return self.hand_over(image, torch.arange(layout.tokens, device=device), alone(image.features))
         method, words = self._method(text), None
         if method.needs_words:
             words = self.language_model.embed_input_ids(text.to(device))

@@ -97,7 +97,7 @@ def _measured(run: Callable[[], object], device: torch.device, rounds: int) -> d
     with listening(stages), count:
         run()
     counts = count.counts.values()
-    waits, peak = sum(each.waits for each in counts), count.peak
+    waits, peak = sum(each.waits for each in counts), count.living.peak
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -47,6 +47,40 @@ class Counts:
     """Operations on the host's own tensors, where the device is another: they are in none of the numbers above."""
 
 
+class Living:
+    """Bytes of memory behind tensors: of those it was told of, what has not been given back."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.made_in: dict[str, int] = defaultdict(int)
+        """Of `bytes`, by the stage that asked for them."""
+        self.peaks: dict[str, int] = defaultdict(int)
+        """The most at once, of whatever stage, while the stage was on."""
+        self._seen: dict[int, Any] = {}
+
+    @property
+    def peak(self) -> int:
+        """The most at once."""
+        return max(self.peaks.values(), default=0)
+
+    def saw(self, tensor: Tensor, stage: str = "") -> None:
+        """A tensor that is there; memory that is known already counts once."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+
+        def gone(_: Any) -> None:
+            self.bytes -= size
+            self.made_in[stage] -= size
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.made_in[stage] += size
+        self.bytes += size
+        self.peaks[stage] = max(self.peaks[stage], self.bytes)
+
+
 class Counting(TorchDispatchMode):
     """Counts per stage of `stages`, and tracks the bytes that are alive.
 
@@ -61,22 +95,20 @@ class Counting(TorchDispatchMode):
         self.stages = stages
         self._device = device.type
         self.counts: dict[str, Counts] = defaultdict(Counts)
-        self.alive = self.peak = 0
+        self.living = Living()
         parameters = [] if model is None else list(model.parameters())
         self._weights = {each.untyped_storage()._cdata for each in parameters}
-        self._seen: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = _tensors((args, kwargs))
+        given = tensors_of((args, kwargs))
         out = func(*args, **kwargs)
-        made = _tensors(out)
+        made = tensors_of(out)
         name = func.overloadpacket.__name__
-        held = {each.untyped_storage()._cdata for each in given}
-        new = [each for each in made if each.untyped_storage()._cdata not in held]
+        new = new_among(made, given)
         for each in new:
             if each.device.type == self._device:
-                self._track(each.untyped_storage())
+                self.living.saw(each, self.stages.current)
         count = self.counts[self.stages.current]
         if name in WAITS or _reads_a_mask(name, args) or _comes_to_the_host(given, made):
             count.waits += 1
@@ -96,22 +128,16 @@ class Counting(TorchDispatchMode):
         count.bytes += sum(map(_bytes, made))
         return out
 
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
 
-        def gone(_: Any) -> None:
-            self.alive -= size
-            self._seen.pop(key, None)
-
-        self._seen[key] = weakref.ref(storage, gone)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-
-
-def _tensors(values: Any) -> list[Tensor]:
+def tensors_of(values: Any) -> list[Tensor]:
+    """Those in arguments or results, however nested."""
     return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+
+
+def new_among(made: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+    """What an operation made of its own: neither views of what it was given nor that itself."""
+    held = {each.untyped_storage()._cdata for each in given}
+    return [each for each in made if each.untyped_storage()._cdata not in held]
 
 
 def _bytes(tensor: Tensor) -> int:

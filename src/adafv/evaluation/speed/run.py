@@ -240,7 +240,7 @@ def _counted(subject: Subject, way: Way, inputs: dict[str, Any], options: Option
         output = way.run()
     cache = returned_cache(output)
     kept = _bytes_of_cache(cache) * subject.scale
-    peak = count.peak
+    peak = count.living.peak
     del output, cache
     found: dict[str, Any] = {
         "stages": {name: asdict(counts) for name, counts in _scaled_counts(count.counts, subject.scale).items()},
