@@ -52,7 +52,11 @@ def test_every_family(any_family: FamilyRow, any_model: Any) -> None:
         found = answered(any_model, alone)
         assert pruner.last.remembered == [True]
         torch.testing.assert_close(found, of_one)  # it was encoded in a batch
-        assert len(runs) == first
+    stock = answered(any_model, both)
+    with AdaFV(keep=1.0, remember=store)(any_model):  # the model gets what is kept itself, and must not write to it
+        for _ in range(2):
+            assert torch.equal(answered(any_model, both), stock)
+    assert store.misses == 2
 
 
 @pytest.mark.parametrize("name", ["llava-onevision", "qwen2.5-vl"])
@@ -174,6 +178,18 @@ def test_downsampling_and_encoded_images_pass_it_by() -> None:
         answered(model, {**text_of(inputs), "images": images})
         assert len(runs) == 1
     assert (store.hits, store.misses, len(store)) == (0, 0, 0)
+
+
+def test_compress() -> None:
+    model, inputs = inputs_of("llava", [1])
+    store = ImageStore(STORE)
+    with tower_runs(model) as runs:
+        one, other = (adafv.compress(model, inputs, 4, remember=store) for _ in range(2))
+        assert len(runs) == 1
+    assert torch.equal(one["input_ids"], other["input_ids"])
+    assert other.record.remembered == [True]
+    with pytest.raises(OptionError, match="in a store that outlives it; make one"):
+        adafv.compress(model, inputs, 4, remember="512MB")
 
 
 # --------------------------------------------------------------------------------------------------------- never stale

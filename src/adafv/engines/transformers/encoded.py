@@ -382,7 +382,9 @@ class Fingerprint:
 
 def outside_the_language_model(model: Any, names: bool) -> Iterator[tuple[str, Any]]:
     """(path, module) of all but the language model and its head."""
-    aside = {id(getattr(getattr(model, "model", model), "language_model", None)), id(model.get_output_embeddings())}
+    base = getattr(model, "model", model)
+    aside = {id(getattr(base, name, None)) for name in ("language_model", "text_model")}
+    aside.add(id(model.get_output_embeddings()))
     waiting = [("", model)]
     while waiting:
         path, module = waiting.pop()

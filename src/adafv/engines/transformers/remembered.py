@@ -129,8 +129,10 @@ class ImageStore:
             copies = {name: image.copy() for name, image in made.items() if image.bytes <= self.capacity}
         with self._lock:
             self._sweep()
+            current = {known.number for known in self._versions.values()}
             for name, image in copies.items():
-                self._images.put(name, image)
+                if name[0] in current:  # else the model has changed while the tower ran
+                    self._images.put(name, image)
         if len(copies) < len(made):
             largest = max(image.bytes for image in made.values())
             self.tell(
