@@ -9,6 +9,7 @@ long as others. Where not all decoder layers are built, the share of the languag
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -106,6 +107,7 @@ def main() -> None:
             seconds = asked(found, prompts, way, given.keep, given.tokens)
             if number:  # the first warms up
                 runs[way].append(seconds)
+            print(f"{way}: {seconds}", file=sys.stderr)
     medians = {
         way: {stage: round(statistics.median(each[stage] for each in rounds), 3) for stage in rounds[0]}
         for way, rounds in runs.items()

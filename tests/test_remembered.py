@@ -246,6 +246,21 @@ def test_options_of_the_call_and_autocast() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             answered(model, inputs)
         assert pruner.last.remembered == [False]
+        answered(model, inputs)
+        assert pruner.last.remembered == [True]
+
+
+def test_an_offloaded_tower() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = ROWS["llava"].build()
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    with AdaFV(keep=4)(model):
+        expected = answered(model, inputs)
+    accelerate.cpu_offload(model.model.vision_tower, execution_device=torch.device("cpu"))
+    with AdaFV(keep=4, remember=STORE)(model) as pruner:
+        for known in (False, True):
+            assert torch.equal(answered(model, inputs), expected)
+            assert pruner.last.remembered == [known]
 
 
 def test_models_that_share_a_store_share_no_image() -> None:

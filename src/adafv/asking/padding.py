@@ -67,6 +67,9 @@ def in_one_batch(prompts: Sequence[Prompt], filling: int) -> dict[str, Any]:
     """One batch. Pictures of several sizes are filled up with zeros behind, as processors do it."""
     length = longest(prompts)
     inputs = {}
+    if "attention_mask" not in prompts[0].inputs:  # alone it is not needed, but here it tells padding from prompts
+        masks = ({"attention_mask": torch.ones_like(prompt.inputs["input_ids"])} for prompt in prompts)
+        prompts = [Prompt({**prompt.inputs, **mask}, prompt.text) for prompt, mask in zip(prompts, masks, strict=True)]
     for name in prompts[0].inputs:
         parts = [prompt.padded(name, length, filling if name == "input_ids" else 0) for prompt in prompts]
         inputs[name] = (

@@ -234,10 +234,8 @@ def encode_remembering(
         return encode_modality(model, family, modality, visuals, layouts, signals), [False] * len(layouts)
     version = store.version_of(model)
     shown, one_by_one = _digests(model, family, modality, visuals, layouts)
-    device = next(model.parameters()).device
-    # What one stream writes is not there yet for another.
-    stream = None if device.type in ("cpu", "meta") else torch.accelerator.current_stream(device).stream_id
-    names: list[Name] = [(version, stream, modality, digest) for digest in shown]
+    around = _around()
+    names: list[Name] = [(version, around, modality, digest) for digest in shown]
     known = store.get(names)
     images = dict(zip(names, known, strict=True))
     missing = [i for i, image in enumerate(known) if image is None or not signals <= image.signals.keys()]
@@ -357,10 +355,19 @@ def _ends(value: Tensor, axis: int) -> Tensor:
     return value
 
 
+def _around() -> tuple[Any, ...]:
+    """What a call of the tower stands in: autocast, and the stream of the accelerator. What one stream writes is not there
+    yet for another."""
+    kinds, stream = ["cpu"], None
+    if torch.accelerator.is_available():
+        kinds.append(torch.accelerator.current_accelerator().type)  # type: ignore[union-attr]
+        stream = torch.accelerator.current_stream().stream_id
+    return stream, *(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)
+
+
 def _circumstances(model: Any) -> list[Any]:
-    """What the tower depends on beside its tensors: configuration, hooks, replaced functions, autocast."""
-    kind = next(model.parameters()).device.type
-    found: list[Any] = [torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)]
+    """What the tower depends on beside its tensors: configuration, hooks, replaced functions."""
+    found: list[Any] = []
     for _, module in outside_the_language_model(model, names=False):
         inside = module.__dict__
         if module is not model and module is not model.model:
