@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from adafv.asking.failures import UsageError
+from adafv.asking.padding import Prompt, in_one_batch
 from adafv.asking.session import Session
 from adafv.bundled import bundled_model
 from adafv.errors import ImageError
-from adafv.evaluation.batched import BatchedModel, Chat, Prompt
+from adafv.evaluation.batched import BatchedModel, Chat
 
 PICTURES = [
     Image.open(path).convert("RGB") for path in sorted((bundled_model("llava").parent / "samples").glob("*.png"))
@@ -135,3 +136,12 @@ def test_joined_tokens_belong_to_the_answer() -> None:
         ([[9, 4, 1]], [(3, [3, 3]), (1, [3]), (4, [4])]),
     ]
     assert all(run.prompt.inputs["sizes"].shape == (1, 2) for run in runs)
+
+
+def test_a_prompt_without_a_mask_gets_one() -> None:
+    """Nothing else would tell what fills it up from what it says."""
+    prompts = [Prompt({"input_ids": torch.tensor([row]), "types": torch.ones(1, len(row))}) for row in ([5], [6, 7, 8])]
+    found = in_one_batch(prompts, 3)
+    assert found["input_ids"].tolist() == [[3, 3, 5], [6, 7, 8]]
+    assert found["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert found["types"].tolist() == [[0, 0, 1], [1, 1, 1]]

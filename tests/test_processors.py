@@ -124,6 +124,30 @@ def test_batches(trio: tuple[FamilyRow, Any, Any]) -> None:
     assert others == pytest.approx(totals, abs=1e-4)
 
 
+def test_padding(trio: tuple[FamilyRow, Any, Any]) -> None:
+    """Prompts that were read one by one stand in a batch as the processor would have put them, pictures of several sizes
+    included; and questions that are asked together are answered as they are alone."""
+    _, model, processor = trio
+    session = Session(model.eval(), processor)
+    photos, questions = [photo(1), photo(5, 200, 60)], ["is there a red key?", "what is it, and where?"]
+    prompts = [session.prompt(question) for question in questions]
+    written = prompts[0].startswith(processor.tokenizer.bos_token)
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": not written}
+    expected = processor(images=[[each] for each in photos], text=prompts, **options)
+    found = session.batch(photos, questions)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], torch.as_tensor(value)), name
+    pruner = session.pruner("adafv", 3, remember="100MB")
+    together = session.ask_together(photos[0], questions, pruner, 4)
+    alone = [session.ask(session.inputs(photos[0], question), session.pruner("adafv", 3), 4) for question in questions]
+    assert [each.answer for each in together] == [each.answer for each in alone]
+    assert [each.kv_mib for each in together] == [each.kv_mib for each in alone]
+    assert pruner.settings.store.misses == 1
+    for mine, theirs in zip(together, alone, strict=True):
+        assert [image.kept.tolist() for image in mine.images] == theirs.record.kept[0].unsqueeze(0).tolist()
+
+
 def test_the_command_line(trio: tuple[FamilyRow, Any, Any], tmp_path: Path) -> None:
     _, model, processor = trio
     model.save_pretrained(tmp_path / "model")

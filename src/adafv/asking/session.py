@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from adafv.asking.failures import LoadError, UsageError, check_text
 from adafv.asking.models import folder_or_id, hub_options, within
+from adafv.asking.padding import Prompt, filling_of, in_one_batch, until_the_end
 from adafv.core import Budget
-from adafv.engines.transformers import EncodedImages, Pruner, Record, encode
+from adafv.engines.transformers import EncodedImages, ImageRecord, Pruner, Record, encode
 from adafv.engines.transformers.encoded import ENCODED
 from adafv.engines.transformers.families.base import family_of, known_families, unsupported
 from adafv.engines.transformers.reading import read_prompt
@@ -32,11 +33,15 @@ from adafv.engines.transformers.releases import returned_cache
 from adafv.errors import AdaFVError
 from adafv.images import check_shape
 from adafv.methods import Method, method_named
+from adafv.methods.base import LAYERS
 from adafv.picture import tower_view
 from adafv.printable import shortened
 from adafv.prompts.text import image_text
 
 MIB = 2**20
+
+TOGETHER, TOKENS_TOGETHER = 8, 4096
+"""Questions in one batch, and visual tokens of all of them, at most."""
 
 SAFELY = {"trust_remote_code": False}
 """What every `from_pretrained` gets. Left out, transformers asks on standard input, and takes a "y" from a pipe."""
@@ -54,6 +59,15 @@ class Answer:
     record: Record | None
     note: str = ""
     """What is to be said about how it came about; mostly empty."""
+    row: int = 0
+    """Where it stands in the batch that the record speaks of."""
+    together: int = 1
+    """Questions in that batch."""
+
+    @property
+    def images(self) -> list[ImageRecord]:
+        """What was done to the pictures of this very question."""
+        return [] if self.record is None else [image for image in self.record.images if image.prompt == self.row]
 
 
 @dataclass(frozen=True)
@@ -164,7 +178,7 @@ class Session:
         Raises:
             UsageError: the question is not text, or holds what stands for an image.
         """
-        return self.batch([image], [question])
+        return self._read(image, question).to(self.device, self.model.dtype)
 
     def batch(self, images: Sequence[Image], questions: Sequence[str]) -> Any:
         """Questions about an image each, as one batch, padded on the left.
@@ -172,21 +186,25 @@ class Session:
         Raises:
             UsageError, ImageError: as `inputs`.
         """
-        for image, question in zip(images, questions, strict=True):
-            self.check_question(question)
-            check_shape(image.size, "the image", self.processor.image_processor)
-        prompts = [self.prompt(question) for question in questions]
-        tokenizer = self.processor.tokenizer
+        read = [Prompt(self._read(image, question)) for image, question in zip(images, questions, strict=True)]
+        return self.placed(in_one_batch(read, filling_of(self.processor.tokenizer)))
+
+    def _read(self, image: Image, question: str) -> Any:
+        self.check_question(question)
+        check_shape(image.size, "the image", self.processor.image_processor)
+        text, start = self.prompt(question), self.processor.tokenizer.bos_token
         # As transformers does: a template that writes the first token itself must not get a second one.
-        written = bool(tokenizer.bos_token) and prompts[0].startswith(tokenizer.bos_token)
-        several: dict[str, Any] = {"images": images[0], "text": prompts[0]}
-        if len(prompts) > 1:
-            if tokenizer.pad_token is None:  # whatever it is, it is not looked at
-                tokenizer.pad_token = tokenizer.eos_token
-            several = {"images": [[image] for image in images], "text": prompts}
-            several |= {"padding": True, "padding_side": "left"}
-        inputs = self.processor(**several, return_tensors="pt", add_special_tokens=not written)
-        return inputs.to(self.device, self.model.dtype)
+        written = bool(start) and text.startswith(start)
+        return self.processor(images=image, text=text, return_tensors="pt", add_special_tokens=not written)
+
+    def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs on the device of the model, pixels in its precision."""
+        found = dict(inputs)
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                moved = value.to(self.device)
+                found[name] = moved.to(self.model.dtype) if moved.is_floating_point() else moved
+        return found
 
     def check_question(self, question: str) -> None:
         """Find out whether the model can be asked this.
@@ -242,26 +260,59 @@ class Session:
             with pruner(self.model) as pruned:
                 output = self._generate(inputs, max_new_tokens)
             record = pruned.last
-        note = ""
-        if pruner is not None and record is not None and record.methods[0] != pruner.settings.method.name:
-            note = (
-                f"no word of the question counts for the picture, so {record.methods[0]} alone chose what was kept; ask "
-                "about something that can be seen"
-            )
         prompt = inputs["input_ids"].shape[1]
         answer = self.processor.tokenizer.decode(output.sequences[0, prompt:], skip_special_tokens=True).strip()
         cached: int | list[int] = prompt
         if record is not None:
             cached = record.layer_lengths or record.prompt_length_after
-        return Answer(answer, _cache_bytes(returned_cache(output), cached) / MIB, record, note)
+        return Answer(answer, _cache_bytes(returned_cache(output), cached) / MIB, record, _note(pruner, record, 0))
+
+    def ask_together(self, image: Image, questions: Sequence[str], pruner: Pruner, max_new_tokens: int) -> list[Answer]:
+        """Answer several questions about one picture by greedy decoding, read as one batch.
+
+        A pruner with `remember=` sends the picture through the tower once. In float32 the answers are those that the
+        questions get one by one; in lower precision another batch may round otherwise.
+        """
+        if len(questions) == 1:
+            return [self.ask(self.inputs(image, questions[0]), pruner, max_new_tokens)]
+        inputs = self.batch([image] * len(questions), questions)
+        with pruner(self.model) as pruned:
+            output = self._generate(inputs, max_new_tokens)
+        record, cache = pruned.last, returned_cache(output)
+        own = (record.columns >= 0).sum(1).tolist()  # what fills up the shorter ones is nobody's
+        return [
+            Answer(
+                text,
+                _cache_bytes(cache, own[row], rows=1) / MIB,
+                record,
+                _note(pruner, record, row),
+                row,
+                len(questions),
+            )
+            for row, text in enumerate(self._texts(inputs, output))
+        ]
+
+    def most_together(self, inputs: Any, pruner: Pruner) -> int:
+        """How many questions like this one `ask_together` should get: as many as a GPU of a few GiB has room for."""
+        settings = pruner.settings
+        if LAYERS in settings.method.stages:
+            return 1  # what acts inside the language model takes one prompt at a time
+        placeholder = family_of(self.model).placeholder(self.model, "image")
+        kept = settings.budget.tokens(int((inputs["input_ids"] == placeholder).sum()))
+        return max(1, min(TOGETHER, TOKENS_TOGETHER // kept))
+
+    def _texts(self, inputs: Any, output: Any) -> list[str]:
+        """The answers of a batch."""
+        ends = self.model.generation_config.eos_token_id
+        rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        rows = [row[: until_the_end(row, ends)] for row in rows]
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def answers(self, inputs: Any, pruner: Pruner, max_new_tokens: int) -> tuple[list[str], Record]:
         """Answer a batch (see `batch`) by greedy decoding, and what was pruned of it."""
         with pruner(self.model) as pruned:
             output = self._generate(inputs, max_new_tokens)
-        new = output.sequences[:, inputs["input_ids"].shape[1] :]
-        said = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [answer.strip() for answer in said], pruned.last
+        return self._texts(inputs, output), pruned.last
 
     def compare(
         self,
@@ -312,7 +363,12 @@ class Session:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return self.model.generate(
-                **inputs, do_sample=False, use_cache=True, max_new_tokens=max_new_tokens, return_dict_in_generate=True
+                **inputs,
+                do_sample=False,
+                use_cache=True,
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=True,
+                **({} if len(inputs["input_ids"]) == 1 else {"pad_token_id": filling_of(self.processor.tokenizer)}),
             )
 
     def _wait(self) -> None:
@@ -334,11 +390,26 @@ class Session:
         return tower_view(pixels, [value / scale for value in mean], [value / scale for value in std])
 
 
-def _cache_bytes(cache: Any, length: int | list[int]) -> int:
-    """Bytes of the keys and values of the first `length` tokens (of each layer), read from the tensors themselves."""
+def _note(pruner: Pruner | None, record: Record | None, row: int) -> str:
+    """What is to be said about how the answer in a row of the batch came about."""
+    methods = [] if record is None else [image.method for image in record.images if image.prompt == row]
+    if pruner is None or not methods or methods[0] == pruner.settings.method.name:
+        return ""
+    return (
+        f"no word of the question counts for the picture, so {methods[0]} alone chose what was kept; ask about something "
+        "that can be seen"
+    )
+
+
+def _cache_bytes(cache: Any, length: int | list[int], rows: int | None = None) -> int:
+    """Bytes of the keys and values of the first `length` tokens (of each layer), read from the tensors themselves.
+
+    Args:
+        rows: how many prompts of the batch; None: all.
+    """
     lengths = [length] * len(cache.layers) if isinstance(length, int) else length
     return sum(
-        part[..., :held, :].numel() * part.element_size()
+        part[:rows, ..., :held, :].numel() * part.element_size()
         for layer, held in zip(cache.layers, lengths, strict=True)
         for part in (layer.keys, layer.values)
         if part is not None

@@ -1,6 +1,7 @@
-"""`adafv ask`: one question about one image, and what pruning did."""
+"""`adafv ask`: questions about one image, and what pruning did."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +50,20 @@ _PROBE = 64 * 1024
 """Bytes that are written to find out whether a picture can be."""
 _OUTPUT = "What to show"
 
+LINES = "-"
+"""Questions, or the image, come from standard input."""
+LONGEST_LINE = 2**20
+ROOM = "1GB"
+"""For the encoded image, where there are several questions about it. It is one image, so most of this is never taken."""
+
 
 def ask(
     image: Annotated[str, typer.Argument(help="Path or http(s) URL of the image; - reads standard input.")],
-    question: Annotated[str, typer.Argument(help="What to ask.")],
+    question: Annotated[str, typer.Argument(help="What to ask; - reads questions from standard input, one a line.")],
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", "-a", help="A further question about the image; several times, if need be."),
+    ] = None,
     model: ModelOption = "",
     keep: Annotated[
         str,
@@ -91,7 +103,8 @@ def ask(
         Path | None, typer.Option(help="Draw what was kept into this png, jpg or webp file.", rich_help_panel=_OUTPUT)
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of the answer.", rich_help_panel=_OUTPUT)
+        bool,
+        typer.Option("--json", help="Print one JSON object per question, not the answer.", rich_help_panel=_OUTPUT),
     ] = False,
 ) -> None:
     """Ask a question about an image, with most visual tokens pruned.
@@ -100,6 +113,10 @@ def ask(
     comes with adafv and knows only simple drawings.
 
         adafv ask photo.jpg "What is the man holding?" --model llava-hf/llava-1.5-7b-hf --keep 64
+
+    Several questions are each answered for itself, with the tokens that it needs; the image is encoded once.
+
+        adafv ask photo.jpg "How many cups are there?" --also "What colour are they?"
     """
     wish = _Wish(**locals())
     with failures_as_messages():
@@ -112,6 +129,7 @@ class _Wish:
 
     image: str
     question: str
+    also: list[str] | None
     model: str
     keep: str
     method: str
@@ -168,11 +186,11 @@ class _Pruning:
             Pruner(each, budget, positions=wish.positions)  # finds what does not go together
         return cls(budget, wish.text, wish.positions, name, method, parameters, rivals)
 
-    def pruners(self, session: "Session") -> "tuple[Pruner, dict[str, Pruner]]":
+    def pruners(self, session: "Session", remember: str | None) -> "tuple[Pruner, dict[str, Pruner]]":
         """(the one that was asked for, its rivals) for the model."""
         with warnings_as_messages():
             made, *others = (
-                session.pruner(method, self.budget, self.scope, positions=self.positions)
+                session.pruner(method, self.budget, self.scope, positions=self.positions, remember=remember)
                 for method in (self.method, *self.rivals.values())
             )
         return made, dict(zip(self.rivals, others, strict=True))
@@ -183,6 +201,23 @@ def _checked_question(question: str) -> str:
         raise UsageError('the question is empty; ask something, as in: adafv ask photo.jpg "What is in the picture?"')
     check_text(question, "the question")
     return question.strip()
+
+
+def _checked_questions(wish: _Wish) -> list[str]:
+    """What is asked; none where it is read from standard input."""
+    if wish.question == LINES:
+        if wish.also:
+            raise UsageError("questions come from standard input, or as --also, not both; leave one out")
+        if wish.image == LINES:
+            raise UsageError("standard input is the image or the questions, not both; name a file for the image")
+        questions = []
+    else:
+        questions = [_checked_question(question) for question in (wish.question, *(wish.also or ()))]
+    if len(questions) != 1:
+        for name, given in (("--compare", wish.compare or wish.compare_with), ("--picture", wish.picture)):
+            if given:
+                raise UsageError(f"{name} shows what becomes of one question; ask that one by itself")
+    return questions
 
 
 def _checked_picture(path: Path, image: str) -> Path:
@@ -240,7 +275,7 @@ def _why(error: OSError) -> str:
 def _answer(wish: _Wish) -> None:
     from adafv.images import is_address
 
-    question, model, budget = _checked_question(wish.question), checked_model(wish.model), Budget.of(wish.keep)
+    questions, model, budget = _checked_questions(wish), checked_model(wish.model), Budget.of(wish.keep)
     one_of("--dtype", wish.dtype, DTYPES)
     picture = None if wish.picture is None else _checked_picture(wish.picture, wish.image)
     # What can be found wrong without torch is, as torch takes seconds to import. A download waits for the rest of it.
@@ -257,8 +292,12 @@ def _answer(wish: _Wish) -> None:
     start = time.perf_counter()
     with _progress(f"loading {model}"):
         session = Session.load(model, wish.dtype, device)
-        pruner, rivals = pruning.pruners(session)
+        pruner, rivals = pruning.pruners(session, None if len(questions) == 1 else ROOM)
     loaded = time.perf_counter() - start
+    if len(questions) != 1:
+        _Asking(wish, session, pruner, pruning, image, model, loaded).answer(questions)
+        return
+    [question] = questions
     inputs = session.inputs(image, question)
     tokenizer = session.processor.tokenizer
     unknown = unknown_words(tokenizer, question)
@@ -283,37 +322,143 @@ def _answer(wish: _Wish) -> None:
             timings = session.compare(inputs, modes, wish.max_new_tokens, wish.repeats, {pruning.name: pruned})
 
     if wish.as_json:
-        asked = {"model": model, "question": question, "unknown_words": unknown}
-        result = _result(pruned, asked, pruning, session) | {"seconds": {"load": loaded, **record.seconds}}
+        result = _result(pruned, model, question, unknown, pruning, session, loaded)
         if compares:
             result["compare"] = [timing.as_dict() for timing in timings]
         put(json.dumps(_without_nan(result), allow_nan=False))
     elif compares:
         _print_table(timings)
     else:
-        say(_summary(record, pruned.kv_mib))
+        say(_summary(pruned))
     if picture is not None:
         _draw(picture, session, inputs, record, question, pruned.answer)
 
 
-def _result(pruned: "Answer", asked: dict[str, Any], pruning: _Pruning, session: "Session") -> dict[str, Any]:
-    record = pruned.record
+@dataclass(frozen=True)
+class _Asking:
+    """Several questions about one image: given as a list, or read as somebody asks them."""
+
+    wish: _Wish
+    session: "Session"
+    pruner: "Pruner"
+    pruning: _Pruning
+    image: "Image"
+    model: str
+    loaded: float
+
+    def answer(self, questions: list[str]) -> None:
+        """Answer these questions in as few batches as there is room for; where there are none, those that are asked."""
+        if not questions:
+            self._as_they_come()
+            return
+        for question in questions:
+            self.session.check_question(question)  # of all of them, before the first answer
+        while questions:
+            room = self.session.most_together(self.session.inputs(self.image, questions[0]), self.pruner)
+            self._together(questions[:room])
+            questions = questions[room:]
+        if not self.wish.as_json:
+            say(about(self.model, self.session.processor.tokenizer))
+
+    def _as_they_come(self) -> None:
+        """Ask for questions until there are no more. At a terminal, one that cannot be asked ends nothing; elsewhere it does,
+        or answers would no longer stand in the places of their questions."""
+        terminal, asked = _at_a_terminal(), 0
+        if terminal:
+            say(f"{about(self.model, self.session.processor.tokenizer)}; every question is one by itself; Ctrl-D ends")
+        for place, line in _lines(terminal):
+            try:
+                if not line.strip():
+                    continue
+                question = _checked_question(line)
+                self.session.check_question(question)
+            except UsageError as error:
+                if not terminal:
+                    raise UsageError(f"line {place} of standard input: {error}") from error
+                say(f"error: {error}")
+                continue
+            self._together([question])
+            asked += 1
+        if not asked and not terminal:
+            raise UsageError("no question came from standard input; write one a line, or name it behind the image")
+        if not terminal and not self.wish.as_json:
+            say(about(self.model, self.session.processor.tokenizer))
+
+    def _together(self, questions: list[str]) -> None:
+        with _progress("answering"):
+            answers = self.session.ask_together(self.image, questions, self.pruner, self.wish.max_new_tokens)
+        tokenizer = self.session.processor.tokenizer
+        for question, answered in zip(questions, answers, strict=True):
+            unknown = unknown_words(tokenizer, question)
+            if len(questions) > 1 and not self.wish.as_json:
+                say(f"question: {question}")
+            if unknown:
+                say(f"warning: {unknown_words_warning(tokenizer, unknown)}")
+            if answered.note:
+                say(f"note: {answered.note}")
+            if self.wish.as_json:
+                result = _result(answered, self.model, question, unknown, self.pruning, self.session, self.loaded) | {
+                    "together": answered.together
+                }
+                put(json.dumps(_without_nan(result), allow_nan=False))
+            else:
+                put(printable(answered.answer, kept="\n\t"))
+                say(_summary(answered))
+
+
+def _at_a_terminal() -> bool:
+    """Whether somebody types the questions."""
+    return sys.stdin.isatty()
+
+
+def _lines(terminal: bool) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines of standard input; bytes that are not UTF-8 are left for `check_text` to name."""
+    stream = getattr(sys.stdin, "buffer", sys.stdin)
+    for place in itertools.count(1):
+        if terminal:
+            sys.stderr.write("question> ")
+            sys.stderr.flush()
+        line = stream.readline(LONGEST_LINE)
+        if not line:
+            if terminal:
+                sys.stderr.write("\n")
+            return
+        if len(line) == LONGEST_LINE:
+            raise UsageError(
+                f"line {place} of standard input has more than {LONGEST_LINE - 1} bytes; shorten the question"
+            )
+        yield place, line if isinstance(line, str) else line.decode("utf-8", "surrogateescape")
+
+
+def _result(
+    pruned: "Answer",
+    model: str,
+    question: str,
+    unknown: list[str],
+    pruning: _Pruning,
+    session: "Session",
+    loaded: float,
+) -> dict[str, Any]:
+    record, images = pruned.record, pruned.images
     assert record is not None
     return {
         "answer": pruned.answer,
-        "tokens_before": sum(record.tokens_before),
-        "tokens_after": sum(record.tokens_after),
-        "kept": [kept.tolist() for kept in record.kept],
-        "objective": record.objective[0],
-        "certificate": record.certificate[0],
+        "tokens_before": sum(image.tokens_before for image in images),
+        "tokens_after": sum(image.tokens_after for image in images),
+        "kept": [image.kept.tolist() for image in images],
+        "objective": images[0].objective,
+        "certificate": images[0].certificate,
         "method": pruning.method.name,
         "parameters": pruning.parameters,
         "keep": pruning.budget.keep,
-        **asked,
+        "model": model,
+        "question": question,
+        "unknown_words": unknown,
         "positions": pruning.positions,
         "dtype": session.dtype,
         "device": str(session.device),
         "kv_mib": pruned.kv_mib,
+        "seconds": {"load": loaded, **record.seconds},
     }
 
 
@@ -325,10 +470,15 @@ def _read(source: str) -> "Image":
         return load_image(source)
 
 
-def _summary(record: "Record", kv_mib: float) -> str:
-    before, after = sum(record.tokens_before), sum(record.tokens_after)
-    seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in record.seconds.items() if value >= 0.005)
-    text = f"kept {after} of {before} visual tokens ({100 * after / before:.3g} %), prompt's KV cache {kv_mib:.1f} MiB"
+def _summary(pruned: "Answer") -> str:
+    assert pruned.record is not None
+    before, after = (sum(getattr(image, f"tokens_{when}") for image in pruned.images) for when in ("before", "after"))
+    taken = pruned.record.seconds.items()
+    seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in taken if value >= 0.005)
+    share = f"{100 * after / before:.3g} %"
+    text = f"kept {after} of {before} visual tokens ({share}), prompt's KV cache {pruned.kv_mib:.1f} MiB"
+    if pruned.together > 1:
+        text += f", {pruned.together} questions together"
     return f"{text}; {seconds}" if seconds else text
 
 

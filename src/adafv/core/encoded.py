@@ -1,8 +1,9 @@
 """Encoded images, so that one image with many questions goes through the tower once."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -64,28 +65,29 @@ class EncodedImage:
 
 
 class TowerCache:
-    """The most recently used encoded images, as many as fit into so many bytes of the worker's device.
+    """The most recently used encoded images, as many as fit into so many bytes of a device. One thread at a time.
 
-    The questions differ, so vLLM's encoder cache, which knows pruned images, misses; what depends on the image alone is
-    kept here. It is bounded by bytes rather than by images because images differ in size by a factor of ten.
+    In transformers, `ImageStore` holds one. In vLLM, whose encoder cache knows pruned images and so misses when the question
+    is another, it is what depends on the image alone. It is bounded by bytes rather than by images because images differ in
+    size by a factor of ten.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.bytes = 0
-        self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
+        self._images: OrderedDict[Hashable, EncodedImage] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def get(self, name: bytes) -> EncodedImage | None:
+    def get(self, name: Hashable) -> EncodedImage | None:
         """The image of this name, which is then the most recently used one; or None."""
         image = self._images.get(name)
         if image is not None:
             self._images.move_to_end(name)
         return image
 
-    def put(self, name: bytes, image: EncodedImage) -> None:
+    def put(self, name: Hashable, image: EncodedImage) -> None:
         """Remember an image; forget the least recently used ones where there is no room. Too large a one is not kept."""
         if name in self._images:
             self.bytes -= self._images.pop(name).bytes
@@ -95,6 +97,11 @@ class TowerCache:
             self.bytes -= self._images.popitem(last=False)[1].bytes
         self._images[name] = image
         self.bytes += image.bytes
+
+    def drop(self, wanted: Callable[[Any], bool]) -> None:
+        """Forget those of some names."""
+        for name in [name for name in self._images if wanted(name)]:
+            self.bytes -= self._images.pop(name).bytes
 
     def clear(self) -> None:
         """Forget all of them."""

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from adafv.asking.failures import UsageError, check_text
 from adafv.asking.models import checked_model
+from adafv.asking.padding import Prompt, filling_of, in_one_batch, longest, until_the_end
 from adafv.asking.session import Session, check_device
 from adafv.core import Budget
 from adafv.engines.transformers import Pruner
@@ -82,48 +82,6 @@ class Tally:
     """Their visual tokens."""
     after: int = 0
     """... that stayed."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One chat as the model takes it: tensors with one row."""
-
-    inputs: dict[str, Tensor]
-    text: str
-    """As the template wrote it, before pictures were put in."""
-
-    @property
-    def length(self) -> int:
-        return self.inputs["input_ids"].shape[1]
-
-    @property
-    def shape(self) -> Hashable:
-        """What the prompts of one batch must have in common: everything but how long they are, and of how many parts."""
-        return tuple(
-            (name, () if self._runs_along(value) else tuple(value.shape[1:]), value.dtype)
-            for name, value in sorted(self.inputs.items())
-        )
-
-    def cut(self, columns: int) -> "Prompt":
-        """Without its last columns."""
-        if not columns:
-            return self
-        inputs = {
-            name: value[:, : self.length - columns] if self._runs_along(value) else value
-            for name, value in self.inputs.items()
-        }
-        return Prompt(inputs, self.text)
-
-    def _runs_along(self, value: Tensor) -> bool:
-        return tuple(value.shape[:2]) == (1, self.length)
-
-    def padded(self, name: str, length: int, filling: int) -> Tensor:
-        """An input, filled up in front where it runs along the prompt."""
-        value = self.inputs[name]
-        if not self._runs_along(value):
-            return value
-        missing = length - self.length
-        return functional.pad(value, (0, 0) * (value.dim() - 2) + (missing, 0), value=filling)
 
 
 @dataclass
@@ -250,19 +208,13 @@ class BatchedModel:
         prompts = [prompt for _, prompt in group]
         options = {"do_sample": False} | options
         if until:
-            options["stopping_criteria"] = StoppingCriteriaList([_Until(tokenizer, until, _longest(prompts))])
+            options["stopping_criteria"] = StoppingCriteriaList([_Until(tokenizer, until, longest(prompts))])
         output, read = self._generate(prompts, options)
         for (number, _), tokens in zip(group, output.sequences[:, read:].tolist(), strict=True):
-            own = tokens[: self._length(tokens)]
+            own = tokens[: until_the_end(tokens, self.session.model.generation_config.eos_token_id)]
             text = tokenizer.decode(own, skip_special_tokens=True)
             ends = [place for place in map(text.find, until) if place >= 0]
             yield number, Written(text[: min(ends, default=len(text))].strip(), len(own))
-
-    def _length(self, tokens: Sequence[int]) -> int:
-        """Of an answer, with the token that ends it; what is behind that is padding."""
-        ends = self.session.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        return next((place for place, token in enumerate(tokens, 1) if token in ends), len(tokens))
 
     def likelihoods(self, asked: Iterable[tuple[Chat, Sequence[str]]]) -> Iterator[tuple[int, list[Likelihood]]]:
         """(number of the chat, how likely each of the answers given with it is), in the order in which batches fill up.
@@ -333,13 +285,8 @@ class BatchedModel:
     def _generate(self, prompts: list[Prompt], options: dict[str, Any]) -> tuple[Any, int]:
         """(what `generate` returns, columns of the prompt in it)."""
         model, tokenizer = self.session.model, self.session.processor.tokenizer
-        fillings = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        filling = next(each for each in fillings if each is not None)
-        length, inputs = _longest(prompts), {}
-        for name in prompts[0].inputs:
-            parts = [prompt.padded(name, length, filling if name == "input_ids" else 0) for prompt in prompts]
-            value = torch.cat(parts).to(self.session.device)
-            inputs[name] = value.to(model.dtype) if value.is_floating_point() else value
+        filling, length = filling_of(tokenizer), longest(prompts)
+        inputs = self.session.placed(in_one_batch(prompts, filling))
         options = {"pad_token_id": filling, "use_cache": True} | options | {"return_dict_in_generate": True}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -364,10 +311,6 @@ class _Run:
     prompt: Prompt
     answers: list[tuple[int, list[int]]]
     """(place, tokens) of the answer that is written, then of those of one token."""
-
-
-def _longest(prompts: Sequence[Prompt]) -> int:
-    return max(prompt.length for prompt in prompts)
 
 
 class _Until(StoppingCriteria):

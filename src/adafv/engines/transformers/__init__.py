@@ -12,6 +12,7 @@
     positions.py     and out of its positions
     layers.py        tokens that leave inside the language model
     encoded.py       `encode`: images that go through the tower once, for many questions
+    remembered.py    `ImageStore`: images that the wrapper keeps by itself
     families/        what differs between models, one file each
     towers.py        how vision towers are read without touching them
     reading.py       what is image and what is text in a prompt
@@ -50,6 +51,17 @@ from adafv.engines.transformers.call import CompressedInputs  # noqa: E402
 from adafv.engines.transformers.compress import compress  # noqa: E402
 from adafv.engines.transformers.encoded import EncodedImages, encode  # noqa: E402
 from adafv.engines.transformers.record import ImageRecord, Record  # noqa: E402
+from adafv.engines.transformers.remembered import ImageStore  # noqa: E402
 from adafv.engines.transformers.wrapper import AdaFV, Pruner  # noqa: E402
 
-__all__ = ["AdaFV", "CompressedInputs", "EncodedImages", "ImageRecord", "Pruner", "Record", "compress", "encode"]
+__all__ = [
+    "AdaFV",
+    "CompressedInputs",
+    "EncodedImages",
+    "ImageRecord",
+    "ImageStore",
+    "Pruner",
+    "Record",
+    "compress",
+    "encode",
+]

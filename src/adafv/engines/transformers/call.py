@@ -122,6 +122,8 @@ class Call:
     """Per modality, which of the images that were given are new."""
     jobs: list[ImageJob] = field(default_factory=list)
     """One per new image, in reading order."""
+    remembered: set[tuple[str, int]] = field(default_factory=set)
+    """(modality, number) of the images that did not go through the tower, as they were known."""
     wrapped: bool = False
     """Whether the stock model runs within the wrapper, which can reach into its layers."""
 

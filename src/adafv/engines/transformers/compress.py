@@ -21,7 +21,6 @@ from adafv.engines.transformers.cache import (
     CacheContents,
     cached_length,
     contents_of,
-    remember,
     shortened_inside,
 )
 from adafv.engines.transformers.call import Call, CompressedInputs, ImageJob, read_call
@@ -37,8 +36,9 @@ from adafv.engines.transformers.plan import plan_images
 from adafv.engines.transformers.positions import needs_guard, set_linear_positions, set_rotary_positions
 from adafv.engines.transformers.record import record_of, timed
 from adafv.engines.transformers.releases import cache_of, warn_if_untested
+from adafv.engines.transformers.remembered import ImageStore
 from adafv.engines.transformers.settings import Settings
-from adafv.errors import UnsupportedCallError
+from adafv.errors import OptionError, UnsupportedCallError
 from adafv.methods import Method
 
 
@@ -52,6 +52,7 @@ def compress(
     text: str | None = None,
     processor: Any = None,
     video: str = "clip",
+    remember: ImageStore | None = None,
     **parameters: Any,
 ) -> CompressedInputs:
     """Prune the visual tokens of `inputs`, as a processor made them, for one call of the stock model.
@@ -68,12 +69,18 @@ def compress(
         model: a supported model, wrapped or not. It is not changed.
         inputs: what the processor returned; not changed. With `images`, what `adafv.encode` made of them.
         keep, method, positions, text, processor, video, **parameters: see `Pruner`.
+        remember: where encoded images are kept from one call to the next.
 
     Returns:
         The new inputs; what was kept is in their `record`.
     """
     model = stock_model(model)
-    settings = Settings.of(method, keep, positions, text, processor, video, **parameters)
+    if not isinstance(remember, ImageStore | None):
+        raise OptionError(
+            f"remember={remember!r}: a call of compress() can only keep images in a store that outlives it; make one, "
+            'store = adafv.ImageStore("512MB"), and pass it: remember=store'
+        )
+    settings = Settings.of(method, keep, positions, text, processor, video, remember=remember, **parameters)
     warn_if_untested()
     cache = cache_of(inputs)
     if cached_length(cache) > 0 and contents_of(cache) is None:

@@ -46,6 +46,12 @@ def sharded_parts_ready(model: Any) -> Iterator[None]:
     yield
 
 
+def spread_over_processes(module: Any) -> bool:
+    """Whether several processes must call this very module together: its weights are gathered from all of them."""
+    wrapped = any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
+    return wrapped or _is_sharded(module) or any(hasattr(weight, "ds_id") for weight in module._parameters.values())
+
+
 def _is_sharded(module: Any) -> bool:
     """Whether `fully_shard` was called on this very module."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

@@ -1,9 +1,14 @@
 """Step 3 of `compress`: the tower, once per modality, or where images are scaled down once per grid."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from adafv.core import ImageLayout
 from adafv.core.encoded import EncodedImage
 from adafv.core.tokens import Signal
 from adafv.engines.transformers.call import Call, ImageJob
 from adafv.engines.transformers.encoded import encode_modality
+from adafv.engines.transformers.remembered import encode_remembering
 from adafv.errors import StaleImagesError
 
 
@@ -38,11 +43,28 @@ def _run(call: Call, modality: str, jobs: list[ImageJob], signals: frozenset[Sig
         if len(wanted) < len(grids):
             some = family.take(model, modality, inputs, [layouts[number] for number in sorted(layouts)], wanted)
         if grid is None:
-            part = encode_modality(model, family, modality, some, lying, signals)
+            part = _encoded(call, modality, wanted, some, lying, signals)
         else:
             smaller = family.encode_smaller(model, some, lying, grid)
             part = [EncodedImage(features, {}, layout) for features, layout in zip(smaller, lying, strict=True)]
         images.update(zip(wanted, part, strict=True))
+    return images
+
+
+def _encoded(
+    call: Call,
+    modality: str,
+    numbers: list[int],
+    visuals: Mapping[str, Any],
+    layouts: list[ImageLayout],
+    signals: frozenset[Signal],
+) -> list[EncodedImage]:
+    """Images at full resolution, by the tower or from the store."""
+    store = call.settings.store
+    if store is None:
+        return encode_modality(call.model, call.family, modality, visuals, layouts, signals)
+    images, known = encode_remembering(store, call.model, call.family, modality, visuals, layouts, signals)
+    call.remembered |= {(modality, number) for number, found in zip(numbers, known, strict=True) if found}
     return images
 
 

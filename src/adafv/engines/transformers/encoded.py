@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,7 +93,7 @@ class EncodedImages:
         if difference := self.weights.difference(Fingerprint.of(model, names=False)):
             raise StaleImagesError(f"{difference}; {mend}")
         for name, value in taken.items():
-            if {self.pixels.get(name)} != {_hash(part) for part in _parts(value, self.times)}:
+            if {self.pixels.get(name)} != {digest_of(part) for part in _parts(value, self.times)}:
                 raise StaleImagesError(
                     f"{name} is passed beside images= and differs from what was encoded: another picture, or another setting "
                     f"of the processor; leave it out, or {mend}"
@@ -148,7 +149,7 @@ class EncodedImages:
                 f"the batch shows {count} images, and {len(images)} encoded ones are given; give one for each"
             )
         described = {name: _described(name, value) for name, value in entries.items()}
-        hashes = {name: _hash(value) for name, value in taken.items()}
+        hashes = {name: digest_of(value) for name, value in taken.items()}
         return replace(self, images={"image": list(images)}, visuals={"image": described}, pixels=hashes, times=1)
 
     def repeated(self, times: int) -> "EncodedImages":
@@ -210,7 +211,7 @@ def encode(
                 image.copy() for image in encode_modality(model, family, modality, entries, layouts, signals)
             ]
             described[modality] = {name: _described(name, value) for name, value in entries.items()}
-    hashes = {name: _hash(value) for name, value in taken.items()}
+    hashes = {name: digest_of(value) for name, value in taken.items()}
     return EncodedImages(images, described, signals, family.name, Fingerprint.of(model), hashes, _Guard.of(model))
 
 
@@ -265,7 +266,7 @@ def refuse_training(model: Any) -> None:
     """Raise UnsupportedCallError where tower or projector are to learn: encoded images have no gradients, so they cannot."""
     if not (model.training and torch.is_grad_enabled()):
         return
-    for path, module in _outside_the_language_model(model, names=True):
+    for path, module in outside_the_language_model(model, names=True):
         for name, parameter in module.__dict__["_parameters"].items():
             if parameter is not None and parameter.requires_grad:
                 raise UnsupportedCallError(
@@ -341,7 +342,7 @@ class Fingerprint:
     def of(cls, model: Any, names: bool = True) -> "Fingerprint":
         """Names are made once: to compare, they are not needed."""
         found, tensors, flags = [], [], []
-        for path, module in _outside_the_language_model(model, names):
+        for path, module in outside_the_language_model(model, names):
             inside = module.__dict__
             flags += [(flag, repr(inside[flag])) for flag in FLAGS if flag in inside]
             for held in (inside["_parameters"], inside["_buffers"]):
@@ -379,9 +380,11 @@ class Fingerprint:
         return type(self), (self.names, self.states, [part.cpu() for part in self.samples])
 
 
-def _outside_the_language_model(model: Any, names: bool) -> Iterator[tuple[str, Any]]:
+def outside_the_language_model(model: Any, names: bool) -> Iterator[tuple[str, Any]]:
     """(path, module) of all but the language model and its head."""
-    aside = {id(getattr(getattr(model, "model", model), "language_model", None)), id(model.get_output_embeddings())}
+    base = getattr(model, "model", model)
+    aside = {id(getattr(base, name, None)) for name in ("language_model", "text_model")}
+    aside.add(id(model.get_output_embeddings()))
     waiting = [("", model)]
     while waiting:
         path, module = waiting.pop()
@@ -421,15 +424,28 @@ def _described(name: str, value: Any) -> Any:
     return value
 
 
-def _hash(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """A hash of tensors, arrays, numbers and text, in lists and dictionaries of any depth."""
     digest = hashlib.sha256()
-    for part in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(part, Tensor):
-            digest.update(repr((part.dtype, tuple(part.shape))).encode())
-            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(repr(part).encode())
+    _digest(value, digest)
     return digest.hexdigest()
+
+
+def _digest(value: Any, digest: Any) -> None:
+    if isinstance(value, (Tensor, np.ndarray)):
+        held = torch.as_tensor(value).detach().cpu().contiguous()
+        digest.update(repr((held.dtype, tuple(held.shape))).encode())
+        digest.update(held.view(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        digest.update(f"{len(value)} by name".encode())
+        for name in sorted(value):
+            _digest([name, value[name]], digest)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)} in a row".encode())
+        for part in value:
+            _digest(part, digest)
+    else:
+        digest.update(repr(value).encode())
 
 
 def _parts(value: Any, times: int) -> list[Any]:

@@ -48,6 +48,8 @@ class ImageRecord:
     """[G, N] float32, saliency of those."""
     place: int = field(repr=False)
     """Which of those it is."""
+    remembered: bool = False
+    """Whether it did not go through the tower, as the store of `remember=` knew it, or as it stands in the call twice."""
     layers: dict[int, Tensor] | None = None
     """Of methods that act inside the language model: decoder layer -> [K] long, the tokens that stay from it on. `kept` are
     those of the last one. None for other methods."""
@@ -251,6 +253,11 @@ class Record:
         return [image.prompt for image in self.images]
 
     @property
+    def remembered(self) -> list[bool]:
+        """Of every image; see `ImageRecord.remembered`."""
+        return [image.remembered for image in self.images]
+
+    @property
     def methods(self) -> list[str]:
         """Of every image; see `ImageRecord.method`."""
         return [image.method for image in self.images]
@@ -278,6 +285,7 @@ def record_of(call: "Call", seconds: dict[str, float]) -> Record:
                 selected=None if chosen is None else chosen.kept,
                 scores=None if chosen is None else chosen.saliency,
                 place=job.place,
+                remembered=(image.modality, image.number) in call.remembered,
             )
         )
     return Record(

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from adafv.core import Budget
+from adafv.engines.transformers.remembered import ImageStore
 from adafv.errors import OptionError
 from adafv.methods import Method
 from adafv.methods.options import method_of
@@ -29,6 +30,8 @@ class Settings:
     logits: str = "prompt"
     tokenizer: Any = None
     """Of the processor, for methods that read words as text."""
+    store: ImageStore | None = None
+    """Where encoded images are kept; None: nowhere."""
 
     @cached_property
     def method_without_text(self) -> Method:
@@ -45,6 +48,7 @@ class Settings:
         processor: Any = None,
         video: str = "clip",
         logits: str = "prompt",
+        remember: ImageStore | int | float | str | None = None,
         **parameters: Any,
     ) -> "Settings":
         """Check the options, see `Pruner`."""
@@ -62,7 +66,8 @@ class Settings:
             raise OptionError("the published variant repeats tokens, so they have no original positions")
         resolved, template = resolve_scope(method.scope if scope is None else scope, processor)
         tokenizer = getattr(processor, "tokenizer", processor)
-        return cls(method, Budget.of(keep), positions, resolved, template, video, logits, tokenizer)
+        store = ImageStore.of(remember)
+        return cls(method, Budget.of(keep), positions, resolved, template, video, logits, tokenizer, store)
 
     @property
     def keep(self) -> int | float:

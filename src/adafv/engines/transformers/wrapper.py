@@ -50,6 +50,7 @@ from adafv.engines.transformers.releases import (
     returned_cache,
     warn_if_untested,
 )
+from adafv.engines.transformers.remembered import ImageStore
 from adafv.engines.transformers.settings import Settings, setting
 from adafv.errors import AlreadyEnabledError, NoRecordError, UnsupportedCallError
 from adafv.methods import Method
@@ -81,6 +82,8 @@ class Pruner:
             prompt alone, which takes less memory. Where gradients are recorded, a dropped column has the logits of the
             kept one in front of it, which the next kept token is predicted from: a loss outside the model is then the loss
             inside it.
+        remember: keep encoded images, so that one that is shown again does not go through the tower again: bytes, as a number
+            or with a unit ("512MB"), or an `ImageStore`, which several pruners and models may share. See `ImageStore`.
         **parameters: of the method, where it is given by name.
 
     Raises:
@@ -97,9 +100,10 @@ class Pruner:
         processor: Any = None,
         video: str = "clip",
         logits: str = "prompt",
+        remember: ImageStore | int | float | str | None = None,
         **parameters: Any,
     ) -> None:
-        self.settings = Settings.of(method, keep, positions, text, processor, video, logits, **parameters)
+        self.settings = Settings.of(method, keep, positions, text, processor, video, logits, remember, **parameters)
 
     def __call__(self, model: Any) -> "PrunedModel":
         """Prepare `model`; nothing changes until the result is entered (`with`) or `enable` is called.
@@ -118,7 +122,7 @@ class AdaFV(Pruner):
         adafv.last.kept
 
     Args:
-        keep, positions, text, processor, video, logits: see `Pruner`.
+        keep, positions, text, processor, video, logits, remember: see `Pruner`.
         objective: how the geometric mean is maximised: "joint" (the best set that can be found, with a certificate), "split"
             (the paper's search) or "frank-wolfe" (what "joint" was before).
         variant: "corrected", or "published" for the published code to the letter, bugs and token layout included; then
@@ -136,6 +140,7 @@ class AdaFV(Pruner):
         processor: Any = None,
         video: str = "clip",
         logits: str = "prompt",
+        remember: ImageStore | int | float | str | None = None,
     ) -> None:
         super().__init__(
             "adafv",
@@ -145,6 +150,7 @@ class AdaFV(Pruner):
             processor=processor,
             video=video,
             logits=logits,
+            remember=remember,
             objective=objective,
             variant=variant,
         )
@@ -173,6 +179,11 @@ class PrunedModel:
         if record is None:
             raise NoRecordError("nothing was pruned yet: run the model with an image first, then read `last`")
         return record
+
+    @property
+    def remembered(self) -> ImageStore | None:
+        """The images that are kept, with `hits`, `misses` and `bytes`; None where `remember` was not asked for."""
+        return self.settings.store
 
     @property
     def enabled(self) -> bool:
