@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.sending import sent
 from adafv.errors import UnsupportedCallError
 
 
@@ -23,6 +24,21 @@ def by_crops(patches: Tensor, layouts: list[ImageLayout]) -> list[Tensor]:
     """[all patches, C] of crops of one size -> per image [its crops, patches of a crop, C]."""
     crops = patches.unflatten(0, (sum(layout.crops for layout in layouts), -1))
     return list(crops.split([layout.crops for layout in layouts]))
+
+
+def of_some_crops(patches: Tensor, layouts: list[ImageLayout], wanted: Sequence[Sequence[int]]) -> list[Tensor]:
+    """[all patches, C] of some crops of every image, in the order of `wanted` -> per image [n, C], its tokens that show a
+    patch of these crops, in the layout's order."""
+    found = []
+    per_crop = layouts[0].rows * layouts[0].columns
+    parts = patches.split([len(crops) * per_crop for crops in wanted])
+    for part, layout, crops in zip(parts, layouts, wanted, strict=True):
+        source = layout.source[layout.of_crops(crops)]
+        number = torch.zeros(layout.crops, dtype=torch.long)
+        number[list(crops)] = torch.arange(len(crops))
+        place = number[source // per_crop] * per_crop + source % per_crop
+        found.append(part.index_select(0, sent(place, part.device)))
+    return found
 
 
 def of_images(values: Tensor, counts: Sequence[int], wanted: Sequence[int]) -> Tensor:

@@ -31,7 +31,7 @@ def sharded_parts_ready(model: Any) -> Iterator[None]:
             those of the projector come later where the part is not the whole model.
     """
     base = model.model
-    around: list[Any] = [part for part in (model, base, getattr(base, "language_model", None)) if _is_sharded(part)]
+    around: list[Any] = [part for part in (model, base, getattr(base, "language_model", None)) if is_sharded(part)]
     if around:
         trained = any(p.requires_grad for name, p in base.named_parameters() if not name.startswith("language_model."))
         if base in around and torch.is_grad_enabled() and trained:
@@ -46,6 +46,6 @@ def sharded_parts_ready(model: Any) -> Iterator[None]:
     yield
 
 
-def _is_sharded(module: Any) -> bool:
+def is_sharded(module: Any) -> bool:
     """Whether `fully_shard` was called on this very module."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

@@ -48,6 +48,9 @@ class ImageRecord:
     """[G, N] float32, saliency of those."""
     place: int = field(repr=False)
     """Which of those it is."""
+    crops: tuple[int, ...] | None = None
+    """The crops that went through the tower, the thumbnail (0) first, where not all did. Tokens of others could not stay,
+    and their scores are NaN. None: all."""
     layers: dict[int, Tensor] | None = None
     """Of methods that act inside the language model: decoder layer -> [K] long, the tokens that stay from it on. `kept` are
     those of the last one. None for other methods."""
@@ -278,6 +281,7 @@ def record_of(call: "Call", seconds: dict[str, float]) -> Record:
                 selected=None if chosen is None else chosen.kept,
                 scores=None if chosen is None else chosen.saliency,
                 place=job.place,
+                crops=job.crops,
             )
         )
     return Record(

@@ -24,9 +24,11 @@ import torch
 from transformers.utils import ModelOutput
 
 from adafv.core import Budget
+from adafv.core.crops import Crops
 from adafv.engines.transformers.cache import holds_pruned, remember
 from adafv.engines.transformers.call import CompressedInputs
 from adafv.engines.transformers.compress import compress_call
+from adafv.engines.transformers.crops import check_crops
 from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
 from adafv.engines.transformers.encoded import encoded_in
 from adafv.engines.transformers.families.base import family_of, stock_model
@@ -81,6 +83,9 @@ class Pruner:
             prompt alone, which takes less memory. Where gradients are recorded, a dropped column has the logits of the
             kept one in front of it, which the next kept token is predicted from: a loss outside the model is then the loss
             inside it.
+        crops: of an image that the model sees as a thumbnail and crops, those that go through the tower: "all"; "thumbnail",
+            none beside it; a number, at most so many beside it; or "auto". But for "all", the thumbnail goes first, and its
+            scores say which crops are worth it; tokens of other crops cannot stay. See docs/crops.md.
         **parameters: of the method, where it is given by name.
 
     Raises:
@@ -97,9 +102,10 @@ class Pruner:
         processor: Any = None,
         video: str = "clip",
         logits: str = "prompt",
+        crops: Crops | str | int = "all",
         **parameters: Any,
     ) -> None:
-        self.settings = Settings.of(method, keep, positions, text, processor, video, logits, **parameters)
+        self.settings = Settings.of(method, keep, positions, text, processor, video, logits, crops, **parameters)
 
     def __call__(self, model: Any) -> "PrunedModel":
         """Prepare `model`; nothing changes until the result is entered (`with`) or `enable` is called.
@@ -118,7 +124,7 @@ class AdaFV(Pruner):
         adafv.last.kept
 
     Args:
-        keep, positions, text, processor, video, logits: see `Pruner`.
+        keep, positions, text, processor, video, logits, crops: see `Pruner`.
         objective: how the geometric mean is maximised: "joint" (the best set that can be found, with a certificate), "split"
             (the paper's search) or "frank-wolfe" (what "joint" was before).
         variant: "corrected", or "published" for the published code to the letter, bugs and token layout included; then
@@ -136,6 +142,7 @@ class AdaFV(Pruner):
         processor: Any = None,
         video: str = "clip",
         logits: str = "prompt",
+        crops: Crops | str | int = "all",
     ) -> None:
         super().__init__(
             "adafv",
@@ -145,6 +152,7 @@ class AdaFV(Pruner):
             processor=processor,
             video=video,
             logits=logits,
+            crops=crops,
             objective=objective,
             variant=variant,
         )
@@ -158,6 +166,7 @@ class PrunedModel:
         self.model = stock_model(model)
         self.settings = settings
         self.family = family_of(self.model)
+        check_crops(settings.crops, self.family, self.model)
         self._stock: Any = None
         self._latest: Record | None = None
         self._own = threading.local()

@@ -1,0 +1,170 @@
+"""Step 3 where not all crops are worth a run of the tower: the thumbnails first, and of the other crops those that their
+scores ask for.
+
+What was not encoded is not there: a method sees the tokens of the crops that were, and what it keeps is written back as
+places among all tokens of the image, so that nothing behind it knows the difference.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafv.core.crops import Crops, chosen_crops, masses, tokens_of_crops
+from adafv.core.encoded import EncodedImage
+from adafv.core.scores import text_to_image_attention
+from adafv.core.select import words_of
+from adafv.core.sending import sent
+from adafv.core.tokens import SALIENCY, Signal
+from adafv.engines.transformers.call import Call, ImageJob
+from adafv.engines.transformers.devices import is_sharded
+from adafv.engines.transformers.encoded import encoded_part
+from adafv.engines.transformers.families.base import Family
+from adafv.errors import MethodError, UnsupportedCallError, UnsupportedModelError
+
+MEND = 'leave crops out, or give crops="all"'
+
+
+def check_crops(crops: Crops, family: Family, model: Any) -> None:
+    """The one place where a model is refused whose crops cannot be chosen from.
+
+    Raises:
+        UnsupportedModelError: the family shows one view of an image, or shows crops as images of their own, or mixes them.
+    """
+    if not crops.chosen:
+        return
+    if not family.chooses_crops:
+        raise UnsupportedModelError(
+            f"crops={str(crops)!r}: in {family.name} images are not cut into a thumbnail and crops, or adafv cannot tell "
+            f"which crop lies where, or cannot encode one without the others; {MEND}"
+        )
+    family.check_signals(model, [SALIENCY])
+
+
+def chooses(call: Call, job: ImageJob) -> bool:
+    """Whether some crops of an image need not be encoded, because the caller says so or the method looks at others alone."""
+    layout, plan = job.image.layout, job.plan
+    if not call.family.chooses_crops or job.image.modality != "image" or layout.crops == 1 or plan is None:
+        return False
+    if not call.settings.crops.chosen:
+        return plan.crops is not None and plan.grid is None and job.layout is layout and call.encoded is None
+    if plan.grid is not None or job.layout is not layout or job.method.may_repeat:
+        raise MethodError(
+            f"the method {job.method.name} sees the image at another resolution, or laid out in another way, and knows "
+            f"nothing of crops that were not encoded; {MEND}"
+        )
+    return True
+
+
+def decides(call: Call, job: ImageJob) -> bool:
+    """Of an image whose crops are chosen, whether its thumbnail says which ones."""
+    return call.settings.crops.most != 0 and job.plan is not None and job.plan.crops is None
+
+
+def check_training(call: Call) -> None:
+    """Raise UnsupportedCallError where a model learns."""
+    if call.settings.crops.chosen and call.model.training and torch.is_grad_enabled():
+        raise UnsupportedCallError(
+            f"crops={str(call.settings.crops)!r} runs the tower once or twice, by the picture, which processes that train "
+            f"together would wait for in vain, and crops that were left out teach nothing; to train, {MEND}"
+        )
+    if call.settings.crops.chosen and any(is_sharded(part) for part in call.model.modules()):
+        raise UnsupportedCallError(
+            f"crops={str(call.settings.crops)!r} runs the tower once or twice, by the picture, and processes that share the "
+            f"weights of a sharded model would wait for each other in vain; {MEND}"
+        )
+
+
+def encode_chosen(
+    call: Call,
+    jobs: Sequence[ImageJob],
+    visuals: Mapping[str, Any],
+    images: Mapping[int, EncodedImage] | None,
+    signals: frozenset[Signal],
+) -> None:
+    """Give these images what the tower makes of the crops that are worth it, and what is left of their layouts.
+
+    Args:
+        visuals: of these images alone.
+        images: by number; where they are encoded already, whole. The same crops are chosen then.
+    """
+    layouts = [job.image.layout for job in jobs]
+
+    def encoded(wanted: list[tuple[int, ...]], asked: frozenset[Signal]) -> list[EncodedImage]:
+        parts = [_part(*pair) for pair in zip(layouts, wanted, strict=True)]
+        if images is not None:
+            return [
+                images[job.image.number].part(places, layout) for job, (places, layout) in zip(jobs, parts, strict=True)
+            ]
+        made = call.family.encode_crops(call.model, visuals, layouts, wanted, asked)
+        return [encoded_part(made, i, layout) for i, (_, layout) in enumerate(parts)]
+
+    first = [(0,) if job.plan is None or job.plan.crops is None else job.plan.crops for job in jobs]
+    deciding = [job for job in jobs if decides(call, job)]
+    found = encoded(first, signals | {SALIENCY} if deciding else signals)
+    others: list[tuple[int, ...]] = [()] * len(jobs)
+    if deciding:
+        thumbnails = {id(job): image for job, image in zip(jobs, found, strict=True)}
+        decided = decide(call, deciding, [thumbnails[id(job)] for job in deciding])
+        chosen = {id(job): crops for job, crops in zip(deciding, decided, strict=True)}
+        others = [chosen.get(id(job), ()) for job in jobs]
+    more = encoded(others, signals) if any(others) else [None] * len(jobs)
+    for job, layout, one, two, crops, rest in zip(jobs, layouts, found, more, first, others, strict=True):
+        job.crops = (*crops, *rest)
+        job.places, left = _part(layout, job.crops)
+        one = replace(one, signals={signal: one.signals[signal] for signal in signals})
+        job.encoded = replace(one, layout=left) if two is None or not rest else _joined(layout, one, two, crops, rest)
+
+
+def decide(call: Call, jobs: Sequence[ImageJob], thumbnails: Sequence[EncodedImage]) -> list[tuple[int, ...]]:
+    """Per image the crops beside the thumbnail that are worth a run of the tower; one wait for the device."""
+    embedded = call.embedded_words([job for job in jobs if job.text is not None], thumbnails[0].features.device)
+    groups: dict[Any, list[int]] = {}
+    for i, job in enumerate(jobs):
+        groups.setdefault((id(job.image.layout), job.text is not None), []).append(i)
+    shares: list[Tensor] = []
+    for members in groups.values():
+        layout, texts = jobs[members[0]].image.layout, [embedded.get(id(jobs[i])) for i in members]
+        scores = [torch.stack([thumbnails[i].signals[SALIENCY] for i in members])]
+        given = [text for text in texts if text is not None]
+        if given:
+            words, mask = words_of([text for text, _ in given])
+            features = torch.stack([thumbnails[i].features.detach() for i in members])
+            scores.append(text_to_image_attention(words, features, mask))
+        # The geometric mean of the masses, as the objective of AdaFV has it; without words there is one.
+        share = torch.stack([masses(each, layout) for each in scores]).log().mean(0).exp()
+        shares.append(share.flatten())
+    values = torch.cat(shares).tolist()  # the one wait: which crops the tower sees next is for the host to know
+    decided: list[tuple[int, ...]] = [()] * len(jobs)
+    for members in groups.values():
+        layout = jobs[members[0]].image.layout
+        sizes = tokens_of_crops(layout)
+        for i in members:
+            own, values = values[: layout.crops - 1], values[layout.crops - 1 :]
+            decided[i] = chosen_crops(own, sizes, jobs[i].keep, call.settings.crops.most)
+    return decided
+
+
+def _part(layout: Any, crops: Sequence[int]) -> tuple[Tensor, Any]:
+    """(which tokens show a patch of these crops [n], the layout of these alone)."""
+    places = layout.of_crops(crops).nonzero().squeeze(-1)
+    return places, replace(layout, source=layout.source[places])
+
+
+def _joined(
+    layout: Any, one: EncodedImage, two: EncodedImage, crops: Sequence[int], rest: Sequence[int]
+) -> EncodedImage:
+    """Two parts of an image, in the order of its tokens."""
+    places = torch.cat((_part(layout, crops)[0], _part(layout, rest)[0]))
+    order = places.argsort()
+    _, left = _part(layout, (*crops, *rest))
+
+    def together(first: Tensor, second: Tensor) -> Tensor:
+        values = torch.cat((first, second))
+        ascending = bool((places.diff() > 0).all())  # as where the thumbnail comes first
+        return values if ascending else values.index_select(0, sent(order, values.device))
+
+    signals = {signal: together(values, two.signals[signal]) for signal, values in one.signals.items()}
+    return EncodedImage(together(one.features, two.features), signals, left)
