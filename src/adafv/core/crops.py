@@ -2,7 +2,8 @@
 
 LLaVA-NeXT and its like see an image as a thumbnail and as crops of a larger copy; a crop shows again, enlarged, what a part
 of the thumbnail shows. So the scores of the thumbnail's tokens, which cost one crop, say where something is that the
-question asks for, before the other crops cost anything.
+question asks for, before the other crops cost anything. They do not say whether it must be seen enlarged: that is for the
+model to say, by how certain it is of its answer. See docs/crops.md.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from adafv.core.layout import ImageLayout
 from adafv.errors import OptionError
 
 ALL, AUTO, THUMBNAIL = "all", "auto", "thumbnail"
+CERTAIN = 0.9
+"""Probability of an answer's first token from which on "auto" is content with the thumbnail; chosen in docs/crops.md."""
 _WAYS = f'give "{ALL}", "{AUTO}", "{THUMBNAIL}", or how many crops beside the thumbnail at most, such as 1'
 
 
@@ -27,6 +30,8 @@ class Crops:
     """None: as many as there are."""
     chosen: bool = False
     """Whether the thumbnail is looked at first, and its scores say which ones. False: all are encoded, as ever."""
+    certain: float | None = None
+    """Where an answer's first token is less probable than this, it is asked again with all crops. None: it never is."""
 
     @classmethod
     def of(cls, value: Any) -> "Crops":
@@ -37,7 +42,7 @@ class Crops:
         """
         if isinstance(value, Crops):
             return value
-        named = {ALL: cls(), AUTO: cls(None, True), THUMBNAIL: cls(0, True)}
+        named = {ALL: cls(), AUTO: cls(0, True, CERTAIN), THUMBNAIL: cls(0, True)}
         if isinstance(value, str) and value in named:
             return named[value]
         if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
@@ -51,7 +56,7 @@ class Crops:
         """`of` reads it back."""
         if not self.chosen:
             return ALL
-        return AUTO if self.most is None else THUMBNAIL if self.most == 0 else str(self.most)
+        return AUTO if self.certain is not None else THUMBNAIL if self.most == 0 else str(self.most)
 
     def tokens(self, layout: ImageLayout) -> int:
         """The tokens of an image that are there whichever crops are chosen: K is at most that, and known beforehand."""
@@ -70,6 +75,18 @@ def tokens_of_crops(layout: ImageLayout) -> list[int]:
     """How many tokens show a patch of each crop; the thumbnail is crop 0."""
     crop = layout.source[layout.shows_patch] // (layout.rows * layout.columns)
     return torch.bincount(crop, minlength=layout.crops).tolist()
+
+
+def mixes_crops(layout: ImageLayout) -> bool:
+    """Whether tokens are made of patches of several crops: then their raster was scaled down, and some places are missing."""
+    crop, row, column = layout.place(torch.arange(layout.tokens))
+    others = crop > 0
+    if layout.tiling is None or not bool(others.any()):
+        return False
+    down = (crop[others] - 1) // layout.tiling[1] * layout.rows + row[others]
+    across = (crop[others] - 1) % layout.tiling[1] * layout.columns + column[others]
+    height, width = (int(place.max() - place.min()) + 1 for place in (down, across))
+    return height * width != int(others.sum())
 
 
 def enlarged_in(layout: ImageLayout) -> Tensor:
@@ -105,29 +122,12 @@ def masses(scores: Tensor, layout: ImageLayout) -> Tensor:
     return sums / sums.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
-WORTH = 1.5
-"""How many times its part of the image a crop must have of the scores to be encoded."""
-
-
-def _worth(share: float, crops: int) -> bool:
-    return share * crops >= WORTH
-
-
-def chosen_crops(shares: Sequence[float], sizes: Sequence[int], keep: int, most: int | None) -> tuple[int, ...]:
-    """The crops beside the thumbnail that are encoded, ascending.
+def chosen_crops(shares: Sequence[float], most: int) -> tuple[int, ...]:
+    """The crops beside the thumbnail that are encoded, ascending: those that the scores rank first.
 
     Args:
         shares: of what the question and the tower look at in the thumbnail, the part that each other crop enlarges.
-        sizes: tokens of every crop, the thumbnail's first.
-        keep: K; so many tokens there must be.
-        most: how many crops at most; None: as many as there are.
+        most: how many there may be.
     """
-    ranked = sorted(range(1, len(sizes)), key=lambda crop: (-shares[crop - 1], crop))
-    chosen: list[int] = []
-    there = sizes[0]
-    for crop in ranked[:most]:
-        if there >= keep and not _worth(shares[crop - 1], len(shares)):
-            break
-        chosen.append(crop)
-        there += sizes[crop]
-    return tuple(sorted(chosen))
+    ranked = sorted(range(1, len(shares) + 1), key=lambda crop: (-shares[crop - 1], crop))
+    return tuple(sorted(ranked[:most]))

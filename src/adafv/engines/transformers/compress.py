@@ -28,7 +28,7 @@ from adafv.engines.transformers.cache import (
 from adafv.engines.transformers.call import Call, CompressedInputs, ImageJob, read_call
 from adafv.engines.transformers.columns import take_out
 from adafv.engines.transformers.compaction import compact
-from adafv.engines.transformers.crops import check_crops
+from adafv.engines.transformers.crops import check_auto, check_crops
 from adafv.engines.transformers.devices import host_by_default
 from adafv.engines.transformers.encode import encode_images
 from adafv.engines.transformers.families import Family, family_of
@@ -84,6 +84,7 @@ def compress(
     with torch.no_grad(), host_by_default():
         family = family_of(model)
         check_crops(settings.crops, family, model)
+        check_auto(settings.crops)
         result = compress_call(model, family, settings, inputs, whole_conversation=True)
     if result.contents is not None:
         remember(cache, result.contents)

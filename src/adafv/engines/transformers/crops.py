@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafv.core.crops import Crops, chosen_crops, masses, tokens_of_crops
+from adafv.core.crops import AUTO, THUMBNAIL, Crops, chosen_crops, masses, mixes_crops, tokens_of_crops
 from adafv.core.encoded import EncodedImage
 from adafv.core.scores import text_to_image_attention
 from adafv.core.select import words_of
@@ -22,6 +22,8 @@ from adafv.engines.transformers.call import Call, ImageJob
 from adafv.engines.transformers.devices import is_sharded
 from adafv.engines.transformers.encoded import encoded_part
 from adafv.engines.transformers.families.base import Family
+from adafv.engines.transformers.record import ImageRecord
+from adafv.engines.transformers.releases import cache_of
 from adafv.errors import MethodError, UnsupportedCallError, UnsupportedModelError
 
 MEND = 'leave crops out, or give crops="all"'
@@ -48,19 +50,28 @@ def chooses(call: Call, job: ImageJob) -> bool:
     layout, plan = job.image.layout, job.plan
     if not call.family.chooses_crops or job.image.modality != "image" or layout.crops == 1 or plan is None:
         return False
-    if not call.settings.crops.chosen:
-        return plan.crops is not None and plan.grid is None and job.layout is layout and call.encoded is None
+    crops = call.settings.crops_of(job.image.row)
+    if not crops.chosen:
+        if plan.crops is None or plan.grid is not None or job.layout is not layout or call.encoded is not None:
+            return False
+        return plan.crops == (0,) or not mixes_crops(layout)
     if plan.grid is not None or job.layout is not layout or job.method.may_repeat:
         raise MethodError(
             f"the method {job.method.name} sees the image at another resolution, or laid out in another way, and knows "
             f"nothing of crops that were not encoded; {MEND}"
         )
-    return True
+    if crops.most != 0 and mixes_crops(layout):
+        raise UnsupportedCallError(
+            "this image has so many crops that the model scales their tokens down, and mixes some of several crops; give "
+            f"crops={THUMBNAIL!r}, or {MEND}"
+        )
+    # So many tokens that newlines stay, too: there is nothing to choose.
+    return plan.keep is None or plan.keep <= sum(tokens_of_crops(layout))
 
 
 def decides(call: Call, job: ImageJob) -> bool:
     """Of an image whose crops are chosen, whether its thumbnail says which ones."""
-    return call.settings.crops.most != 0 and job.plan is not None and job.plan.crops is None
+    return call.settings.crops_of(job.image.row).most != 0 and job.plan is not None and job.plan.crops is None
 
 
 def check_training(call: Call) -> None:
@@ -140,10 +151,11 @@ def decide(call: Call, jobs: Sequence[ImageJob], thumbnails: Sequence[EncodedIma
     decided: list[tuple[int, ...]] = [()] * len(jobs)
     for members in groups.values():
         layout = jobs[members[0]].image.layout
-        sizes = tokens_of_crops(layout)
         for i in members:
             own, values = values[: layout.crops - 1], values[layout.crops - 1 :]
-            decided[i] = chosen_crops(own, sizes, jobs[i].keep, call.settings.crops.most)
+            most = call.settings.crops_of(jobs[i].image.row).most
+            assert most is not None  # without a number all are encoded
+            decided[i] = chosen_crops(own, most)
     return decided
 
 
@@ -168,3 +180,47 @@ def _joined(
 
     signals = {signal: together(values, two.signals[signal]) for signal, values in one.signals.items()}
     return EncodedImage(together(one.features, two.features), signals, left)
+
+
+def check_auto(crops: Crops) -> None:
+    """Raise UnsupportedCallError where no answer is generated that could be more or less certain."""
+    if crops.certain is not None:
+        raise UnsupportedCallError(
+            f"crops={AUTO!r} goes by how certain the first token of an answer is, which `generate` of a wrapped model alone "
+            f"knows; give crops={THUMBNAIL!r} or a number here, or {MEND}"
+        )
+
+
+def check_twice(arguments: Mapping[str, Any]) -> None:
+    """Raise UnsupportedCallError for a call of `generate` that cannot be made a second time as it was made first."""
+    for name, why in (
+        ("streamer", "has been told the first answer by then"),
+        ("custom_generate", "may give back anything"),
+        ("assistant_model", "guesses tokens ahead"),
+        ("prompt_lookup_num_tokens", "guesses tokens ahead"),
+    ):
+        if arguments.get(name) is not None:
+            raise UnsupportedCallError(
+                f"crops={AUTO!r} may have to generate an answer twice, but {name} {why}; give crops={THUMBNAIL!r} or a "
+                f"number, or {MEND}"
+            )
+    if cache_of(arguments) is not None:
+        raise UnsupportedCallError(
+            f"crops={AUTO!r} may have to generate an answer twice, but the first one stays in the cache that was passed; "
+            f"pass the whole conversation without one, give crops={THUMBNAIL!r} or a number, or {MEND}"
+        )
+
+
+def unsure_rows(
+    crops: Crops, logits: Tensor, images: Sequence[ImageRecord], rows: int
+) -> tuple[list[float], frozenset[int]]:
+    """(how probable the first token of every answer is, prompts that are to be asked again with all crops).
+
+    Args:
+        logits: [rows * n, V] of the first token, n answers to each prompt.
+        images: what became of them; prompts whose images show all that there is are not asked again.
+    """
+    assert crops.certain is not None
+    first = logits[:: len(logits) // rows].float().softmax(-1).amax(-1).tolist()
+    more = {image.prompt for image in images if image.crops is not None and len(image.crops) < image.layout.crops}
+    return first, frozenset(row for row in more if not first[row] >= crops.certain)

@@ -20,7 +20,7 @@ def plan_images(call: Call) -> None:
     for job in call.jobs:
         job.keep = call.settings.budget.tokens(job.image.layout.tokens)
         if job.image.modality == "image":
-            job.keep = min(job.keep, call.settings.crops.tokens(job.image.layout))
+            job.keep = min(job.keep, call.settings.crops_of(job.image.row).tokens(job.image.layout))
     losing = [job for job in call.jobs if job.lost]
     if losing:
         check_training(call)

@@ -154,6 +154,8 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time per stage: "tower" (with the projector), "selection", "compaction", "model" (the call of the stock
     model). On an accelerator work is queued, so without synchronising it is the time to queue it."""
+    certainty: list[float] | None = None
+    """With crops="auto": per prompt, the probability of the first token of its answer where the thumbnail alone was seen."""
     layer_lengths: list[int] | None = None
     """Of methods that act inside the language model: columns of the prompt that each decoder layer saw, and its cache holds.
     None for other methods: every layer sees `prompt_length_after`."""

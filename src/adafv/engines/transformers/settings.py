@@ -30,6 +30,8 @@ class Settings:
     video: str
     logits: str = "prompt"
     crops: Crops = ALL_CROPS
+    unsure: frozenset[int] = frozenset()
+    """Prompts of the batch that get all crops nevertheless."""
     tokenizer: Any = None
     """Of the processor, for methods that read words as text."""
 
@@ -72,7 +74,11 @@ class Settings:
             )
         resolved, template = resolve_scope(method.scope if scope is None else scope, processor)
         tokenizer = getattr(processor, "tokenizer", processor)
-        return cls(method, Budget.of(keep), positions, resolved, template, video, logits, chosen, tokenizer)
+        return cls(method, Budget.of(keep), positions, resolved, template, video, logits, chosen, tokenizer=tokenizer)
+
+    def crops_of(self, row: int) -> Crops:
+        """Those of the images in a prompt of the batch."""
+        return ALL_CROPS if row in self.unsure else self.crops
 
     @property
     def keep(self) -> int | float:

@@ -28,7 +28,7 @@ from adafv.core.crops import Crops
 from adafv.engines.transformers.cache import holds_pruned, remember
 from adafv.engines.transformers.call import CompressedInputs
 from adafv.engines.transformers.compress import compress_call
-from adafv.engines.transformers.crops import check_crops
+from adafv.engines.transformers.crops import check_auto, check_crops, check_twice, unsure_rows
 from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
 from adafv.engines.transformers.encoded import encoded_in
 from adafv.engines.transformers.families.base import family_of, stock_model
@@ -84,8 +84,9 @@ class Pruner:
             kept one in front of it, which the next kept token is predicted from: a loss outside the model is then the loss
             inside it.
         crops: of an image that the model sees as a thumbnail and crops, those that go through the tower: "all"; "thumbnail",
-            none beside it; a number, at most so many beside it; or "auto". But for "all", the thumbnail goes first, and its
-            scores say which crops are worth it; tokens of other crops cannot stay. See docs/crops.md.
+            none beside it; a number, the thumbnail first and then so many that its scores rank first; or "auto", in
+            `generate` alone, the thumbnail first and all where the first token of the answer is not certain. Tokens of other
+            crops cannot stay, so K may be smaller. See docs/crops.md.
         **parameters: of the method, where it is given by name.
 
     Raises:
@@ -241,14 +242,39 @@ class PrunedModel:
         arguments = named_for_this_release(arguments)
         if "inputs" in arguments:
             arguments["input_ids"] = arguments.pop("inputs")
+        if self.settings.crops.certain is None or not self._visuals(arguments):
+            return self._generate_once(arguments, self.settings)
+        return self._generate_until_certain(arguments)
+
+    def _generate_until_certain(self, arguments: dict[str, Any]) -> Any:
+        """With the thumbnails; and where the first token of an answer is not certain, all answers again with more crops."""
+        check_twice(arguments)
+        asked = {name: setting(self.model, arguments, name) for name in ("return_dict_in_generate", "output_logits")}
+        twice = {**arguments, "return_dict_in_generate": True, "output_logits": True}
+        output = self._generate_once(dict(twice), self.settings)
+        record = self.last
+        prompts = next(arguments[name] for name in ("input_ids", "inputs_embeds") if name in arguments)
+        certainty, unsure = unsure_rows(self.settings.crops, output.logits[0], record.images, len(prompts))
+        if unsure:
+            del output
+            output = self._generate_once(twice, replace(self.settings, unsure=unsure))
+            first, record = record.seconds, self.last
+            record.seconds = {name: first.get(name, 0.0) + value for name, value in record.seconds.items()}
+        record.certainty = certainty
+        if not asked["return_dict_in_generate"]:
+            return output.sequences
+        if not asked["output_logits"]:
+            output.logits = None
+        return output
+
+    def _generate_once(self, arguments: dict[str, Any], settings: Settings) -> Any:
+        stock = self._stock
         refuse_unsupported(self.model, self.family, arguments)
         restorer = None
         with host_by_default(), torch.no_grad():
             fill_in_mask(self.model, arguments)
             with sharded_parts_ready(self.model):
-                call = compress_call(
-                    stock, self.family, self.settings, arguments, whole_conversation=True, wrapped=True
-                )
+                call = compress_call(stock, self.family, settings, arguments, whole_conversation=True, wrapped=True)
             refuse_mixed_up(self.model, call)
             prompt = arguments.get("input_ids")
             if call.contents is not None:
@@ -279,6 +305,8 @@ class PrunedModel:
         arguments = _by_name(stock.forward, args, kwargs)
         if not self._concerned(arguments):
             return stock.forward(*args, **kwargs)
+        if self._visuals(arguments):
+            check_auto(self.settings.crops)
         arguments = named_for_this_release(arguments)
         with host_by_default(), sharded_parts_ready(self.model):
             call = compress_call(stock, self.family, self.settings, arguments, whole_conversation=False, wrapped=True)
