@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from adafv.asking.session import Answer, Session, Timing
+    from adafv.core.crops import Crops
     from adafv.engines.transformers import Pruner, Record
     from adafv.methods import Method
 
@@ -70,6 +71,14 @@ def ask(
     positions: Annotated[
         str, typer.Option(help="Of the kept tokens: compact or original.", rich_help_panel=METHOD)
     ] = "compact",
+    crops: Annotated[
+        str,
+        typer.Option(
+            help="Crops that the tower sees, where the model cuts pictures up: all; thumbnail; how many beside it; or auto, "
+            "all where the thumbnail leaves the model unsure.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "all",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=RUN)] = 64,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
@@ -120,6 +129,7 @@ class _Wish:
     variant: str | None
     text: str | None
     positions: str
+    crops: str
     max_new_tokens: int
     dtype: str
     device: str | None
@@ -137,6 +147,7 @@ class _Pruning:
     budget: Budget
     scope: str | None
     positions: str
+    crops: "Crops"
     name: str
     """Of the method, with its options where it was given some."""
     method: "Method"
@@ -147,6 +158,7 @@ class _Pruning:
 
     @classmethod
     def of(cls, wish: _Wish, budget: Budget) -> "_Pruning":
+        from adafv.core.crops import Crops
         from adafv.engines.transformers import Pruner
         from adafv.engines.transformers.settings import POSITIONS
         from adafv.methods.options import in_one_word, method_from_text, method_of, parameters_from_options
@@ -165,14 +177,14 @@ class _Pruning:
             if its_name != name:
                 rivals[its_name] = other
         for each in (method, *rivals.values()):
-            Pruner(each, budget, positions=wish.positions)  # finds what does not go together
-        return cls(budget, wish.text, wish.positions, name, method, parameters, rivals)
+            Pruner(each, budget, positions=wish.positions, crops=wish.crops)  # finds what does not go together
+        return cls(budget, wish.text, wish.positions, Crops.of(wish.crops), name, method, parameters, rivals)
 
     def pruners(self, session: "Session") -> "tuple[Pruner, dict[str, Pruner]]":
         """(the one that was asked for, its rivals) for the model."""
         with warnings_as_messages():
             made, *others = (
-                session.pruner(method, self.budget, self.scope, positions=self.positions)
+                session.pruner(method, self.budget, self.scope, positions=self.positions, crops=self.crops)
                 for method in (self.method, *self.rivals.values())
             )
         return made, dict(zip(self.rivals, others, strict=True))
@@ -311,6 +323,9 @@ def _result(pruned: "Answer", asked: dict[str, Any], pruning: _Pruning, session:
         "keep": pruning.budget.keep,
         **asked,
         "positions": pruning.positions,
+        "crops": str(pruning.crops),
+        "crops_seen": list(record.images[0].crops or range(record.images[0].layout.crops)),
+        "certainty": None if record.certainty is None else record.certainty[0],
         "dtype": session.dtype,
         "device": str(session.device),
         "kv_mib": pruned.kv_mib,
@@ -329,6 +344,11 @@ def _summary(record: "Record", kv_mib: float) -> str:
     before, after = sum(record.tokens_before), sum(record.tokens_after)
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in record.seconds.items() if value >= 0.005)
     text = f"kept {after} of {before} visual tokens ({100 * after / before:.3g} %), prompt's KV cache {kv_mib:.1f} MiB"
+    image = record.images[0]
+    if image.crops is not None:
+        text += f", {len(image.crops)} of {image.layout.crops} crops seen"
+    if record.certainty is not None:
+        text += f", {100 * record.certainty[0]:.0f} % sure by the thumbnail"
     return f"{text}; {seconds}" if seconds else text
 
 
