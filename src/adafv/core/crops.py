@@ -7,13 +7,15 @@ model to say, by how certain it is of its answer. See docs/crops.md.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from adafv.core.layout import ImageLayout
+from adafv.core.sending import sent
 from adafv.errors import OptionError
 
 ALL, AUTO, THUMBNAIL = "all", "auto", "thumbnail"
@@ -73,20 +75,24 @@ ALL_CROPS = Crops()
 
 def tokens_of_crops(layout: ImageLayout) -> list[int]:
     """How many tokens show a patch of each crop; the thumbnail is crop 0."""
-    crop = layout.source[layout.shows_patch] // (layout.rows * layout.columns)
-    return torch.bincount(crop, minlength=layout.crops).tolist()
+    source = layout.source.numpy()
+    counts = np.bincount(source[source >= 0] // (layout.rows * layout.columns), minlength=layout.crops)
+    return counts.tolist()  # type: ignore[no-any-return]
+
+
+def of_some_crops(layout: ImageLayout, crops: Sequence[int]) -> tuple[Tensor, ImageLayout]:
+    """(which tokens show a patch of these crops, [n] long; the layout of these alone)."""
+    source = layout.source.numpy()
+    places = torch.from_numpy(np.isin(source // (layout.rows * layout.columns), list(crops)).nonzero()[0])
+    return places, replace(layout, source=torch.from_numpy(source[places.numpy()]))
 
 
 def mixes_crops(layout: ImageLayout) -> bool:
     """Whether tokens are made of patches of several crops: then their raster was scaled down, and some places are missing."""
-    crop, row, column = layout.place(torch.arange(layout.tokens))
-    others = crop > 0
-    if layout.tiling is None or not bool(others.any()):
+    if layout.tiling is None:
         return False
-    down = (crop[others] - 1) // layout.tiling[1] * layout.rows + row[others]
-    across = (crop[others] - 1) % layout.tiling[1] * layout.columns + column[others]
-    height, width = (int(place.max() - place.min()) + 1 for place in (down, across))
-    return height * width != int(others.sum())
+    down, across = _in_raster(layout)
+    return bool(len(down)) and (np.ptp(down).item() + 1) * (np.ptp(across).item() + 1) != len(down)
 
 
 def enlarged_in(layout: ImageLayout) -> Tensor:
@@ -97,26 +103,32 @@ def enlarged_in(layout: ImageLayout) -> Tensor:
     what the thumbnail shows.
     """
     assert layout.tiling is not None
-    _, horizontal = layout.tiling
-    crop, row, column = layout.place(torch.arange(layout.tokens))
-    others, own = crop > 0, crop == 0
-    down = (crop[others] - 1) // horizontal * layout.rows + row[others]
-    across = (crop[others] - 1) % horizontal * layout.columns + column[others]
-    if not len(down):
-        return torch.zeros(int(own.sum()), dtype=torch.long)
+    down, across = _in_raster(layout)
+    source = layout.source.numpy()
+    own = source[(source >= 0) & (source < layout.rows * layout.columns)]
 
-    def place(index: Tensor, count: int, there: Tensor, size: int) -> Tensor:
-        first, last = int(there.min()), int(there.max()) + 1
-        return (first + (2 * index + 1) * (last - first) // (2 * count)) // size
+    def tile(index: Any, count: int, there: Any) -> Any:
+        first, size = there.min(), there.max() + 1 - there.min()
+        return (first + (2 * index + 1) * size // (2 * count)) // count
 
-    tile_row = place(row[own], layout.rows, down, layout.rows)
-    tile_column = place(column[own], layout.columns, across, layout.columns)
-    return 1 + tile_row * horizontal + tile_column
+    rows, columns = tile(own // layout.columns, layout.rows, down), tile(own % layout.columns, layout.columns, across)
+    return torch.from_numpy(1 + rows * layout.tiling[1] + columns)
+
+
+def _in_raster(layout: ImageLayout) -> tuple[Any, Any]:
+    """Row and column of every patch of the other crops that is left, in the raster that they make."""
+    assert layout.tiling is not None
+    source = layout.source.numpy()
+    per_crop = layout.rows * layout.columns
+    source = source[source >= per_crop] - per_crop
+    crop, inside = source // per_crop, source % per_crop
+    row = crop // layout.tiling[1] * layout.rows + inside // layout.columns
+    return row, crop % layout.tiling[1] * layout.columns + inside % layout.columns
 
 
 def masses(scores: Tensor, layout: ImageLayout) -> Tensor:
     """[G, crops - 1] float32: what part of a score ([G, tokens of the thumbnail]) lies where each other crop enlarges it."""
-    crop = (enlarged_in(layout) - 1).to(scores.device)
+    crop = sent(enlarged_in(layout) - 1, scores.device)
     sums = scores.new_zeros(len(scores), layout.crops - 1, dtype=torch.float32)
     sums = sums.index_add(1, crop, scores.float())
     return sums / sums.sum(-1, keepdim=True).clamp_min(1e-30)

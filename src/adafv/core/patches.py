@@ -7,6 +7,7 @@ several patches has their mean.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,16 +30,18 @@ def by_crops(patches: Tensor, layouts: list[ImageLayout]) -> list[Tensor]:
 def of_some_crops(patches: Tensor, layouts: list[ImageLayout], wanted: Sequence[Sequence[int]]) -> list[Tensor]:
     """[all patches, C] of some crops of every image, in the order of `wanted` -> per image [n, C], its tokens that show a
     patch of these crops, in the layout's order."""
-    found = []
     per_crop = layouts[0].rows * layouts[0].columns
-    parts = patches.split([len(crops) * per_crop for crops in wanted])
-    for part, layout, crops in zip(parts, layouts, wanted, strict=True):
-        source = layout.source[layout.of_crops(crops)]
-        number = torch.zeros(layout.crops, dtype=torch.long)
-        number[list(crops)] = torch.arange(len(crops))
-        place = number[source // per_crop] * per_crop + source % per_crop
-        found.append(part.index_select(0, sent(place, part.device)))
-    return found
+    places, counts, first = [], [], 0
+    for layout, crops in zip(layouts, wanted, strict=True):
+        source = layout.source.numpy()
+        number = np.full(layout.crops + 1, -1)  # the last one is of tokens that show no patch
+        number[list(crops)] = np.arange(first, first + len(crops))
+        number = number[source // per_crop]
+        places.append((number * per_crop + source % per_crop)[number >= 0])
+        counts.append(len(places[-1]))
+        first += len(crops)
+    chosen = sent(torch.from_numpy(np.concatenate(places)), patches.device)
+    return list(patches.index_select(0, chosen).split(counts))
 
 
 def of_images(values: Tensor, counts: Sequence[int], wanted: Sequence[int]) -> Tensor:

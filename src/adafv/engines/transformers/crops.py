@@ -5,15 +5,16 @@ What was not encoded is not there: a method sees the tokens of the crops that we
 places among all tokens of the image, so that nothing behind it knows the difference.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from adafv.core.crops import AUTO, THUMBNAIL, Crops, chosen_crops, masses, mixes_crops, tokens_of_crops
+from adafv.core.crops import AUTO, THUMBNAIL, Crops, chosen_crops, masses, mixes_crops, of_some_crops, tokens_of_crops
 from adafv.core.encoded import EncodedImage
+from adafv.core.layout import ImageLayout
 from adafv.core.scores import text_to_image_attention
 from adafv.core.select import words_of
 from adafv.core.sending import sent
@@ -103,11 +104,22 @@ def encode_chosen(
     """
     layouts = [job.image.layout for job in jobs]
 
+    # Several prompts may show one image.
+    known: dict[Any, Any] = {}
+
+    def once(make: Callable[..., Any], *given: Any) -> Any:
+        key = make, *(each if isinstance(each, tuple) else id(each) for each in given)
+        if key not in known:
+            known[key] = make(*given), given  # which stay alive, and so their ids their own
+        return known[key][0]
+
     def encoded(wanted: list[tuple[int, ...]], asked: frozenset[Signal]) -> list[EncodedImage]:
-        parts = [_part(*pair) for pair in zip(layouts, wanted, strict=True)]
+        parts = [once(of_some_crops, layout, crops) for layout, crops in zip(layouts, wanted, strict=True)]
         if images is not None:
+            whole = [images[job.image.number] for job in jobs]
             return [
-                images[job.image.number].part(places, layout) for job, (places, layout) in zip(jobs, parts, strict=True)
+                once(EncodedImage.part, image, places, layout)
+                for image, (places, layout) in zip(whole, parts, strict=True)
             ]
         made = call.family.encode_crops(call.model, visuals, layouts, wanted, asked)
         return [encoded_part(made, i, layout) for i, (_, layout) in enumerate(parts)]
@@ -124,9 +136,8 @@ def encode_chosen(
     more = encoded(others, signals) if any(others) else [None] * len(jobs)
     for job, layout, one, two, crops, rest in zip(jobs, layouts, found, more, first, others, strict=True):
         job.crops = (*crops, *rest)
-        job.places, left = _part(layout, job.crops)
-        one = replace(one, signals={signal: one.signals[signal] for signal in signals})
-        job.encoded = replace(one, layout=left) if two is None or not rest else _joined(layout, one, two, crops, rest)
+        job.places, left = once(of_some_crops, layout, job.crops)
+        job.encoded = one if two is None or not rest else once(_joined, layout, one, two, crops, rest, left)
 
 
 def decide(call: Call, jobs: Sequence[ImageJob], thumbnails: Sequence[EncodedImage]) -> list[tuple[int, ...]]:
@@ -159,26 +170,24 @@ def decide(call: Call, jobs: Sequence[ImageJob], thumbnails: Sequence[EncodedIma
     return decided
 
 
-def _part(layout: Any, crops: Sequence[int]) -> tuple[Tensor, Any]:
-    """(which tokens show a patch of these crops [n], the layout of these alone)."""
-    places = layout.of_crops(crops).nonzero().squeeze(-1)
-    return places, replace(layout, source=layout.source[places])
-
-
 def _joined(
-    layout: Any, one: EncodedImage, two: EncodedImage, crops: Sequence[int], rest: Sequence[int]
+    layout: ImageLayout,
+    one: EncodedImage,
+    two: EncodedImage,
+    crops: tuple[int, ...],
+    rest: tuple[int, ...],
+    left: ImageLayout,
 ) -> EncodedImage:
-    """Two parts of an image, in the order of its tokens."""
-    places = torch.cat((_part(layout, crops)[0], _part(layout, rest)[0]))
+    """Two parts of an image, in the order of its tokens; of the signals, those that the second one has."""
+    places = np.concatenate([of_some_crops(layout, part)[0].numpy() for part in (crops, rest)])
     order = places.argsort()
-    _, left = _part(layout, (*crops, *rest))
+    ascending = bool((np.diff(places) > 0).all())  # as where the thumbnail comes first
 
     def together(first: Tensor, second: Tensor) -> Tensor:
         values = torch.cat((first, second))
-        ascending = bool((places.diff() > 0).all())  # as where the thumbnail comes first
-        return values if ascending else values.index_select(0, sent(order, values.device))
+        return values if ascending else values.index_select(0, sent(torch.from_numpy(order), values.device))
 
-    signals = {signal: together(values, two.signals[signal]) for signal, values in one.signals.items()}
+    signals = {signal: together(one.signals[signal], values) for signal, values in two.signals.items()}
     return EncodedImage(together(one.features, two.features), signals, left)
 
 
