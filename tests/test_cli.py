@@ -183,6 +183,26 @@ class TestAnswer:
         assert result.exit_code == 0, result.stderr
         assert json.loads(result.stdout)["tokens_before"] > TOKENS
         assert Image.open(picture).width > 1000
+        few = run(
+            "ask",
+            photo,
+            QUESTION,
+            "--model",
+            model,
+            "--max-new-tokens",
+            2,
+            "--crops",
+            "thumbnail",
+            "--picture",
+            picture,
+        )
+        assert few.exit_code == 0, few.stderr
+        assert f"1 of {json.loads(result.stdout)['crops_seen'][-1] + 1} crops seen" in few.stderr
+        auto = run("ask", photo, QUESTION, "--model", model, "--max-new-tokens", 2, "--crops", "auto", "--json")
+        said = json.loads(auto.stdout)
+        assert said["certainty"] < 0.9  # random weights know nothing
+        assert said["crops_seen"] == json.loads(result.stdout)["crops_seen"]
+        refused(run("ask", photo, QUESTION, "--model", model, "--crops", "few"), 2, "crops='few' is no number of crops")
 
 
 class TestModel:

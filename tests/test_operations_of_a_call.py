@@ -62,16 +62,17 @@ def test_few_operations(any_family: FamilyRow, any_model: Any, batch: int, monke
             if "pixel" not in name
         }
         given["images"] = encoded if batch == 1 else encoded.repeated(batch)
-        count = Counted()
-        with stock_positions_left_out(any_model, count, monkeypatch), count:
-            short = compress(any_model, given, 0.3)
-    assert len(short.record.images) == batch
-    assert len(count.made) <= MOST, count.made
+        for crops in ("all", 1) if family_of(any_model).chooses_crops else ("all",):
+            count = Counted()
+            with stock_positions_left_out(any_model, count, monkeypatch), count:
+                short = compress(any_model, given, 0.3, crops=crops)
+            assert len(short.record.images) == batch
+            assert len(count.made) <= MOST, (crops, count.made)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_call_waits_once_for_a_gpu(any_family: FamilyRow) -> None:
-    """For the prompt; what was kept and how good it is is read when somebody looks."""
+    """For the prompt, and once more where crops are chosen; what was kept and how good it is is read when somebody looks."""
     model = any_family.build()
     plain = make_inputs(any_family, model, [1])  # asks the model how many tokens an image has: on the CPU
     model.to("cuda")
@@ -80,13 +81,16 @@ def test_a_call_waits_once_for_a_gpu(any_family: FamilyRow) -> None:
     on_host = {name: inputs[name].cpu() for name in sizes & inputs.keys() if isinstance(inputs[name], torch.Tensor)}
     with torch.no_grad():
         given = {**inputs, "images": encode(model, inputs), **on_host}
-        compress(model, given, 0.3)
-        torch.cuda.synchronize()
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with pytest.warns(UserWarning, match="synchronizing") as waits:
-                compress(model, {name: value for name, value in given.items() if "pixel" not in name}, 0.3)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    assert len([wait for wait in waits if "synchronizing" in str(wait.message)]) == 1
+        for crops in ("all", 1) if family_of(model).chooses_crops else ("all",):
+            compress(model, given, 0.3, crops=crops)
+            torch.cuda.synchronize()
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with pytest.warns(UserWarning, match="synchronizing") as waits:
+                    compress(
+                        model, {name: value for name, value in given.items() if "pixel" not in name}, 0.3, crops=crops
+                    )
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+            assert len([each for each in waits if "synchronizing" in str(each.message)]) == (1 if crops == "all" else 2)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from adafv.asking.session import Answer, Session, Timing
+    from adafv.core.crops import Crops
     from adafv.engines.transformers import Pruner, Record
     from adafv.methods import Method
 
@@ -82,6 +83,14 @@ def ask(
     positions: Annotated[
         str, typer.Option(help="Of the kept tokens: compact or original.", rich_help_panel=METHOD)
     ] = "compact",
+    crops: Annotated[
+        str,
+        typer.Option(
+            help="Crops that the tower sees, where the model cuts pictures up: all; thumbnail; how many beside it; or auto, "
+            "all where the thumbnail leaves the model unsure.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "all",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=RUN)] = 64,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
@@ -138,6 +147,7 @@ class _Wish:
     variant: str | None
     text: str | None
     positions: str
+    crops: str
     max_new_tokens: int
     dtype: str
     device: str | None
@@ -155,6 +165,7 @@ class _Pruning:
     budget: Budget
     scope: str | None
     positions: str
+    crops: "Crops"
     name: str
     """Of the method, with its options where it was given some."""
     method: "Method"
@@ -165,6 +176,7 @@ class _Pruning:
 
     @classmethod
     def of(cls, wish: _Wish, budget: Budget) -> "_Pruning":
+        from adafv.core.crops import Crops
         from adafv.engines.transformers import Pruner
         from adafv.engines.transformers.settings import POSITIONS
         from adafv.methods.options import in_one_word, method_from_text, method_of, parameters_from_options
@@ -183,14 +195,16 @@ class _Pruning:
             if its_name != name:
                 rivals[its_name] = other
         for each in (method, *rivals.values()):
-            Pruner(each, budget, positions=wish.positions)  # finds what does not go together
-        return cls(budget, wish.text, wish.positions, name, method, parameters, rivals)
+            Pruner(each, budget, positions=wish.positions, crops=wish.crops)  # finds what does not go together
+        return cls(budget, wish.text, wish.positions, Crops.of(wish.crops), name, method, parameters, rivals)
 
     def pruners(self, session: "Session", remember: str | None) -> "tuple[Pruner, dict[str, Pruner]]":
         """(the one that was asked for, its rivals) for the model."""
         with warnings_as_messages():
             made, *others = (
-                session.pruner(method, self.budget, self.scope, positions=self.positions, remember=remember)
+                session.pruner(
+                    method, self.budget, self.scope, positions=self.positions, crops=self.crops, remember=remember
+                )
                 for method in (self.method, *self.rivals.values())
             )
         return made, dict(zip(self.rivals, others, strict=True))
@@ -455,6 +469,9 @@ def _result(
         "question": question,
         "unknown_words": unknown,
         "positions": pruning.positions,
+        "crops": str(pruning.crops),
+        "crops_seen": list(record.images[0].crops or range(record.images[0].layout.crops)),
+        "certainty": None if record.certainty is None else record.certainty[0],
         "dtype": session.dtype,
         "device": str(session.device),
         "kv_mib": pruned.kv_mib,
@@ -479,6 +496,11 @@ def _summary(pruned: "Answer") -> str:
     text = f"kept {after} of {before} visual tokens ({share}), prompt's KV cache {pruned.kv_mib:.1f} MiB"
     if pruned.together > 1:
         text += f", {pruned.together} questions together"
+    for image in pruned.images[:1]:
+        if image.crops is not None:
+            text += f", {len(image.crops)} of {image.layout.crops} crops seen"
+    if pruned.record.certainty is not None:
+        text += f", {100 * pruned.record.certainty[pruned.row]:.0f} % sure by the thumbnail"
     return f"{text}; {seconds}" if seconds else text
 
 

@@ -2,6 +2,7 @@
 
     budget.py     how many tokens stay
     layout.py     where the visual tokens of an image come from
+    crops.py      which crops of an image are worth a run of the tower
     tokens.py     what a method sees, plans and returns
     layers.py     which layer of a tower a signal speaks of
     patches.py    from the patches of a tower to the tokens of an image

@@ -7,10 +7,12 @@ several patches has their mean.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.sending import sent
 from adafv.errors import UnsupportedCallError
 
 
@@ -23,6 +25,23 @@ def by_crops(patches: Tensor, layouts: list[ImageLayout]) -> list[Tensor]:
     """[all patches, C] of crops of one size -> per image [its crops, patches of a crop, C]."""
     crops = patches.unflatten(0, (sum(layout.crops for layout in layouts), -1))
     return list(crops.split([layout.crops for layout in layouts]))
+
+
+def of_some_crops(patches: Tensor, layouts: list[ImageLayout], wanted: Sequence[Sequence[int]]) -> list[Tensor]:
+    """[all patches, C] of some crops of every image, in the order of `wanted` -> per image [n, C], its tokens that show a
+    patch of these crops, in the layout's order."""
+    per_crop = layouts[0].rows * layouts[0].columns
+    places, counts, first = [], [], 0
+    for layout, crops in zip(layouts, wanted, strict=True):
+        source = layout.source.numpy()
+        number = np.full(layout.crops + 1, -1)  # the last one is of tokens that show no patch
+        number[list(crops)] = np.arange(first, first + len(crops))
+        number = number[source // per_crop]
+        places.append((number * per_crop + source % per_crop)[number >= 0])
+        counts.append(len(places[-1]))
+        first += len(crops)
+    chosen = sent(torch.from_numpy(np.concatenate(places)), patches.device)
+    return list(patches.index_select(0, chosen).split(counts))
 
 
 def of_images(values: Tensor, counts: Sequence[int], wanted: Sequence[int]) -> Tensor:

@@ -62,6 +62,8 @@ class Wanted:
     strings: Sequence[str] | None = None
     project: Callable[[Tensor], Tensor] | None = None
     """[..., E] -> [..., D], the projector: of methods that mix what it reads."""
+    among: int | None = None
+    """N of the whole image, where crops of it were not encoded; None: these are all of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def select_tokens(images: Sequence[Wanted], agree: Callable[[Kept], Kept] = lamb
     groups: dict[Any, list[int]] = {}
     for i, image in enumerate(images):
         layout, plan = image.encoded.layout, image.plan
-        size = (layout.tokens, layout.crops, layout.rows, layout.columns, layout.tiling)
+        size = (image.among, layout.tokens, layout.crops, layout.rows, layout.columns, layout.tiling)
         intended = (plan.keep, plan.grid, plan.crops, image.most, id(image.method))
         groups.setdefault((size, intended), []).append(i)
     selected = []
@@ -271,14 +273,56 @@ def _words(images: Sequence[Wanted]) -> Words:
     if len(set(lengths)) == 1:
         mask = torch.ones(len(images), lengths[0], dtype=torch.bool, device=device)
         return Words(_stack(parts), mask, _stack(ids), strings)  # type: ignore[arg-type]
-    columns = torch.arange(max(lengths)).expand(len(images), -1)
-    mask = sent(columns < torch.tensor(lengths).unsqueeze(1), device)
+    embeddings, mask = words_of(parts)  # type: ignore[arg-type]
     return Words(
-        pad_sequence(parts, batch_first=True),  # type: ignore[arg-type]
+        embeddings,
         mask,
         pad_sequence(ids, batch_first=True, padding_value=-1),
         strings,
     )
+
+
+def words_of(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Embeddings of the words of every image ([T, D] each) -> padded [G, T, D], and [G, T] bool, False on padding."""
+    lengths = torch.tensor([len(part) for part in parts])
+    mask = torch.arange(int(lengths.max())).expand(len(parts), -1) < lengths.unsqueeze(1)
+    return pad_sequence(list(parts), batch_first=True), sent(mask, parts[0].device)
+
+
+def whole_of(image: Wanted) -> Selected:
+    """All tokens of an image of which no more are there than stay: of one whose other crops were not encoded."""
+    encoded = image.encoded
+    features, saliency = encoded.features.unsqueeze(0), encoded.saliency
+    kept = Kept(torch.arange(encoded.layout.tokens, device=features.device).unsqueeze(0))
+    deepstack = None if encoded.deepstack is None else encoded.deepstack.unsqueeze(0)
+    return Selected((0,), kept, features, deepstack, None if saliency is None else saliency.unsqueeze(0))
+
+
+def among_all(selected: Selected, places: Sequence[Tensor], tokens: int) -> Selected:
+    """What was chosen among some tokens of every image, as places among all of them.
+
+    Args:
+        places: per member ([n] long, on the host), which tokens of the whole image these are.
+        tokens: N of the whole image.
+
+    Scores are NaN where there was nothing to choose.
+    """
+    kept = selected.kept
+    there = sent(torch.stack(list(places)), kept.indices.device)
+
+    def spread(values: Tensor | None, filler: float) -> Tensor | None:
+        if values is None:
+            return None
+        index = there if values.dim() == 2 else there.unsqueeze(1).expand(-1, values.shape[1], -1)
+        return values.new_full((*values.shape[:-1], tokens), filler).scatter(-1, index, values)
+
+    new = replace(
+        kept,
+        indices=there.gather(1, kept.indices),
+        weights=spread(kept.weights, 0.0),
+        text_attention=spread(kept.text_attention, float("nan")),
+    )
+    return replace(selected, kept=new, saliency=spread(selected.saliency, float("nan")))
 
 
 def _counted(

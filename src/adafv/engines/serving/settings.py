@@ -85,7 +85,12 @@ class ServerSettings:
                 f"the model's config says {OPTION}={options!r}; start vLLM with "
                 f"""--hf-overrides '{{"architectures": [...], "{OPTION}": {{"keep": 64}}}}'"""
             )
-        known = {"keep", "method", "parameters", "max_keep", "text", "tower_cache_mb"}
+        if options.get("crops", "all") != "all":
+            raise OptionError(
+                f"crops={options['crops']!r}: in vLLM all crops of an image are encoded, for its tower cache holds an image "
+                "for every question; leave crops out"
+            )
+        known = {"crops", "keep", "method", "parameters", "max_keep", "text", "tower_cache_mb"}
         _refuse_unknown(options, known, "the server's options")
         if "keep" not in options:
             raise OptionError(

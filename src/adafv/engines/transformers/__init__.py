@@ -6,6 +6,7 @@
     call.py          1. what one call says: new prompt, cached prefix, images
     plan.py          2. what is to become of every image
     encode.py        3. the tower
+    crops.py         on those crops of an image that are worth it
     (compress.py)    4. the method, through `adafv.core.select`; 5. the shorter inputs, by
     compaction.py    taking columns out of a prompt,
     columns.py       out of everything that runs along it,

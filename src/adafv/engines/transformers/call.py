@@ -3,16 +3,18 @@
 One object per call, and in it one per image, go through the five steps of `compress`; each step fills in what it finds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.core.encoded import EncodedImage
 from adafv.core.select import Selected
+from adafv.core.sending import sent
 from adafv.core.tokens import Cut, Plan
 from adafv.engines.transformers.cache import (
     CacheContents,
@@ -79,6 +81,13 @@ class ImageJob:
     text: Tensor | None = None
     """[T] long, the columns of the words that count; None where the method needs none."""
     encoded: EncodedImage | None = None
+    """Where crops were chosen, of these alone."""
+    crops: tuple[int, ...] | None = None
+    """Those that went through the tower; None: all."""
+    places: Tensor | None = None
+    """[n] long on the host, which of its tokens are encoded; None: all."""
+    words: tuple[Tensor, Tensor] | None = None
+    """Input embeddings [T, D] and ids [T] of the words that count, once they were looked up."""
     selected: Selected | None = None
     """What was chosen for the images like this one; None where all of it stays."""
     place: int = 0
@@ -131,6 +140,27 @@ class Call:
     def packed(self) -> bool:
         """Whether rows hold several prompts that the stock model keeps apart by their positions."""
         return self.packing is not None and self.packing.apart
+
+    def embedded_words(self, jobs: Sequence[ImageJob], device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
+        """Per image, by `id`, input embeddings [T, D] and ids [T] of its words; looked up together, as one row."""
+        missing = [job for job in jobs if job.words is None]
+        columns = [job.text for job in missing if job.text is not None]
+        if columns:
+            tokens = self.prompt.arrays.tokens
+            ids = [tokens[job.image.row, text.numpy()] for job, text in zip(missing, columns, strict=True)]
+            if self.embeds is not None:
+                given = self.embeds
+                parts = [
+                    given[job.image.row, sent(text, given.device)].detach().to(device)
+                    for job, text in zip(missing, columns, strict=True)
+                ]
+            else:
+                row = sent(torch.from_numpy(np.concatenate(ids)).unsqueeze(0), self.device)
+                embedded = self.model.get_input_embeddings()(row)[0].detach().to(device)
+                parts = list(embedded.split(list(map(len, ids))))
+            for job, part, each in zip(missing, parts, ids, strict=True):
+                job.words = part, torch.from_numpy(each)
+        return {id(job): job.words for job in jobs if job.words is not None}
 
     @property
     def changes_nothing(self) -> bool:

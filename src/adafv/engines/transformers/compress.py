@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.core.budget import Budget
-from adafv.core.select import Wanted, select_tokens
+from adafv.core.crops import Crops
+from adafv.core.select import Wanted, among_all, select_tokens, whole_of
 from adafv.core.sending import sent
 from adafv.core.tokens import STRINGS
 from adafv.engines.transformers.cache import (
@@ -26,6 +27,7 @@ from adafv.engines.transformers.cache import (
 from adafv.engines.transformers.call import Call, CompressedInputs, ImageJob, read_call
 from adafv.engines.transformers.columns import take_out
 from adafv.engines.transformers.compaction import compact
+from adafv.engines.transformers.crops import check_auto, check_crops
 from adafv.engines.transformers.devices import host_by_default
 from adafv.engines.transformers.encode import encode_images
 from adafv.engines.transformers.families import Family, family_of
@@ -52,6 +54,7 @@ def compress(
     text: str | None = None,
     processor: Any = None,
     video: str = "clip",
+    crops: Crops | str | int = "all",
     remember: ImageStore | None = None,
     **parameters: Any,
 ) -> CompressedInputs:
@@ -68,7 +71,7 @@ def compress(
     Args:
         model: a supported model, wrapped or not. It is not changed.
         inputs: what the processor returned; not changed. With `images`, what `adafv.encode` made of them.
-        keep, method, positions, text, processor, video, **parameters: see `Pruner`.
+        keep, method, positions, text, processor, video, crops, **parameters: see `Pruner`.
         remember: where encoded images are kept from one call to the next.
 
     Returns:
@@ -80,13 +83,18 @@ def compress(
             f"remember={remember!r}: a call of compress() can only keep images in a store that outlives it; make one, "
             'store = adafv.ImageStore("512MB"), and pass it: remember=store'
         )
-    settings = Settings.of(method, keep, positions, text, processor, video, remember=remember, **parameters)
+    settings = Settings.of(
+        method, keep, positions, text, processor, video, crops=crops, remember=remember, **parameters
+    )
     warn_if_untested()
     cache = cache_of(inputs)
     if cached_length(cache) > 0 and contents_of(cache) is None:
         raise UnsupportedCallError("compress() cannot tell what this cache holds; to continue a conversation use AdaFV")
     with torch.no_grad(), host_by_default():
-        result = compress_call(model, family_of(model), settings, inputs, whole_conversation=True)
+        family = family_of(model)
+        check_crops(settings.crops, family, model)
+        check_auto(settings.crops)
+        result = compress_call(model, family, settings, inputs, whole_conversation=True)
     if result.contents is not None:
         remember(cache, result.contents)
     return result
@@ -137,8 +145,12 @@ def compress_call(
 def choose(call: Call) -> None:
     """Step 4: run the methods; images of one size, budget and method together."""
     jobs = [job for job in call.jobs if job.plan is not None]
-    embedded = _embedded_words(call, [job for job in jobs if job.text is not None])
-    wanted = []
+    speaking = [job for job in jobs if job.text is not None]
+    embedded = {}
+    if speaking:
+        assert speaking[0].encoded is not None
+        embedded = call.embedded_words(speaking, speaking[0].encoded.features.device)
+    wanted, choosing = [], []
     for job in jobs:
         assert job.encoded is not None
         assert job.plan is not None
@@ -147,31 +159,21 @@ def choose(call: Call) -> None:
         if ids is not None and STRINGS in job.method.needs:
             strings = call.settings.tokenizer.convert_ids_to_tokens(ids.tolist())
         project = partial(call.family.project, call.model)
-        wanted.append(Wanted(job.encoded, job.method, job.plan, job.keep, words, ids, strings, project))
-    for group in select_tokens(wanted):
-        for place, i in enumerate(group.members):
-            jobs[i].selected, jobs[i].place, jobs[i].keep = group, place, group.kept.indices.shape[1]
-            jobs[i].encoded = None  # what did not stay need not live on beside what did
-
-
-def _embedded_words(call: Call, jobs: list[ImageJob]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Per image, input embeddings [T, D] and ids [T] of its words; looked up together, as one row."""
-    columns = [job.text for job in jobs if job.text is not None]
-    if not columns:
-        return {}
-    tokens = call.prompt.arrays.tokens
-    ids = [tokens[job.image.row, text.numpy()] for job, text in zip(jobs, columns, strict=True)]
-    device = jobs[0].encoded.features.device  # type: ignore[union-attr]
-    if call.embeds is not None:
-        given = call.embeds
-        parts = [
-            given[job.image.row, sent(text, given.device)].detach().to(device)
-            for job, text in zip(jobs, columns, strict=True)
-        ]
-    else:
-        row = sent(torch.from_numpy(np.concatenate(ids)).unsqueeze(0), call.device)
-        parts = list(call.model.get_input_embeddings()(row)[0].detach().to(device).split(list(map(len, ids))))
-    return {id(job): (part, torch.from_numpy(each)) for job, part, each in zip(jobs, parts, ids, strict=True)}
+        among = None if job.places is None else job.image.layout.tokens
+        image = Wanted(job.encoded, job.method, job.plan, job.keep, words, ids, strings, project, among)
+        if job.places is not None and job.plan.keep == len(job.places):  # a method is never shown what stays anyway
+            job.selected, job.place = among_all(whole_of(image), [job.places], job.image.layout.tokens), 0
+            job.encoded = None
+            continue
+        wanted.append(image)
+        choosing.append(job)
+    for found in select_tokens(wanted):
+        members = [choosing[i] for i in found.members]
+        places = [job.places for job in members if job.places is not None]
+        group = among_all(found, places, members[0].image.layout.tokens) if places else found
+        for place, job in enumerate(members):
+            job.selected, job.place, job.keep = group, place, group.kept.indices.shape[1]
+            job.encoded = None  # what did not stay need not live on beside what did
 
 
 def write(call: Call) -> None:

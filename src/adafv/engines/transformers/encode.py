@@ -5,8 +5,9 @@ from typing import Any
 
 from adafv.core import ImageLayout
 from adafv.core.encoded import EncodedImage
-from adafv.core.tokens import Signal
+from adafv.core.tokens import SALIENCY, Signal
 from adafv.engines.transformers.call import Call, ImageJob
+from adafv.engines.transformers.crops import chooses, decides, encode_chosen
 from adafv.engines.transformers.encoded import encode_modality
 from adafv.engines.transformers.remembered import encode_remembering
 from adafv.errors import StaleImagesError
@@ -19,18 +20,35 @@ def encode_images(call: Call) -> None:
     )
     for modality in call.visuals:
         jobs = [job for job in call.jobs if job.image.modality == modality]
-        images = (
-            _encoded_before(call, modality, signals)
-            if call.encoded is not None
-            else _run(call, modality, jobs, signals)
-        )
-        for job in jobs:
+        choosing = [job for job in jobs if chooses(call, job)]
+        whole = [job for job in jobs if job not in choosing]
+        if call.encoded is not None:
+            needed = signals | {SALIENCY} if any(decides(call, job) for job in choosing) else signals
+            images = _encoded_before(call, modality, needed)
+        else:
+            images = _run(call, modality, jobs, whole, signals) if whole else {}
+        for job in whole:
             job.encoded = images[job.image.number].part(job.image.part, job.layout)
+        if choosing:
+            if call.settings.store is not None and call.encoded is None:
+                call.settings.store.tell(
+                    "crops", "remember= keeps whole images; those whose crops are chosen are not among them"
+                )
+            visuals = call.visuals[modality]
+            if whole and call.encoded is None:
+                layouts = [job.image.layout for job in jobs]
+                visuals = call.family.take(
+                    call.model, modality, visuals, layouts, [jobs.index(job) for job in choosing]
+                )
+            encode_chosen(call, choosing, visuals, None if call.encoded is None else images, signals)
 
 
-def _run(call: Call, modality: str, jobs: list[ImageJob], signals: frozenset[Signal]) -> dict[int, EncodedImage]:
+def _run(
+    call: Call, modality: str, jobs: list[ImageJob], some_jobs: list[ImageJob], signals: frozenset[Signal]
+) -> dict[int, EncodedImage]:
+    """Encode the images of `some_jobs`, of all those of the call (`jobs`)."""
     model, family, inputs = call.model, call.family, call.visuals[modality]
-    grids = {job.image.number: None if job.plan is None else job.plan.grid for job in jobs}
+    grids = {job.image.number: None if job.plan is None else job.plan.grid for job in some_jobs}
     # Frames of a video share its tower run; the layout of the video is not kept beside theirs.
     layouts = {job.image.number: job.layout for job in jobs}
     if any(job.image.frame is not None for job in jobs):
@@ -40,7 +58,7 @@ def _run(call: Call, modality: str, jobs: list[ImageJob], signals: frozenset[Sig
     for grid in set(grids.values()):
         wanted = [number for number in sorted(grids) if grids[number] == grid]
         some, lying = inputs, [layouts[number] for number in wanted]
-        if len(wanted) < len(grids):
+        if len(wanted) < len(layouts):
             some = family.take(model, modality, inputs, [layouts[number] for number in sorted(layouts)], wanted)
         if grid is None:
             part = _encoded(call, modality, wanted, some, lying, signals)

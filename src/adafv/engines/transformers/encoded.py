@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from adafv.core.encoded import EncodedImage
+from adafv.core.layout import ImageLayout
 from adafv.core.tokens import Signal
 from adafv.engines.transformers.devices import host_by_default
 from adafv.engines.transformers.families import Family, family_of
-from adafv.engines.transformers.families.base import stock_model
+from adafv.engines.transformers.families.base import Encoded, stock_model
 from adafv.engines.transformers.reading import read_prompt
 from adafv.errors import PromptError, StaleImagesError, UnsupportedCallError
 from adafv.methods import Method, method_named
@@ -301,15 +302,17 @@ def encode_modality(
 ) -> list[EncodedImage]:
     """Run the tower on all images, or all videos, of a call."""
     made = family.encode(model, modality, visuals, layouts, signals)
-    return [
-        EncodedImage(
-            features,
-            {signal: values[i] for signal, values in made.signals.items()},
-            layout,
-            made.deepstack[i] if made.deepstack else None,
-        )
-        for i, (features, layout) in enumerate(zip(made.features, layouts, strict=True))
-    ]
+    return [encoded_part(made, i, layout) for i, layout in enumerate(layouts)]
+
+
+def encoded_part(made: Encoded, number: int, layout: ImageLayout) -> EncodedImage:
+    """One of the images that a family encoded, or a part of it."""
+    return EncodedImage(
+        made.features[number],
+        {signal: values[number] for signal, values in made.signals.items()},
+        layout,
+        made.deepstack[number] if made.deepstack else None,
+    )
 
 
 FLAGS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")

@@ -6,6 +6,7 @@ from adafv.core.select import check_method, cuts_of, plan_of
 from adafv.core.tokens import STRINGS, WORD_ATTENTION, WORDS, Signal
 from adafv.engines.transformers.call import Call, ImageJob
 from adafv.engines.transformers.columns import refuse_unknown_columns
+from adafv.engines.transformers.crops import check_training
 from adafv.engines.transformers.families import CallWithImages
 from adafv.engines.transformers.layers import check_call, decoder_of
 from adafv.engines.transformers.releases import cache_of
@@ -18,7 +19,11 @@ def plan_images(call: Call) -> None:
     """Give every image its budget, and those that lose tokens their words, their method and its plan."""
     for job in call.jobs:
         job.keep = call.settings.budget.tokens(job.image.layout.tokens)
+        if job.image.modality == "image":
+            job.keep = min(job.keep, call.settings.crops_of(job.image.row).tokens(job.image.layout))
     losing = [job for job in call.jobs if job.lost]
+    if losing:
+        check_training(call)
     if call.jobs:
         cached, packed = call.prefix.length > 0, bool(losing) and call.packed
         call.family.check_call(

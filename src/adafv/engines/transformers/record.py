@@ -50,6 +50,9 @@ class ImageRecord:
     """Which of those it is."""
     remembered: bool = False
     """Whether it did not go through the tower, as the store of `remember=` knew it, or as it stands in the call twice."""
+    crops: tuple[int, ...] | None = None
+    """The crops that went through the tower, the thumbnail (0) first, where not all did. Tokens of others could not stay,
+    and their scores are NaN. None: all."""
     layers: dict[int, Tensor] | None = None
     """Of methods that act inside the language model: decoder layer -> [K] long, the tokens that stay from it on. `kept` are
     those of the last one. None for other methods."""
@@ -153,6 +156,8 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time per stage: "tower" (with the projector), "selection", "compaction", "model" (the call of the stock
     model). On an accelerator work is queued, so without synchronising it is the time to queue it."""
+    certainty: list[float] | None = None
+    """With crops="auto": per prompt, the probability of the first token of its answer where the thumbnail alone was seen."""
     layer_lengths: list[int] | None = None
     """Of methods that act inside the language model: columns of the prompt that each decoder layer saw, and its cache holds.
     None for other methods: every layer sees `prompt_length_after`."""
@@ -286,6 +291,7 @@ def record_of(call: "Call", seconds: dict[str, float]) -> Record:
                 scores=None if chosen is None else chosen.saliency,
                 place=job.place,
                 remembered=(image.modality, image.number) in call.remembered,
+                crops=job.crops,
             )
         )
     return Record(

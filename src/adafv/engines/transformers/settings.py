@@ -6,9 +6,11 @@ from functools import cached_property
 from typing import Any
 
 from adafv.core import Budget
+from adafv.core.crops import ALL_CROPS, Crops
 from adafv.engines.transformers.remembered import ImageStore
-from adafv.errors import OptionError
+from adafv.errors import MethodError, OptionError
 from adafv.methods import Method
+from adafv.methods.base import TOKENS
 from adafv.methods.options import method_of
 from adafv.prompts.text import ChatTemplate, resolve_scope
 
@@ -28,6 +30,9 @@ class Settings:
     template: ChatTemplate | None
     video: str
     logits: str = "prompt"
+    crops: Crops = ALL_CROPS
+    unsure: frozenset[int] = frozenset()
+    """Prompts of the batch that get all crops nevertheless."""
     tokenizer: Any = None
     """Of the processor, for methods that read words as text."""
     store: ImageStore | None = None
@@ -48,6 +53,7 @@ class Settings:
         processor: Any = None,
         video: str = "clip",
         logits: str = "prompt",
+        crops: Crops | str | int = "all",
         remember: ImageStore | int | float | str | None = None,
         **parameters: Any,
     ) -> "Settings":
@@ -64,10 +70,31 @@ class Settings:
             raise OptionError(f"logits={logits!r}; known are: {', '.join(LOGITS)}")
         if method.may_repeat and positions != "compact":
             raise OptionError("the published variant repeats tokens, so they have no original positions")
+        chosen = Crops.of(crops)
+        if chosen.chosen and (method.stages != {TOKENS} or method.may_repeat):
+            raise MethodError(
+                f"the method {method.name} does not choose among encoded tokens, or repeats them, so it knows nothing of "
+                f"crops that are not encoded; leave crops={str(chosen)!r} out, or use another method"
+            )
         resolved, template = resolve_scope(method.scope if scope is None else scope, processor)
         tokenizer = getattr(processor, "tokenizer", processor)
         store = ImageStore.of(remember)
-        return cls(method, Budget.of(keep), positions, resolved, template, video, logits, tokenizer, store)
+        return cls(
+            method,
+            Budget.of(keep),
+            positions,
+            resolved,
+            template,
+            video,
+            logits,
+            chosen,
+            tokenizer=tokenizer,
+            store=store,
+        )
+
+    def crops_of(self, row: int) -> Crops:
+        """Those of the images in a prompt of the batch."""
+        return ALL_CROPS if row in self.unsure else self.crops
 
     @property
     def keep(self) -> int | float:

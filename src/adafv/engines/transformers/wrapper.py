@@ -24,9 +24,11 @@ import torch
 from transformers.utils import ModelOutput
 
 from adafv.core import Budget
+from adafv.core.crops import Crops
 from adafv.engines.transformers.cache import holds_pruned, remember
 from adafv.engines.transformers.call import CompressedInputs
 from adafv.engines.transformers.compress import compress_call
+from adafv.engines.transformers.crops import check_auto, check_crops, check_twice, unsure_rows
 from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
 from adafv.engines.transformers.encoded import encoded_in
 from adafv.engines.transformers.families.base import family_of, stock_model
@@ -82,6 +84,10 @@ class Pruner:
             prompt alone, which takes less memory. Where gradients are recorded, a dropped column has the logits of the
             kept one in front of it, which the next kept token is predicted from: a loss outside the model is then the loss
             inside it.
+        crops: of an image that the model sees as a thumbnail and crops, those that go through the tower: "all"; "thumbnail",
+            none beside it; a number, the thumbnail first and then so many that its scores rank first; or "auto", in
+            `generate` alone, the thumbnail first and all where the first token of the answer is not certain. Tokens of other
+            crops cannot stay, so K may be smaller. See docs/crops.md.
         remember: keep encoded images, so that one that is shown again does not go through the tower again: bytes, as a number
             or with a unit ("512MB"), or an `ImageStore`, which several pruners and models may share. See `ImageStore`.
         **parameters: of the method, where it is given by name.
@@ -100,10 +106,13 @@ class Pruner:
         processor: Any = None,
         video: str = "clip",
         logits: str = "prompt",
+        crops: Crops | str | int = "all",
         remember: ImageStore | int | float | str | None = None,
         **parameters: Any,
     ) -> None:
-        self.settings = Settings.of(method, keep, positions, text, processor, video, logits, remember, **parameters)
+        self.settings = Settings.of(
+            method, keep, positions, text, processor, video, logits, crops, remember, **parameters
+        )
 
     def __call__(self, model: Any) -> "PrunedModel":
         """Prepare `model`; nothing changes until the result is entered (`with`) or `enable` is called.
@@ -122,7 +131,7 @@ class AdaFV(Pruner):
         adafv.last.kept
 
     Args:
-        keep, positions, text, processor, video, logits, remember: see `Pruner`.
+        keep, positions, text, processor, video, logits, crops, remember: see `Pruner`.
         objective: how the geometric mean is maximised: "joint" (the best set that can be found, with a certificate), "split"
             (the paper's search) or "frank-wolfe" (what "joint" was before).
         variant: "corrected", or "published" for the published code to the letter, bugs and token layout included; then
@@ -140,6 +149,7 @@ class AdaFV(Pruner):
         processor: Any = None,
         video: str = "clip",
         logits: str = "prompt",
+        crops: Crops | str | int = "all",
         remember: ImageStore | int | float | str | None = None,
     ) -> None:
         super().__init__(
@@ -150,6 +160,7 @@ class AdaFV(Pruner):
             processor=processor,
             video=video,
             logits=logits,
+            crops=crops,
             remember=remember,
             objective=objective,
             variant=variant,
@@ -164,6 +175,7 @@ class PrunedModel:
         self.model = stock_model(model)
         self.settings = settings
         self.family = family_of(self.model)
+        check_crops(settings.crops, self.family, self.model)
         self._stock: Any = None
         self._latest: Record | None = None
         self._own = threading.local()
@@ -243,14 +255,39 @@ class PrunedModel:
         arguments = named_for_this_release(arguments)
         if "inputs" in arguments:
             arguments["input_ids"] = arguments.pop("inputs")
+        if self.settings.crops.certain is None or not self._visuals(arguments):
+            return self._generate_once(arguments, self.settings)
+        return self._generate_until_certain(arguments)
+
+    def _generate_until_certain(self, arguments: dict[str, Any]) -> Any:
+        """With the thumbnails; and where the first token of an answer is not certain, all answers again with more crops."""
+        check_twice(arguments)
+        asked = {name: setting(self.model, arguments, name) for name in ("return_dict_in_generate", "output_logits")}
+        twice = {**arguments, "return_dict_in_generate": True, "output_logits": True}
+        output = self._generate_once(dict(twice), self.settings)
+        record = self.last
+        prompts = next(arguments[name] for name in ("input_ids", "inputs_embeds") if name in arguments)
+        certainty, unsure = unsure_rows(self.settings.crops, output.logits[0], record.images, len(prompts))
+        if unsure:
+            del output
+            output = self._generate_once(twice, replace(self.settings, unsure=unsure))
+            first, record = record.seconds, self.last
+            record.seconds = {name: first.get(name, 0.0) + value for name, value in record.seconds.items()}
+        record.certainty = certainty
+        if not asked["return_dict_in_generate"]:
+            return output.sequences
+        if not asked["output_logits"]:
+            output.logits = None
+        return output
+
+    def _generate_once(self, arguments: dict[str, Any], settings: Settings) -> Any:
+        stock = self._stock
         refuse_unsupported(self.model, self.family, arguments)
         restorer = None
         with host_by_default(), torch.no_grad():
             fill_in_mask(self.model, arguments)
             with sharded_parts_ready(self.model):
-                call = compress_call(
-                    stock, self.family, self.settings, arguments, whole_conversation=True, wrapped=True
-                )
+                call = compress_call(stock, self.family, settings, arguments, whole_conversation=True, wrapped=True)
             refuse_mixed_up(self.model, call)
             prompt = arguments.get("input_ids")
             if call.contents is not None:
@@ -281,6 +318,8 @@ class PrunedModel:
         arguments = _by_name(stock.forward, args, kwargs)
         if not self._concerned(arguments):
             return stock.forward(*args, **kwargs)
+        if self._visuals(arguments):
+            check_auto(self.settings.crops)
         arguments = named_for_this_release(arguments)
         with host_by_default(), sharded_parts_ready(self.model):
             call = compress_call(stock, self.family, self.settings, arguments, whole_conversation=False, wrapped=True)

@@ -85,6 +85,9 @@ class Family(ABC):
     """Whether images can be scaled down; such a family has `encode_smaller`."""
     arranges: ClassVar[bool] = False
     """Whether `encode` takes layouts other than the model's own: its patches in any order, padding included."""
+    chooses_crops: ClassVar[bool] = False
+    """Whether some crops of an image can be encoded without the others; such a family has `encode_crops`, and its layouts
+    say how crops lie (`tiling`)."""
     as_tensor: ClassVar[tuple[str, ...]] = ()
     """Modalities whose encoded features the stock model reads as one tensor; the others it reads as a list."""
     rotary_axes: ClassVar[int] = 0
@@ -166,6 +169,26 @@ class Family(ABC):
 
     def project(self, model: Any, rows: Tensor) -> Tensor:
         """[..., E], of what the projector reads -> [..., D], what the language model reads. Asked for where `projects`."""
+        raise NotImplementedError
+
+    def encode_crops(
+        self,
+        model: Any,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        wanted: list[tuple[int, ...]],
+        signals: Signals,
+    ) -> Encoded:
+        """Run tower and projector on some crops of the images alone, all in one run.
+
+        Asked for where `chooses_crops` says so.
+
+        Args:
+            wanted: per image the numbers of the crops, ascending; of an image maybe none, of all at least one.
+
+        Returns:
+            Per image, the tokens that show a patch of these crops: they are those of the whole image, to rounding.
+        """
         raise NotImplementedError
 
     def encode_smaller(

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.patches import by_image, numbered, square_side
+from adafv.core.patches import by_image, numbered, of_some_crops, square_side
 from adafv.engines.transformers.families.base import Encoded, Family, Signals
 from adafv.engines.transformers.families.internvl import thumbnail_last
-from adafv.engines.transformers.towers import TowerShape, check_tower, patch_grid, with_tap
+from adafv.engines.transformers.towers import Tap, TowerShape, check_tower, patch_grid, with_tap
 from adafv.errors import PromptError, UnsupportedCallError
 from adafv.prompts.prompt import Run
 
@@ -32,6 +32,7 @@ class Idefics3(Family):
     tower_name = "vision_model"
     tower_shape = TowerShape("encoder.layers", "self_attn", has_class_token=False)
     as_tensor = ("image",)
+    chooses_crops = True
     limits = "refuses prompts as embeddings without input_ids, and tiles with padding inside"
 
     def check(self, model: Any) -> None:
@@ -60,17 +61,44 @@ class Idefics3(Family):
     def encode(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
+        tap, features, numbers = self._run(model, visuals, sum(layout.crops for layout in layouts), signals)
+
+        def joined(patches: Tensor) -> list[Tensor]:
+            return by_image(numbered(patches, numbers), layouts)
+
+        return Encoded(by_image(features, layouts), tap.read(joined))
+
+    def encode_crops(
+        self,
+        model: Any,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        wanted: list[tuple[int, ...]],
+        signals: Signals,
+    ) -> Encoded:
+        real, first, tiles = _is_real(visuals), 0, []
+        for layout, crops in zip(layouts, wanted, strict=True):
+            tiles += [first + (crop - 1) % layout.crops for crop in crops]  # crop 0 is the last tile
+            first += layout.crops
+        place = torch.tensor(tiles)
+        some = {name: values[real][place.to(values.device)].unsqueeze(0) for name, values in visuals.items()}
+        tap, features, numbers = self._run(model, some, len(tiles), signals)
+
+        def placed(tokens: Tensor) -> list[Tensor]:
+            return of_some_crops(tokens, layouts, wanted)
+
+        return Encoded(placed(features), tap.read(lambda patches: placed(numbered(patches, numbers))))
+
+    def _run(self, model: Any, visuals: Mapping[str, Any], tiles: int, signals: Signals) -> tuple[Tap, Tensor, Tensor]:
+        """The stock method on some tiles: (the tap, [all tokens, D], which patches make each token)."""
         twin, tap = with_tap(model.model, self.tower_name, self.tower_shape, signals)
         output = twin.get_image_features(**visuals, return_dict=True)
         # Newer releases give a tensor per prompt, older ones a tensor per tile.
         features = torch.cat([part.flatten(0, -2) for part in output.pooler_output])
         connector = model.model.connector
-
-        def joined(patches: Tensor) -> list[Tensor]:
-            numbers = torch.arange(len(patches)).view(sum(layout.crops for layout in layouts), -1, 1)
-            return by_image(numbered(patches, connector.pixel_shuffle(numbers, connector.scale_factor)), layouts)
-
-        return Encoded(by_image(features, layouts), tap.read(joined))
+        rows, columns = patch_grid(model.model.vision_model, *visuals["pixel_values"].shape[-2:])
+        patches = torch.arange(tiles * rows * columns).view(tiles, -1, 1)
+        return tap, features, connector.pixel_shuffle(patches, connector.scale_factor)
 
     def view(self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout]) -> Tensor:
         tiles: Tensor = visuals["pixel_values"][_is_real(visuals)]

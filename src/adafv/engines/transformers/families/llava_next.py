@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.patches import by_crops, of_images
+from adafv.core.patches import by_crops, of_images, of_some_crops
 from adafv.engines.transformers.families.base import Encoded, Signals, in_order
 from adafv.engines.transformers.families.llava import Llava
 from adafv.engines.transformers.releases import of_stock
@@ -25,6 +25,7 @@ class LlavaNext(Llava):
     name = "LLaVA-NeXT"
     model_classes = ("LlavaNextForConditionalGeneration",)
     arranges = True
+    chooses_crops = True
 
     def take(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], wanted: list[int]
@@ -82,6 +83,16 @@ class LlavaNext(Llava):
 
         return Encoded(packed(crops, newline), tower.read(lambda patches: packed(by_crops(patches, layouts))))
 
+    def encode_crops(
+        self,
+        model: Any,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        wanted: list[tuple[int, ...]],
+        signals: Signals,
+    ) -> Encoded:
+        return encode_crops(self, model, visuals, layouts, wanted, signals)
+
     def encode_smaller(
         self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]
     ) -> list[Tensor]:
@@ -92,6 +103,46 @@ class LlavaNext(Llava):
         assert states is not None
         read = [states[index][:, 1:] for index in ([layers] if isinstance(layers, int) else layers)]
         return list(model.model.multi_modal_projector(torch.cat(read, dim=-1)))
+
+
+def encode_crops(
+    family: Llava,
+    model: Any,
+    visuals: Mapping[str, Any],
+    layouts: list[ImageLayout],
+    wanted: list[tuple[int, ...]],
+    signals: Signals,
+) -> Encoded:
+    """Of models whose projector makes a token of each patch.
+
+    As the stock `get_image_features`, which counts crops by the sizes of images, and so cannot leave any out.
+    """
+    layers, reading = family.reads(model, visuals)
+    tower = TappedTower(model.model.vision_tower, layers, signals)
+    states = tower(some_crops(visuals["pixel_values"], layouts, wanted)).hidden_states
+    assert states is not None
+    read = torch.cat([states[index] for index in ([layers] if isinstance(layers, int) else layers)], dim=-1)
+    if reading["vision_feature_select_strategy"] == "default":
+        read = read[:, 1:]
+    features = model.model.multi_modal_projector(read).flatten(0, 1)
+
+    def placed(patches: Tensor) -> list[Tensor]:
+        return of_some_crops(patches, layouts, wanted)
+
+    return Encoded(placed(features), tower.read(placed))
+
+
+def some_crops(pixel_values: Tensor, layouts: list[ImageLayout], wanted: list[tuple[int, ...]]) -> Tensor:
+    """[crops, 3, H, W]: of each image those that are wanted, image by image.
+
+    Args:
+        pixel_values: [images, most crops, 3, H, W], or the crops of all images in one row.
+    """
+    if pixel_values.dim() == 5:
+        images: Any = pixel_values
+    else:
+        images = pixel_values.split([layout.crops for layout in layouts])
+    return torch.stack([image[crop] for image, crops in zip(images, wanted, strict=True) for crop in crops])
 
 
 def newline_of(model: Any) -> Tensor:

@@ -1,0 +1,235 @@
+"""Step 3 where not all crops are worth a run of the tower: the thumbnails first, and of the other crops those that their
+scores ask for.
+
+What was not encoded is not there: a method sees the tokens of the crops that were, and what it keeps is written back as
+places among all tokens of the image, so that nothing behind it knows the difference.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adafv.core.crops import AUTO, THUMBNAIL, Crops, chosen_crops, masses, mixes_crops, of_some_crops, tokens_of_crops
+from adafv.core.encoded import EncodedImage
+from adafv.core.layout import ImageLayout
+from adafv.core.scores import text_to_image_attention
+from adafv.core.select import words_of
+from adafv.core.sending import sent
+from adafv.core.tokens import SALIENCY, Signal
+from adafv.engines.transformers.call import Call, ImageJob
+from adafv.engines.transformers.devices import is_sharded
+from adafv.engines.transformers.encoded import encoded_part
+from adafv.engines.transformers.families.base import Family
+from adafv.engines.transformers.record import ImageRecord
+from adafv.engines.transformers.releases import cache_of
+from adafv.errors import MethodError, UnsupportedCallError, UnsupportedModelError
+
+MEND = 'leave crops out, or give crops="all"'
+
+
+def check_crops(crops: Crops, family: Family, model: Any) -> None:
+    """The one place where a model is refused whose crops cannot be chosen from.
+
+    Raises:
+        UnsupportedModelError: the family shows one view of an image, or shows crops as images of their own, or mixes them.
+    """
+    if not crops.chosen:
+        return
+    if not family.chooses_crops:
+        raise UnsupportedModelError(
+            f"crops={str(crops)!r}: in {family.name} images are not cut into a thumbnail and crops, or adafv cannot tell "
+            f"which crop lies where, or cannot encode one without the others; {MEND}"
+        )
+    family.check_signals(model, [SALIENCY])
+
+
+def chooses(call: Call, job: ImageJob) -> bool:
+    """Whether some crops of an image need not be encoded, because the caller says so or the method looks at others alone."""
+    layout, plan = job.image.layout, job.plan
+    if not call.family.chooses_crops or job.image.modality != "image" or layout.crops == 1 or plan is None:
+        return False
+    crops = call.settings.crops_of(job.image.row)
+    if not crops.chosen:
+        if plan.crops is None or plan.grid is not None or job.layout is not layout or call.encoded is not None:
+            return False
+        return plan.crops == (0,) or not mixes_crops(layout)
+    if plan.grid is not None or job.layout is not layout or job.method.may_repeat:
+        raise MethodError(
+            f"the method {job.method.name} sees the image at another resolution, or laid out in another way, and knows "
+            f"nothing of crops that were not encoded; {MEND}"
+        )
+    if crops.most != 0 and mixes_crops(layout):
+        raise UnsupportedCallError(
+            "this image has so many crops that the model scales their tokens down, and mixes some of several crops; give "
+            f"crops={THUMBNAIL!r}, or {MEND}"
+        )
+    # So many tokens that newlines stay, too: there is nothing to choose.
+    return plan.keep is None or plan.keep <= sum(tokens_of_crops(layout))
+
+
+def decides(call: Call, job: ImageJob) -> bool:
+    """Of an image whose crops are chosen, whether its thumbnail says which ones."""
+    return call.settings.crops_of(job.image.row).most != 0 and job.plan is not None and job.plan.crops is None
+
+
+def check_training(call: Call) -> None:
+    """Raise UnsupportedCallError where a model learns."""
+    if call.settings.crops.chosen and call.model.training and torch.is_grad_enabled():
+        raise UnsupportedCallError(
+            f"crops={str(call.settings.crops)!r} runs the tower once or twice, by the picture, which processes that train "
+            f"together would wait for in vain, and crops that were left out teach nothing; to train, {MEND}"
+        )
+    if call.settings.crops.chosen and any(is_sharded(part) for part in call.model.modules()):
+        raise UnsupportedCallError(
+            f"crops={str(call.settings.crops)!r} runs the tower once or twice, by the picture, and processes that share the "
+            f"weights of a sharded model would wait for each other in vain; {MEND}"
+        )
+
+
+def encode_chosen(
+    call: Call,
+    jobs: Sequence[ImageJob],
+    visuals: Mapping[str, Any],
+    images: Mapping[int, EncodedImage] | None,
+    signals: frozenset[Signal],
+) -> None:
+    """Give these images what the tower makes of the crops that are worth it, and what is left of their layouts.
+
+    Args:
+        visuals: of these images alone.
+        images: by number; where they are encoded already, whole. The same crops are chosen then.
+    """
+    layouts = [job.image.layout for job in jobs]
+
+    # Several prompts may show one image.
+    known: dict[Any, Any] = {}
+
+    def once(make: Callable[..., Any], *given: Any) -> Any:
+        key = make, *(each if isinstance(each, tuple) else id(each) for each in given)
+        if key not in known:
+            known[key] = make(*given), given  # which stay alive, and so their ids their own
+        return known[key][0]
+
+    def encoded(wanted: list[tuple[int, ...]], asked: frozenset[Signal]) -> list[EncodedImage]:
+        parts = [once(of_some_crops, layout, crops) for layout, crops in zip(layouts, wanted, strict=True)]
+        if images is not None:
+            whole = [images[job.image.number] for job in jobs]
+            return [
+                once(EncodedImage.part, image, places, layout)
+                for image, (places, layout) in zip(whole, parts, strict=True)
+            ]
+        made = call.family.encode_crops(call.model, visuals, layouts, wanted, asked)
+        return [encoded_part(made, i, layout) for i, (_, layout) in enumerate(parts)]
+
+    first = [(0,) if job.plan is None or job.plan.crops is None else job.plan.crops for job in jobs]
+    deciding = [job for job in jobs if decides(call, job)]
+    found = encoded(first, signals | {SALIENCY} if deciding else signals)
+    others: list[tuple[int, ...]] = [()] * len(jobs)
+    if deciding:
+        thumbnails = {id(job): image for job, image in zip(jobs, found, strict=True)}
+        decided = decide(call, deciding, [thumbnails[id(job)] for job in deciding])
+        chosen = {id(job): crops for job, crops in zip(deciding, decided, strict=True)}
+        others = [chosen.get(id(job), ()) for job in jobs]
+    more = encoded(others, signals) if any(others) else [None] * len(jobs)
+    for job, layout, one, two, crops, rest in zip(jobs, layouts, found, more, first, others, strict=True):
+        job.crops = (*crops, *rest)
+        job.places, left = once(of_some_crops, layout, job.crops)
+        job.encoded = one if two is None or not rest else once(_joined, layout, one, two, crops, rest, left)
+
+
+def decide(call: Call, jobs: Sequence[ImageJob], thumbnails: Sequence[EncodedImage]) -> list[tuple[int, ...]]:
+    """Per image the crops beside the thumbnail that are worth a run of the tower; one wait for the device."""
+    embedded = call.embedded_words([job for job in jobs if job.text is not None], thumbnails[0].features.device)
+    groups: dict[Any, list[int]] = {}
+    for i, job in enumerate(jobs):
+        groups.setdefault((id(job.image.layout), job.text is not None), []).append(i)
+    shares: list[Tensor] = []
+    for members in groups.values():
+        layout, texts = jobs[members[0]].image.layout, [embedded.get(id(jobs[i])) for i in members]
+        scores = [torch.stack([thumbnails[i].signals[SALIENCY] for i in members])]
+        given = [text for text in texts if text is not None]
+        if given:
+            words, mask = words_of([text for text, _ in given])
+            features = torch.stack([thumbnails[i].features.detach() for i in members])
+            scores.append(text_to_image_attention(words, features, mask))
+        # The geometric mean of the masses, as the objective of AdaFV has it; without words there is one.
+        share = torch.stack([masses(each, layout) for each in scores]).log().mean(0).exp()
+        shares.append(share.flatten())
+    values = torch.cat(shares).tolist()  # the one wait: which crops the tower sees next is for the host to know
+    decided: list[tuple[int, ...]] = [()] * len(jobs)
+    for members in groups.values():
+        layout = jobs[members[0]].image.layout
+        for i in members:
+            own, values = values[: layout.crops - 1], values[layout.crops - 1 :]
+            most = call.settings.crops_of(jobs[i].image.row).most
+            assert most is not None  # without a number all are encoded
+            decided[i] = chosen_crops(own, most)
+    return decided
+
+
+def _joined(
+    layout: ImageLayout,
+    one: EncodedImage,
+    two: EncodedImage,
+    crops: tuple[int, ...],
+    rest: tuple[int, ...],
+    left: ImageLayout,
+) -> EncodedImage:
+    """Two parts of an image, in the order of its tokens; of the signals, those that the second one has."""
+    places = np.concatenate([of_some_crops(layout, part)[0].numpy() for part in (crops, rest)])
+    order = places.argsort()
+    ascending = bool((np.diff(places) > 0).all())  # as where the thumbnail comes first
+
+    def together(first: Tensor, second: Tensor) -> Tensor:
+        values = torch.cat((first, second))
+        return values if ascending else values.index_select(0, sent(torch.from_numpy(order), values.device))
+
+    signals = {signal: together(one.signals[signal], values) for signal, values in two.signals.items()}
+    return EncodedImage(together(one.features, two.features), signals, left)
+
+
+def check_auto(crops: Crops) -> None:
+    """Raise UnsupportedCallError where no answer is generated that could be more or less certain."""
+    if crops.certain is not None:
+        raise UnsupportedCallError(
+            f"crops={AUTO!r} goes by how certain the first token of an answer is, which `generate` of a wrapped model alone "
+            f"knows; give crops={THUMBNAIL!r} or a number here, or {MEND}"
+        )
+
+
+def check_twice(arguments: Mapping[str, Any]) -> None:
+    """Raise UnsupportedCallError for a call of `generate` that cannot be made a second time as it was made first."""
+    for name, why in (
+        ("streamer", "has been told the first answer by then"),
+        ("custom_generate", "may give back anything"),
+        ("assistant_model", "guesses tokens ahead"),
+        ("prompt_lookup_num_tokens", "guesses tokens ahead"),
+    ):
+        if arguments.get(name) is not None:
+            raise UnsupportedCallError(
+                f"crops={AUTO!r} may have to generate an answer twice, but {name} {why}; give crops={THUMBNAIL!r} or a "
+                f"number, or {MEND}"
+            )
+    if cache_of(arguments) is not None:
+        raise UnsupportedCallError(
+            f"crops={AUTO!r} may have to generate an answer twice, but the first one stays in the cache that was passed; "
+            f"pass the whole conversation without one, give crops={THUMBNAIL!r} or a number, or {MEND}"
+        )
+
+
+def unsure_rows(
+    crops: Crops, logits: Tensor, images: Sequence[ImageRecord], rows: int
+) -> tuple[list[float], frozenset[int]]:
+    """(how probable the first token of every answer is, prompts that are to be asked again with all crops).
+
+    Args:
+        logits: [rows * n, V] of the first token, n answers to each prompt.
+        images: what became of them; prompts whose images show all that there is are not asked again.
+    """
+    assert crops.certain is not None
+    first = logits[:: len(logits) // rows].float().softmax(-1).amax(-1).tolist()
+    more = {image.prompt for image in images if image.crops is not None and len(image.crops) < image.layout.crops}
+    return first, frozenset(row for row in more if not first[row] >= crops.certain)
