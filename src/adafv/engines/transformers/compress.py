@@ -17,12 +17,8 @@ from adafv.core.budget import Budget
 from adafv.core.select import Wanted, select_tokens
 from adafv.core.sending import sent
 from adafv.core.tokens import STRINGS
-from adafv.engines.transformers.cache import (
-    CacheContents,
-    cached_length,
-    contents_of,
-    shortened_inside,
-)
+from adafv.engines.transformers.cache import CacheContents, cached_length, contents_of, shortened_inside
+from adafv.engines.transformers.cache import remember as write_on
 from adafv.engines.transformers.call import Call, CompressedInputs, ImageJob, read_call
 from adafv.engines.transformers.columns import take_out
 from adafv.engines.transformers.compaction import compact
@@ -88,7 +84,7 @@ def compress(
     with torch.no_grad(), host_by_default():
         result = compress_call(model, family_of(model), settings, inputs, whole_conversation=True)
     if result.contents is not None:
-        remember(cache, result.contents)
+        write_on(cache, result.contents)
     return result
 
 
