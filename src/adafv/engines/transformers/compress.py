@@ -18,12 +18,8 @@ from adafv.core.crops import Crops
 from adafv.core.select import Wanted, among_all, select_tokens, whole_of
 from adafv.core.sending import sent
 from adafv.core.tokens import STRINGS
-from adafv.engines.transformers.cache import (
-    CacheContents,
-    cached_length,
-    contents_of,
-    shortened_inside,
-)
+from adafv.engines.transformers.cache import CacheContents, cached_length, contents_of, shortened_inside
+from adafv.engines.transformers.cache import remember as write_on
 from adafv.engines.transformers.call import Call, CompressedInputs, ImageJob, read_call
 from adafv.engines.transformers.columns import take_out
 from adafv.engines.transformers.compaction import compact
@@ -96,7 +92,7 @@ def compress(
         check_auto(settings.crops)
         result = compress_call(model, family, settings, inputs, whole_conversation=True)
     if result.contents is not None:
-        remember(cache, result.contents)
+        write_on(cache, result.contents)
     return result
 
 
