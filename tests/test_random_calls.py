@@ -3,8 +3,9 @@
 Every other test of a way of calling fixes all the others; faults hid where two met (padding on both sides and a number of
 logits, a repeated cache and a second turn). Here everything is drawn at once: family, numbers of images, padding on either
 side and its token, mask and positions given or not, lengths, names of the cache, and what follows on it. The examples are
-the same in every run (`derandomize`), before a release twice as many; ADAFV_EXAMPLES=500 looks at more, and other ones. Hypothesis draws a seed, and all else
-follows from it: drawn one by one, its choices lean to the simple, and half of what was written here was never called.
+the same in every run (`derandomize`), before a release twice as many; ADAFV_EXAMPLES=500 looks at more, and other ones.
+Hypothesis draws a seed, and all else follows from it: drawn one by one, its choices lean to the simple, and half of what
+was written here was never called.
 """
 
 import os
