@@ -265,6 +265,11 @@ class PrunedModel:
         asked = {name: setting(self.model, arguments, name) for name in ("return_dict_in_generate", "output_logits")}
         twice = {**arguments, "return_dict_in_generate": True, "output_logits": True}
         output = self._generate_once(dict(twice), self.settings)
+        if not output.logits:
+            raise UnsupportedCallError(
+                "this way of generating gives no logits, so nothing says how certain an answer is; give crops='thumbnail' or a "
+                "number, or leave crops out"
+            )
         record = self.last
         prompts = next(arguments[name] for name in ("input_ids", "inputs_embeds") if name in arguments)
         certainty, unsure = unsure_rows(self.settings.crops, output.logits[0], record.images, len(prompts))
