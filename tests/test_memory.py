@@ -70,7 +70,7 @@ def held_by(tensors: list[Tensor]) -> int:
 
 
 def test_what_the_tower_made_is_gone(any_family: FamilyRow, any_model: Any) -> None:
-    """But for the saliency, which the record shows: four bytes a token. An image that stays whole holds no others."""
+    """But for the saliency, which the record shows: four bytes a token. And an image that stays whole holds no other."""
     inputs = make_inputs(any_family, any_model, [1, 1])
     with watched() as stages:
         short = compress(any_model, inputs, 0.3)
@@ -140,7 +140,7 @@ class TestBatch:
         assert stages.living.peaks["selection"] <= 1.5 * KEPT
 
     def test_no_more_arithmetic_than_tower_and_kept_tokens(self, wide: Any) -> None:
-        """Counted by hand from the shapes: the layers of the tower that are read, projector, and a prompt with K tokens."""
+        """Counted by hand from the shapes: the layers of the tower that are read, the projector, and a prompt of K tokens."""
         model, inputs = wide
         with watched() as stages, Pruner("adafv", keep=KEEP)(model):
             model(**inputs, logits_to_keep=1, use_cache=True)
