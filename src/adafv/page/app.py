@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio
+from gradio.data_classes import GradioModel
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 
@@ -52,6 +53,10 @@ _SHOW_PROGRESS = f"""(...given) => {{
 _SHOW_OUTCOME = f"""() => requestAnimationFrame(() => requestAnimationFrame(() =>
     ({_SHOW})(document.querySelector("#notice [role=alert]") ? "notice" : "results")
 ))"""
+_SHOW_CHECK_BEGUN = f"""(...given) => {{
+    if (given[0] && given[1]) ({_SHOW})("check-results");
+    return given.slice(0, 9);
+}}"""
 _SHOW_CHECK = f"""() => requestAnimationFrame(() => requestAnimationFrame(() =>
     ({_SHOW})(document.querySelector("#check-notice [role=alert]") ? "check-notice" : "check-results")
 ))"""
@@ -84,6 +89,12 @@ class _CheckFields:
     stop: Any
     notice: Any
     results: Any = None
+
+
+class _File(GradioModel):
+    """What Gradio is to know of an uploaded file."""
+
+    path: str
 
 
 def build(answers: Answers, checks: Checks, about: str, samples: Sequence[Sample], options: str = "") -> Any:
@@ -151,15 +162,17 @@ def _check_form() -> _CheckFields:
     questions = gradio.File(
         label=f"Questions (.jsonl or .csv, {checking.MAX_FILE // MEGABYTE} MB at most)",
         file_types=[".jsonl", ".csv"],
-        height=110,
+        height=116,
         elem_id="check-questions",
     )
     pictures = gradio.File(
         label=f"Their pictures (.zip, {MAX_ARCHIVE // MEGABYTE} MB at most)",
         file_types=[".zip"],
-        height=110,
+        height=116,
         elem_id="check-pictures",
     )
+    # Gradio would fail on a file of which nothing but a path is known, which is all that the guard lets pass.
+    questions.data_model = pictures.data_model = _File
     keep = gradio.Textbox(
         value=checking.KEEP,
         label="Budgets to try",
@@ -300,7 +313,7 @@ def _connect_check(page: Any, fields: _CheckFields, checks: Checks) -> None:
     """Checking, stopping, and leaving the page."""
 
     async def check(
-        questions: Any, pictures: Any, *settings: Any, request: gradio.Request
+        request: gradio.Request, questions: Any, pictures: Any, *settings: Any
     ) -> AsyncIterator[tuple[Any, str, Any]]:
         """Begin, and show how far it is until it ends. What is not looked at for a while ends by itself."""
         visitor = _visitor(request)
@@ -330,6 +343,7 @@ def _connect_check(page: Any, fields: _CheckFields, checks: Checks) -> None:
         show_progress="hidden",
         concurrency_limit=checking.MOST_WAITING + 2,  # one works, and one is told that there are too many
         trigger_mode="once",
+        js=_SHOW_CHECK_BEGUN,
     )
     checked.then(None, None, None, js=_SHOW_CHECK, api_visibility="private")
     fields.stop.click(stop, None, None, api_visibility="private", show_progress="hidden", concurrency_limit=4)
