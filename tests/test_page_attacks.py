@@ -20,16 +20,16 @@ from processors import photo, processor, speaking_model
 
 from adafv.asking.session import Session
 from adafv.errors import AdaFVError, ImageError
-from adafv.page import answers as answers_module
+from adafv.page import turns as turns_module
 from adafv.page import uploads as uploads_module
 from adafv.page.answers import Answers, message
-from adafv.page.uploads import MAX_BYTES, Uploads
+from adafv.page.uploads import MAX_ARCHIVE, MAX_BYTES, Uploads
 
 httpx = pytest.importorskip("httpx")
 pytestmark = [needs("gradio"), pytest.mark.slow]
 
 FILE = {"_type": "gradio.FileData"}
-SETTINGS = [QUESTION, "25%", "adafv", "saliency", 2, "", ""]
+SETTINGS = [QUESTION, "25%", ["adafv", "saliency"], 2]
 GONE = "The picture is no longer there; choose or upload it again."
 SECONDS = 60.0
 """That a request may take before it counts as stuck; the machine may be busy."""
@@ -359,25 +359,29 @@ class TestShapes:
             (2, [10], "cannot be a list"),
             (2, "9" * 60_000, "is not a budget"),
             (3, "guess", "no method 'guess'"),
-            (3, None, "no method None"),
+            (2, "1,2,3,4,5,6,7", "6 at most"),
+            (2, "," * 60_000, "6 at most"),
+            (3, None, "Choose a method first"),
+            (3, [], "Choose a method first"),
             (3, 7, "no method 7"),
-            (3, ["adafv"], "cannot be a list"),
+            (3, [7], "no list of 64 texts"),
+            (3, [["adafv"]], "no list of 64 texts"),
+            (3, ["adafv"] * 65, "no list of 64 texts"),
+            (3, ["adafv"] * 64, "choose 12 at most"),
             (3, {"adafv": 1}, "cannot be an object"),
-            (4, "<img src=x onerror=alert(1)>", "no method '<img"),
-            (4, "x" * 60_000, "120 at most"),
-            (5, 0, "give 1 to 128"),
-            (5, 10**9, "give 1 to 128"),
-            (5, float("nan"), "give 1 to 128"),
-            (5, "4", "cannot be '4'"),
-            (5, False, "cannot be False"),
-            (6, "objective=best", "known are: joint, split"),
-            (6, "objective=" + "x" * 100, "known are: joint, split"),
-            (6, "<img src=x onerror=alert(1)>", "not of the form name=value"),
-            (6, 7, "not of the form name=value"),
-            (6, "\ud800=\ud800", "no option"),
-            (6, "x" * 60_000, "120 at most"),
-            (7, "seed=1", "no option 'seed'; it has none"),
-            (7, ["seed=1"], "cannot be a list"),
+            (3, ["<img src=x onerror=alert(1)>"], "no method '<img"),
+            (3, ["x" * 60_000], "120 at most"),
+            (3, ["adafv:objective=best"], "known are: joint, split"),
+            (3, ["adafv:objective=" + "x" * 100], "known are: joint, split"),
+            (3, ["adafv:<img src=x onerror=alert(1)>"], "not of the form name=value"),
+            (3, ["adafv:\ud800=\ud800"], "no option"),
+            (3, ["saliency:seed=1"], "no option 'seed'; it has none"),
+            (4, 0, "give 1 to 128"),
+            (4, 10**9, "give 1 to 128"),
+            (4, float("nan"), "give 1 to 128"),
+            (4, "4", "cannot be '4'"),
+            (4, False, "cannot be False"),
+            (4, [4], "cannot be a list"),
         ],
         ids=short,
     )
@@ -388,7 +392,7 @@ class TestShapes:
         assert "<img" not in answer
         assert said in problem(answer)
 
-    @pytest.mark.parametrize("data", [[], [None], [None] * 7, [None] * 9, [None] * 5000, None, "x", {"a": 1}, 7])
+    @pytest.mark.parametrize("data", [[], [None], [None] * 4, [None] * 6, [None] * 5000, None, "x", {"a": 1}, 7])
     def test_lengths(self, http: Any, data: Any) -> None:
         problem(ask(http, data))
 
@@ -421,7 +425,7 @@ class TestShapes:
         assert post(http, "/gradio_api/call/ask", {"data": ["x" * 70_000]}).status_code == 413
         assert http.post("/gradio_api/call/ask", content=iter([b"{}"])).status_code == 411
         large = bytes(MAX_BYTES)
-        files = [("files", (f"{number}.png", large)) for number in range(3)]
+        files = [("files", (f"{number}.png", large)) for number in range(7)]
         assert http.post("/gradio_api/upload", files=files).status_code == 413
 
     def test_question_and_answer_are_text(self, server: Server, http: Any) -> None:
@@ -530,7 +534,7 @@ class TestUploads:
         (tmp_path / "a" / "x.png").write_bytes(bytes(100))
         (tmp_path / "broken-off").write_bytes(bytes(100))
         assert Uploads(tmp_path).has_room()
-        monkeypatch.setattr(uploads_module, "MAX_FOLDER", MAX_BYTES + 150)
+        monkeypatch.setattr(uploads_module, "MAX_FOLDER", MAX_ARCHIVE + 150)
         assert not Uploads(tmp_path).has_room()
         monkeypatch.setattr(uploads_module, "KEPT_SECONDS", -1)
         assert Uploads(tmp_path).has_room()
@@ -556,7 +560,7 @@ def test_a_question_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     picture = tmp_path / "picture.png"
     photo(1).save(picture)
     answers = Answers(_Hanging(speaking_model("llava"), processor("llava")), Uploads(tmp_path))
-    monkeypatch.setattr(answers_module, "PATIENCE", 1.0)
+    monkeypatch.setattr(turns_module, "PATIENCE", 1.0)
     hanging = threading.Thread(target=answers.compare, args=(str(picture), "Hang.", "25%", ("adafv",), 2))
     hanging.start()
     try:
@@ -571,7 +575,7 @@ def test_a_question_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     finally:
         LET_GO.set()
         hanging.join(SECONDS)
-    monkeypatch.setattr(answers_module, "PATIENCE", SECONDS)
+    monkeypatch.setattr(turns_module, "PATIENCE", SECONDS)
     assert answers.compare(str(picture), QUESTION, "25%", ("adafv",), 2).results[1].timing.tokens == 4
 
 
