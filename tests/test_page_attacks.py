@@ -256,7 +256,7 @@ class TestEndpoints:
         """The browser calls them by number, and so may anybody; they read nothing that was not uploaded either."""
         event = {"index": 0, "value": {"image": {"path": str(secret), "meta": FILE}, "caption": None}}
         said = []
-        for number in range(6):
+        for number in range(9):
             for data in ([], [{"path": str(secret)}], [{"path": str(secret), "meta": FILE}], [{"path": "/missing"}]):
                 call = {"data": data, "fn_index": number, "session_hash": f"hash{number}", "event_data": event}
                 asked = post(http, "/gradio_api/queue/join", call)
@@ -268,6 +268,36 @@ class TestEndpoints:
         assert said
         assert "secret" not in "".join(said)
         assert sum(GONE in line for line in said) == 3
+
+    def test_checks_of_what_was_not_uploaded(self, server: Server, http: Any, secret: Path) -> None:
+        """Called by number, with what no browser would send: one clear line, and nothing is left over."""
+        functions = http.get("/config").json()["dependencies"]
+        (number,) = (each["id"] for each in functions if len(each["inputs"]) == 9)
+        rest = ["50%", ["adafv"], 1, "refuse", "auto", "", 8]
+        own = {"path": upload(http, server.samples / "sample1.png")}
+        passwd = {"path": "/etc/passwd", "meta": FILE}
+        for data, said in (
+            ([None, None, *rest], "Choose a file of questions first."),
+            ([passwd, own, *rest], "The file of questions is no longer there"),
+            ([{"path": str(secret)}, own, *rest], "The file of questions is no longer there"),
+            ([own, own, *rest], "give a .jsonl or .csv file"),
+            ([own, own, "50%", "adafv", 1, "refuse", "auto", "", 8], "give a .jsonl or .csv file"),
+            ([own, own, *[None] * 7], "Keep=None is not a budget"),
+            ([own, own, "50%", ["<img src=x>"], 1, "refuse", "auto", "", 8], "there is no method"),
+            (["x", own, *rest], "cannot be a text"),
+            ([own, [own], *rest], "cannot be a list"),
+            ([own, own, *rest[:2], {"a": 1}, *rest[3:]], "cannot be an object"),
+        ):
+            call = {"data": data, "fn_index": number, "session_hash": "checking"}
+            asked = post(http, "/gradio_api/queue/join", call)
+            text = asked.text
+            if asked.status_code == 200:
+                with http.stream("GET", "/gradio_api/queue/data?session_hash=checking") as stream:
+                    text = "".join(line for line in stream.iter_lines() if "process_generating" in line)
+            assert said.lower() in text.lower(), data
+            assert "<img" not in text
+            assert "not foresee" not in text
+        assert not list(server.uploads.glob("check-*"))
 
     @pytest.mark.parametrize("index", [-1, 2, 10**30, "0", 1.5, None, [], {}, True])
     def test_samples_that_are_not_there(self, http: Any, index: Any) -> None:

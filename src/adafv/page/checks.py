@@ -103,6 +103,7 @@ class Settings:
         budgets = checked_budgets(keep)
         if any(budget.keeps_all for budget in budgets):
             raise UsageError("keeping all prunes nothing; the unpruned model is asked anyway, so leave it out")
+        methods = [methods] if isinstance(methods, str) else methods
         names = _without_pruning_options(methods)
         checked_methods(names)
         if len(methods) > MAX_METHODS:
@@ -131,7 +132,7 @@ def _without_pruning_options(methods: Any) -> Any:
     if any(len(each) > MAX_METHOD for each in methods):
         raise UsageError(f"a method with its options has more than the {MAX_METHOD} letters that are needed")
     return [
-        ":".join(part for part in each.split(":") if part.partition("=")[0].strip() not in ("text", "positions"))
+        ":".join(part for part in each.split(":") if not part.strip().startswith(("text=", "positions=")))
         for each in methods
     ]
 
