@@ -389,6 +389,7 @@ class TestChecks:
             with pytest.raises((UsageError, AdaFVError)) as error:
                 place.checks.begin("me", questions, pictures, settings())
             assert said in str(error.value)
+            assert str(tmp_path) not in str(error.value)
             assert place.left() == []
         monkeypatch.setattr(checks_module, "MAX_ANSWERS", 7)
         with pytest.raises(UsageError, match="are 8 answers; 7 at most"):

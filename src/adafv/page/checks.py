@@ -32,6 +32,7 @@ from adafv.evaluation.questions import (
     BadRecordsError,
     FilePicture,
     Questions,
+    QuestionsError,
     read_questions,
 )
 from adafv.evaluation.store import Store
@@ -68,6 +69,7 @@ REPORT, RESULT = "report.html", "result.json"
 _BATCH = 4
 """Questions asked together; more would let others wait longer."""
 _FILES = (".jsonl", ".csv")
+_LONGEST_NAME = 60
 _MOST_REPORTS = 32
 
 
@@ -228,7 +230,8 @@ class Checks:
             raise UsageError("choose a file of questions first")
         if pictures is None:
             raise UsageError("choose a zip of pictures first")
-        self._check_room(visitor)
+        with self._changed:
+            self._check_room(visitor)
         folder = self._made("check")
         try:
             with self._reading.turn():
@@ -282,7 +285,7 @@ class Checks:
             text = file.read(MAX_FILE + 1)
         if len(text) > MAX_FILE:
             raise UsageError(f"the file of questions is larger than {MAX_FILE // MEGABYTE} MB; make it shorter")
-        source = Path(questions).name
+        source = Path(questions).name[-_LONGEST_NAME:]
         kind = Path(source).suffix.lower()
         if kind not in _FILES:
             raise UsageError(f"{shortened(source)} is none of what is read; give a {' or '.join(_FILES)} file")
@@ -294,7 +297,10 @@ class Checks:
         unpacked.mkdir()
         with self._uploads.open(pictures, "zip") as file:
             unpack(file, unpacked)
-        found = read_questions(copy, within=unpacked)
+        try:
+            found = read_questions(copy, within=unpacked)
+        except QuestionsError as error:  # which names the place
+            raise QuestionsError(str(error).replace(str(copy), source)) from error
         if len(found.questions) + len(found.bad) > MAX_RECORDS:
             raise UsageError(
                 f"there are {len(found.questions) + len(found.bad):,} questions; give {MAX_RECORDS:,} at most, or use the "
