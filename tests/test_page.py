@@ -6,10 +6,12 @@ import json
 import re
 import socket
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,23 @@ from adafv.asking.session import Answer, Session, Timing
 from adafv.cli import app
 from adafv.core import Budget, ImageLayout
 from adafv.errors import AdaFVError, BudgetError, ImageError
+from adafv.evaluation.answers import weights_hash
+from adafv.evaluation.questions import BadRecord, Questions
 from adafv.methods import known_methods, method_named
 from adafv.methods.options import method_from_text
-from adafv.page import render
-from adafv.page.answers import MAX_ANSWER, MAX_METHOD, MAX_QUESTION, UNPRUNED, Answers, Result, message
+from adafv.page import render, render_check
+from adafv.page.answers import (
+    MAX_ANSWER,
+    MAX_METHOD,
+    MAX_QUESTION,
+    MAX_WAYS,
+    ROUNDS,
+    UNPRUNED,
+    Answers,
+    Result,
+    message,
+)
+from adafv.page.checks import Check, Settings
 from adafv.page.render import problem_as_html, results_as_html
 from adafv.page.samples import MOST, Sample, SamplesError, bundled_samples, samples_in
 from adafv.page.uploads import MAX_BYTES, Uploads
@@ -89,6 +104,18 @@ def refusal(keep: Any) -> BudgetError:
     except BudgetError as error:
         return error
     raise AssertionError(f"{keep!r} is a budget")
+
+
+def some_questions(folder: Path, count: int, *more: dict[str, Any]) -> tuple[Path, Path]:
+    """A file of questions and a zip of their pictures."""
+    records = [{"image": f"{number % 8}.png", "question": f"Number {number}?"} for number in range(count)]
+    path = folder / "q.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*records, *more])))
+    with zipfile.ZipFile(folder / "pictures.zip", "w") as archive:
+        for number in range(8):
+            photo(number).save(folder / "one.png")
+            archive.write(folder / "one.png", f"folder/{number}.png")
+    return path, folder / "pictures.zip"
 
 
 many_users = pytest.mark.parametrize("users", [5, pytest.param(20, marks=pytest.mark.release)])
@@ -179,6 +206,11 @@ class TestAnswers:
             ({"longest": None}, f"1 to {MAX_ANSWER}"),
             ({"methods": ("adafv", "guess")}, "guess"),
             ({"methods": ("adafv", None)}, "None"),
+            ({"methods": ()}, "choose a method first"),
+            ({"methods": [f"random:seed={seed}" for seed in range(MAX_WAYS + 1)]}, f"choose {MAX_WAYS} at most"),
+            ({"keep": "10%,,5%"}, "is not a budget"),
+            ({"keep": ",".join("12345678")}, "6 at most"),
+            ({"keep": "1,2,3,4,5", "methods": ("adafv", "text", "uniform")}, f"15 answers; {MAX_WAYS} at most"),
         ],
     )
     def test_refused(self, answers: Answers, picture: Path, changes: dict[str, Any], said: str) -> None:
@@ -197,6 +229,65 @@ class TestAnswers:
         assert [result.timing.name for result in results] == list(pair)
         for result, name in zip(results, pair, strict=True):
             assert result.timing.answer == alone(session, picture, QUESTION, "25%", name, 6).answer
+
+    def test_several_budgets(self, answers: Answers, session: Session, picture: Path) -> None:
+        unpruned, *results = answers.compare(str(picture), QUESTION, "50%, 3", ["adafv", "uniform", "adafv"], 4).results
+        expected = {
+            f"{method}, {Budget.of(keep)}": alone(session, picture, QUESTION, keep, method, 4).answer
+            for method in ("adafv", "uniform")
+            for keep in ("50%", "3")
+        }
+        assert {result.timing.name: result.timing.answer for result in results} == expected
+        assert [result.timing.tokens for result in results] == [8, 3, 8, 3]
+        assert unpruned.timing.name == UNPRUNED
+
+    def test_the_tower_runs_once_a_picture(self, session: Session, uploads: Uploads, tmp_path: Path) -> None:
+        """Another budget or method needs it no more, but where a method needs the pixels; nor does the unpruned model."""
+        runs: list[Any] = []
+        hook = session.model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+        fresh = Answers(session, uploads)
+        paths = [tmp_path / f"{number}.png" for number in range(2)]
+        for number, path in enumerate(paths):
+            photo(number + 20).save(path)
+
+        def more(path: Path, keep: str, *methods: str, question: str = QUESTION) -> int:
+            before = len(runs)
+            results = fresh.compare(str(path), question, keep, methods, 2).results
+            ran = len(runs) - before
+            expected = [alone(session, path, question, keep, method, 2).answer for method in methods]
+            assert [result.timing.answer for result in results[1:]] == expected
+            return ran
+
+        try:
+            assert more(paths[0], "25%", "adafv") > 0
+            assert more(paths[0], "50%", "adafv", "saliency") == 0
+            assert more(paths[0], "3", "text", "divprune") == 0
+            assert more(paths[1], "25%", "adafv") > 0
+            assert more(paths[0], "25%", "uniform") == 0
+            # The stock model reads pixels: once with every new question, to answer and to be timed.
+            asked = more(paths[0], "25%", "adafv", question="What else?")
+            assert asked == 1 + ROUNDS
+            assert more(paths[0], "10%", "saliency", question="What else?") == 0
+        finally:
+            hook.remove()
+
+    def test_pictures_are_not_held_for_ever(
+        self, session: Session, uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fresh = Answers(session, uploads)
+        for number in range(3):
+            photo(number + 30).save(tmp_path / f"{number}.png")
+            fresh.compare(str(tmp_path / f"{number}.png"), QUESTION, "25%", ["adafv"], 1)
+        (size,) = {seen.encoded.bytes for seen in fresh._seen.values()}
+        assert len(fresh._seen) == 3
+        monkeypatch.setattr("adafv.page.answers.MAX_HELD", 2 * size)
+        fresh.compare(str(tmp_path / "0.png"), QUESTION, "25%", ["adafv"], 1)
+        first = sha256((tmp_path / "0.png").read_bytes()).digest()
+        assert len(fresh._seen) == 2
+        assert first in fresh._seen
+        monkeypatch.setattr("adafv.page.answers.MAX_HELD", size - 1)
+        fresh.compare(str(tmp_path / "0.png"), QUESTION, "25%", ["adafv"], 1)
+        assert len(fresh._seen) == 0
 
     @many_users
     def test_many_threads(self, answers: Answers, session: Session, tmp_path: Path, users: int) -> None:
@@ -448,15 +539,20 @@ class Visitor:
     def keep(self, budget: str) -> None:
         self.tab.get_by_label("Visual tokens to keep").fill(budget)
 
-    def options(self, label: str, options: str) -> None:
-        self.tab.get_by_role("button", name="More").click()
-        self.tab.get_by_label(f"Options of {label}").fill(options)
-
-    def choose(self, label: str, method: str) -> None:
-        box = self.tab.get_by_role("combobox", name=label)
-        box.click()
-        options = self.tab.locator(f"[id='{box.get_attribute('aria-controls')}']")
-        options.get_by_role("option", name=method, exact=True).click()
+    def choose(self, *methods: str) -> None:
+        """From the catalogue, or typed where they have options."""
+        part = self.tab.locator("#methods")
+        part.get_by_title("Clear").click()
+        box = part.get_by_role("combobox")
+        for method in methods:
+            if ":" in method:
+                box.fill(method)
+                box.press("Enter")
+            else:
+                box.click()
+                options = self.tab.locator(f"[id='{box.get_attribute('aria-controls')}']")
+                options.get_by_role("option", name=method, exact=True).click()
+        box.press("Escape")
 
     def ask(self) -> None:
         self.tab.get_by_role("button", name="Ask", exact=True).click()
@@ -525,8 +621,7 @@ class TestInBrowser:
         visitor.tab.get_by_role("button", name="Thumbnail 2 of 2").click()
         visitor.wait_for_picture()
         visitor.keep("50%")
-        visitor.choose("Method A", "uniform")
-        visitor.choose("Method B", "text")
+        visitor.choose("uniform", "text")
         visitor.tab.get_by_label("Question").press("Enter")
         wish = Wish(server.samples / "sample2.png", SAMPLE_QUESTION, "50%", ("uniform", "text"), LONGEST)
         assert visitor.answers() == as_shown(wish.alone(served_session))
@@ -544,9 +639,7 @@ class TestInBrowser:
         said = str(refusal("1.5"))
         assert visitor.problem() == f"K{said[1:]}."
         visitor.keep("3")
-        visitor.choose("Method A", "random")
-        visitor.choose("Method B", "random")
-        visitor.options("method B", "seed=1")
+        visitor.choose("random", "random:seed=1")
         visitor.ask()
         wish = Wish(picture, QUESTION, "3", ("random", "random:seed=1"), LONGEST)
         assert visitor.answers() == as_shown(wish.alone(served_session))
@@ -572,7 +665,7 @@ class TestInBrowser:
         large = tmp_path / "large.png"
         large.write_bytes(bytes(MAX_BYTES + 1))
         visitor.upload(large)
-        visitor.tab.get_by_text("exceed the maximum allowed size").first.wait_for()
+        assert "larger than 10 MB" in visitor.problem()
 
     def test_nothing_to_ask(self, visitor: Visitor, picture: Path) -> None:
         visitor.ask()
@@ -673,19 +766,95 @@ class TestInBrowser:
     def test_classes_are_ours(self) -> None:
         style = (Path(render.__file__).with_name("style.css")).read_text()
         style = re.sub(r"/\*.*?\*/", "", style, flags=re.S)
-        of_gradio = {"gradio-container", "dark", "grid-wrap", "grid-container", "thumbnail-item", "caption-label"}
+        of_gradio = {
+            "wrap",
+            "icon-wrap",
+            "gradio-container",
+            "dark",
+            "grid-wrap",
+            "grid-container",
+            "thumbnail-item",
+            "caption-label",
+        }
         styled = set(re.findall(r"\.(-?[a-zA-Z_][\w-]*)", style))
         assert {name for name in styled - of_gradio if not name.startswith("adafv-")} == set()
         timing = Timing("x", "", 4, [0.1], 1.0)
+        bad = [BadRecord("line 1", "is none")]
+        check = Check(
+            "me", Path("x"), Questions([], []), Settings.of("10%", ["adafv"], 1, "skip", "auto", "", 8), "", "q"
+        )
         said = (
             results_as_html([Result(timing, 16, [])])
             + problem_as_html("x")
             + render.warning_as_html("x")
             + render.NOTHING_YET
+            + render_check.NO_CHECK_YET
+            + render_check.bad_records_as_html(bad)
+            + render_check.progress_as_html(replace(check, phase="asking"), 0)
         )
         names = {name for names in re.findall(r'class="(.*?)"', said) for name in names.split()}
         assert names
         assert {name for name in names if not name.startswith("adafv-")} == set()
+
+    def test_check(self, visitor: Visitor, server: Server, served_session: Session, tmp_path: Path) -> None:
+        """Both files up, bad records named, the rest checked while a question is asked, and what comes down."""
+        tab = visitor.tab
+        tab.get_by_role("tab", name="Check").click()
+        check = tab.get_by_role("button", name="Check", exact=True)
+        check.click()
+        notice = tab.locator("#check-notice")
+        notice.get_by_text("Choose a file of questions first.").wait_for()
+        questions, pictures = some_questions(tmp_path, 6, {"image": "/etc/passwd", "question": "Who?"})
+        tab.locator("#check-questions input[type=file]").set_input_files(questions)
+        tab.locator("#check-pictures input[type=file]").set_input_files(pictures)
+        tab.locator("#check-pictures .file-preview").wait_for()
+        tab.locator("#check-questions .file-preview").wait_for()
+        check.click()
+        notice.get_by_text("q.jsonl line 7: names /etc/passwd, which leads out").wait_for()
+        tab.get_by_label("are left out").click()
+        tab.get_by_label("Budgets to try").fill("50%, 25%")
+        check.click()
+        results = tab.locator("#check-results")
+        results.locator("tbody tr").first.wait_for()
+        rows = [row.inner_text().split("\t")[:3] for row in results.locator("tbody tr").all()]
+        assert rows[0] == ["unpruned", "all", "16"]
+        assert rows[2:] == [["adafv", "50 %", "8"], ["adafv", "25 %", "4"]]
+        assert results.locator("article").get_attribute("data-name") == "adafv"
+        assert "q.jsonl line 7" in results.inner_text()
+        with tab.expect_download() as report:
+            results.get_by_role("link", name="Report").click()
+        assert "Is it safe to prune?" in report.value.path().read_text()
+        with tab.expect_download() as file:
+            results.get_by_role("link", name="JSON").click()
+        found = json.loads(file.value.path().read_text())
+        assert found["questions"]["count"] == 6
+        assert found["model"]["model"] == weights_hash(served_session.model)
+        assert not list(server.uploads.glob("check-*"))
+        tab.set_viewport_size({"width": 390, "height": 844})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+    def test_a_check_is_stopped(self, visitor: Visitor, server: Server, picture: Path, tmp_path: Path) -> None:
+        """While it works, the other tab answers; afterwards nothing of it is left."""
+        tab = visitor.tab
+        visitor.upload(picture)
+        visitor.wait_for_picture()
+        visitor.type(QUESTION)
+        tab.get_by_role("tab", name="Check").click()
+        questions, pictures = some_questions(tmp_path, 600)
+        tab.locator("#check-questions input[type=file]").set_input_files(questions)
+        tab.locator("#check-pictures input[type=file]").set_input_files(pictures)
+        tab.locator("#check-pictures .file-preview").wait_for()
+        tab.locator("#check-questions .file-preview").wait_for()
+        tab.get_by_role("button", name="Check", exact=True).click()
+        tab.get_by_role("progressbar", name="Answers").wait_for()
+        tab.get_by_role("tab", name="Compare").click()
+        visitor.ask()
+        assert set(visitor.answers()) == {UNPRUNED, "adafv", "saliency"}
+        tab.get_by_role("tab", name="Check").click()
+        tab.get_by_text(re.compile(r"of 3,600 answers, about .* left")).wait_for()
+        tab.get_by_role("button", name="Stop").click()
+        tab.get_by_text("Stopped. What was answered is deleted.").wait_for()
+        assert not list(server.uploads.glob("check-*"))
 
     def test_dark(self, server: Server, browser: Any) -> None:
         colours = []
@@ -727,7 +896,7 @@ class TestOverHttp:
 
         def ask(wish: Wish) -> dict[str, str]:
             results, notice = connect().predict(
-                handle_file(wish.picture), wish.question, wish.keep, *wish.methods, wish.longest, api_name="/ask"
+                handle_file(wish.picture), wish.question, wish.keep, list(wish.methods), wish.longest, api_name="/ask"
             )
             assert notice == ""
             cards = re.findall(
@@ -743,7 +912,7 @@ class TestOverHttp:
         payload = {"path": elsewhere, "meta": {"_type": "gradio.FileData"}}
         said = ""
         try:
-            results, said = client.predict(payload, QUESTION, "10%", "adafv", "text", 2, api_name="/ask")
+            results, said = client.predict(payload, QUESTION, "10%", ["adafv", "text"], 2, api_name="/ask")
             assert "<article" not in results
         except Exception as error:  # Gradio's own refusal
             said = str(error)
@@ -756,7 +925,7 @@ class TestOverHttp:
         from gradio_client import handle_file
 
         keep, method, longest = wrong
-        results, said = client.predict(handle_file(picture), QUESTION, keep, method, "text", longest, api_name="/ask")
+        results, said = client.predict(handle_file(picture), QUESTION, keep, [method, "text"], longest, api_name="/ask")
         assert "<article" not in results
         assert 'role="alert"' in said
         assert "not foresee" not in said

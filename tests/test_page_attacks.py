@@ -20,16 +20,16 @@ from processors import photo, processor, speaking_model
 
 from adafv.asking.session import Session
 from adafv.errors import AdaFVError, ImageError
-from adafv.page import answers as answers_module
+from adafv.page import turns as turns_module
 from adafv.page import uploads as uploads_module
 from adafv.page.answers import Answers, message
-from adafv.page.uploads import MAX_BYTES, Uploads
+from adafv.page.uploads import MAX_ARCHIVE, MAX_BYTES, Uploads
 
 httpx = pytest.importorskip("httpx")
 pytestmark = [needs("gradio"), pytest.mark.slow]
 
 FILE = {"_type": "gradio.FileData"}
-SETTINGS = [QUESTION, "25%", "adafv", "saliency", 2, "", ""]
+SETTINGS = [QUESTION, "25%", ["adafv", "saliency"], 2]
 GONE = "The picture is no longer there; choose or upload it again."
 SECONDS = 60.0
 """That a request may take before it counts as stuck; the machine may be busy."""
@@ -256,7 +256,7 @@ class TestEndpoints:
         """The browser calls them by number, and so may anybody; they read nothing that was not uploaded either."""
         event = {"index": 0, "value": {"image": {"path": str(secret), "meta": FILE}, "caption": None}}
         said = []
-        for number in range(6):
+        for number in range(9):
             for data in ([], [{"path": str(secret)}], [{"path": str(secret), "meta": FILE}], [{"path": "/missing"}]):
                 call = {"data": data, "fn_index": number, "session_hash": f"hash{number}", "event_data": event}
                 asked = post(http, "/gradio_api/queue/join", call)
@@ -268,6 +268,36 @@ class TestEndpoints:
         assert said
         assert "secret" not in "".join(said)
         assert sum(GONE in line for line in said) == 3
+
+    def test_checks_of_what_was_not_uploaded(self, server: Server, http: Any, secret: Path) -> None:
+        """Called by number, with what no browser would send: one clear line, and nothing is left over."""
+        functions = http.get("/config").json()["dependencies"]
+        (number,) = (each["id"] for each in functions if len(each["inputs"]) == 9)
+        rest = ["50%", ["adafv"], 1, "refuse", "auto", "", 8]
+        own = {"path": upload(http, server.samples / "sample1.png")}
+        passwd = {"path": "/etc/passwd", "meta": FILE}
+        for data, said in (
+            ([None, None, *rest], "Choose a file of questions first."),
+            ([passwd, own, *rest], "The file of questions is no longer there"),
+            ([{"path": str(secret)}, own, *rest], "The file of questions is no longer there"),
+            ([own, own, *rest], "give a .jsonl or .csv file"),
+            ([own, own, "50%", "adafv", 1, "refuse", "auto", "", 8], "give a .jsonl or .csv file"),
+            ([own, own, *[None] * 7], "Keep=None is not a budget"),
+            ([own, own, "50%", ["<img src=x>"], 1, "refuse", "auto", "", 8], "there is no method"),
+            (["x", own, *rest], "cannot be a text"),
+            ([own, [own], *rest], "cannot be a list"),
+            ([own, own, *rest[:2], {"a": 1}, *rest[3:]], "cannot be an object"),
+        ):
+            call = {"data": data, "fn_index": number, "session_hash": "checking"}
+            asked = post(http, "/gradio_api/queue/join", call)
+            text = asked.text
+            if asked.status_code == 200:
+                with http.stream("GET", "/gradio_api/queue/data?session_hash=checking") as stream:
+                    text = "".join(line for line in stream.iter_lines() if "process_generating" in line)
+            assert said.lower() in text.lower(), data
+            assert "<img" not in text
+            assert "not foresee" not in text
+        assert not list(server.uploads.glob("check-*"))
 
     @pytest.mark.parametrize("index", [-1, 2, 10**30, "0", 1.5, None, [], {}, True])
     def test_samples_that_are_not_there(self, http: Any, index: Any) -> None:
@@ -359,25 +389,29 @@ class TestShapes:
             (2, [10], "cannot be a list"),
             (2, "9" * 60_000, "is not a budget"),
             (3, "guess", "no method 'guess'"),
-            (3, None, "no method None"),
+            (2, "1,2,3,4,5,6,7", "6 at most"),
+            (2, "," * 60_000, "6 at most"),
+            (3, None, "Choose a method first"),
+            (3, [], "Choose a method first"),
             (3, 7, "no method 7"),
-            (3, ["adafv"], "cannot be a list"),
+            (3, [7], "no list of 64 texts"),
+            (3, [["adafv"]], "no list of 64 texts"),
+            (3, ["adafv"] * 65, "no list of 64 texts"),
+            (3, ["adafv"] * 64, "choose 12 at most"),
             (3, {"adafv": 1}, "cannot be an object"),
-            (4, "<img src=x onerror=alert(1)>", "no method '<img"),
-            (4, "x" * 60_000, "120 at most"),
-            (5, 0, "give 1 to 128"),
-            (5, 10**9, "give 1 to 128"),
-            (5, float("nan"), "give 1 to 128"),
-            (5, "4", "cannot be '4'"),
-            (5, False, "cannot be False"),
-            (6, "objective=best", "known are: joint, split"),
-            (6, "objective=" + "x" * 100, "known are: joint, split"),
-            (6, "<img src=x onerror=alert(1)>", "not of the form name=value"),
-            (6, 7, "not of the form name=value"),
-            (6, "\ud800=\ud800", "no option"),
-            (6, "x" * 60_000, "120 at most"),
-            (7, "seed=1", "no option 'seed'; it has none"),
-            (7, ["seed=1"], "cannot be a list"),
+            (3, ["<img src=x onerror=alert(1)>"], "no method '<img"),
+            (3, ["x" * 60_000], "120 at most"),
+            (3, ["adafv:objective=best"], "known are: joint, split"),
+            (3, ["adafv:objective=" + "x" * 100], "known are: joint, split"),
+            (3, ["adafv:<img onerror>"], "not of the form name=value"),
+            (3, ["adafv:\ud800=\ud800"], "no option"),
+            (3, ["saliency:seed=1"], "no option 'seed'; it has none"),
+            (4, 0, "give 1 to 128"),
+            (4, 10**9, "give 1 to 128"),
+            (4, float("nan"), "give 1 to 128"),
+            (4, "4", "cannot be '4'"),
+            (4, False, "cannot be False"),
+            (4, [4], "cannot be a list"),
         ],
         ids=short,
     )
@@ -388,7 +422,7 @@ class TestShapes:
         assert "<img" not in answer
         assert said in problem(answer)
 
-    @pytest.mark.parametrize("data", [[], [None], [None] * 7, [None] * 9, [None] * 5000, None, "x", {"a": 1}, 7])
+    @pytest.mark.parametrize("data", [[], [None], [None] * 4, [None] * 6, [None] * 5000, None, "x", {"a": 1}, 7])
     def test_lengths(self, http: Any, data: Any) -> None:
         problem(ask(http, data))
 
@@ -421,7 +455,7 @@ class TestShapes:
         assert post(http, "/gradio_api/call/ask", {"data": ["x" * 70_000]}).status_code == 413
         assert http.post("/gradio_api/call/ask", content=iter([b"{}"])).status_code == 411
         large = bytes(MAX_BYTES)
-        files = [("files", (f"{number}.png", large)) for number in range(3)]
+        files = [("files", (f"{number}.png", large)) for number in range(7)]
         assert http.post("/gradio_api/upload", files=files).status_code == 413
 
     def test_question_and_answer_are_text(self, server: Server, http: Any) -> None:
@@ -530,7 +564,7 @@ class TestUploads:
         (tmp_path / "a" / "x.png").write_bytes(bytes(100))
         (tmp_path / "broken-off").write_bytes(bytes(100))
         assert Uploads(tmp_path).has_room()
-        monkeypatch.setattr(uploads_module, "MAX_FOLDER", MAX_BYTES + 150)
+        monkeypatch.setattr(uploads_module, "MAX_FOLDER", MAX_ARCHIVE + 150)
         assert not Uploads(tmp_path).has_room()
         monkeypatch.setattr(uploads_module, "KEPT_SECONDS", -1)
         assert Uploads(tmp_path).has_room()
@@ -556,7 +590,7 @@ def test_a_question_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     picture = tmp_path / "picture.png"
     photo(1).save(picture)
     answers = Answers(_Hanging(speaking_model("llava"), processor("llava")), Uploads(tmp_path))
-    monkeypatch.setattr(answers_module, "PATIENCE", 1.0)
+    monkeypatch.setattr(turns_module, "PATIENCE", 1.0)
     hanging = threading.Thread(target=answers.compare, args=(str(picture), "Hang.", "25%", ("adafv",), 2))
     hanging.start()
     try:
@@ -571,7 +605,7 @@ def test_a_question_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     finally:
         LET_GO.set()
         hanging.join(SECONDS)
-    monkeypatch.setattr(answers_module, "PATIENCE", SECONDS)
+    monkeypatch.setattr(turns_module, "PATIENCE", SECONDS)
     assert answers.compare(str(picture), QUESTION, "25%", ("adafv",), 2).results[1].timing.tokens == 4
 
 

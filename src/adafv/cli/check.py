@@ -22,7 +22,6 @@ from adafv.printable import printable, shortened
 
 if TYPE_CHECKING:
     from adafv.evaluation.answers import Asker, Configuration, Progress
-    from adafv.evaluation.check import Counted
     from adafv.evaluation.questions import Question, Questions
     from adafv.evaluation.store import Store
 
@@ -182,7 +181,7 @@ def _check(wish: _Wish) -> None:
     from adafv.evaluation.answers import Asker
     from adafv.evaluation.check import Counted, as_text, result
     from adafv.evaluation.check import Wish as Wanted
-    from adafv.evaluation.page import page
+    from adafv.evaluation.page import drawn_cases, page
     from adafv.evaluation.store import Store
     from adafv.evaluation.words import cautions, terminal_table, verdicts
 
@@ -205,7 +204,7 @@ def _check(wish: _Wish) -> None:
         counted = Counted(questions.questions, keys, store, ways, wanted)
         found = result(counted, _about(wish, model, asker, budgets, ways), questions.bad)
     write_whole(folder / RESULT, as_text(found), KEPT)
-    write_whole(folder / PAGE, page(found, _pictures(asker, counted, found)), KEPT)
+    write_whole(folder / PAGE, page(found, list(drawn_cases(asker, counted, found))), KEPT)
     for each in cautions(found):
         say(f"warning: {each}")
     if wish.as_json:
@@ -247,15 +246,10 @@ def _asked(
 ) -> "tuple[Questions, dict[str, str]]":
     """Ask what the store lacks, with progress on standard error."""
 
+    from adafv.evaluation.answers import refuse_idle_budgets
+
     def first(asked: "Sequence[tuple[Question, str]]") -> None:
-        for way in ways:
-            given = [store.get(key, way.way) for _, key in asked]
-            if way.pruned and all(each is not None and each.kept >= each.tokens for each in given):
-                most = max(each.tokens for each in given if each is not None)
-                raise UsageError(
-                    f"--keep {way.budget} prunes nothing: the first {len(asked)} pictures have at most {most} visual tokens; "
-                    "give fewer, or a share such as 25%"
-                )
+        refuse_idle_budgets(asked, ways, store, "--keep")
 
     shown = _Shown()
     try:
@@ -278,6 +272,8 @@ class _Shown:
     written: int = 0
 
     def __call__(self, progress: "Progress") -> None:
+        from adafv.evaluation.words import duration
+
         now = time.monotonic()
         if progress.asked == 0:
             before = f", {progress.done:,} of them from the last run" if progress.done else ""
@@ -288,7 +284,7 @@ class _Shown:
             return
         self.latest = now
         left = (now - self.start) / progress.asked * (progress.total - progress.done)
-        line = f"{progress.done:,} of {progress.total:,} answers, {_duration(left)} left"
+        line = f"{progress.done:,} of {progress.total:,} answers, {duration(left)} left"
         if self.live:
             sys.stderr.write("\r" + line.ljust(self.written))
             sys.stderr.flush()
@@ -299,13 +295,6 @@ class _Shown:
     def close(self) -> None:
         if self.live and self.written:
             sys.stderr.write("\n")
-
-
-def _duration(seconds: float) -> str:
-    seconds = round(seconds)
-    if seconds < 90:
-        return f"{seconds} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _about(
@@ -326,26 +315,6 @@ def _about(
             "limit": wish.limit,
         },
     }
-
-
-def _pictures(asker: "Asker", counted: "Counted", found: dict[str, Any]) -> list[Any]:
-    """Of each case the picture with its kept tokens; None where it cannot be drawn."""
-    from adafv.errors import AdaFVError
-    from adafv.evaluation.page import PICTURE_WIDTH
-    from adafv.picture import panels
-
-    questions = {each.name: each for each in counted.questions}
-    ways = {(way.name, str(way.budget)): way for way in counted.ways}
-    drawn: list[Any] = []
-    for case in found["cases"]:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the page says where no word counted
-                record, crops = asker.record(questions[case["question"]], ways[case["method"], case["keep"]])
-            drawn.append(panels(record, 0, crops, width=PICTURE_WIDTH)[0].drawings[-1][0])
-        except (AdaFVError, OSError):  # of a picture that is gone by now
-            drawn.append(None)
-    return drawn
 
 
 def _print(table: Any, sentences: list[str]) -> None:

@@ -54,13 +54,13 @@ def page(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="An option of method A when the page opens, such as objective=split; may be given again.",
+            help="An option of adafv when the page opens, such as objective=split; may be given again.",
         ),
     ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
-    r"""Open a page on which to ask questions about images, unpruned and pruned side by side.
+    r"""Open a page on which to ask questions about images, unpruned and pruned side by side, and to check your own.
 
     Needs Gradio: pip install 'gradio>=6.31'. Without --model, a small model answers that comes with adafv and knows
     only simple drawings.
@@ -97,10 +97,11 @@ def _serve(
         typer.echo(f"warning: {_open_to_others(host, password)}", err=True)
     from adafv.asking.session import Session, check_device
     from adafv.methods.options import method_from_options
-    from adafv.page.answers import METHOD_A, Answers
+    from adafv.page.answers import METHODS, Answers
+    from adafv.page.checks import Checks
     from adafv.page.uploads import Uploads
 
-    method_from_options(METHOD_A, options)
+    method_from_options(METHODS[0], options)
     model = checked_model(model)
     typer.echo(f"loading {model}", err=True)
     session = Session.load(model, dtype, check_device(device))
@@ -112,12 +113,16 @@ def _serve(
         from adafv.page.app import build, serve
 
         uploads = Uploads(Path(folder))
-        said = about(_shown_name(model), session.processor.tokenizer)
-        blocks = build(Answers(session, uploads), said, samples, " ".join(options))
+        name = _shown_name(model)
+        answers = Answers(session, uploads)
+        checks = Checks(session, name, answers.turns, uploads, Path(folder))
+        blocks = build(answers, checks, about(name, session.processor.tokenizer), samples, ":".join(options))
         try:
             serve(blocks, uploads, host, port, password, lambda: typer.echo(_url(host, port)))
         except OSError as error:
             raise _cannot_listen(host, port, error) from error
+        finally:
+            checks.close()
 
 
 def _password(ask: bool) -> str:

@@ -369,6 +369,28 @@ class Asker:
         return Image.new("RGB", picture.size, tuple(round(255 * part) for part in mean[:3]))
 
 
+def refuse_idle_budgets(
+    asked: Sequence[tuple[Question, str]], ways: Sequence[Configuration], store: Store, name: str
+) -> None:
+    """Refuse a budget that no picture of the first batch reaches; for `first` of `Asker.run`.
+
+    Args:
+        asked: (question, key) of that batch.
+        name: of budgets, for the message.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for way in ways:
+        given = [store.get(key, way.way) for _, key in asked]
+        if way.pruned and all(each is not None and each.kept >= each.tokens for each in given):
+            most = max(each.tokens for each in given if each is not None)
+            raise UsageError(
+                f"{name} {way.budget} prunes nothing: the first {len(asked)} pictures have at most {most} visual tokens; "
+                "give fewer, or a share such as 25%"
+            )
+
+
 def weights_hash(model: Any) -> str:
     """A hash of the model's class, configuration and weights: of every tensor its shape and up to 64 values from all over it.
 

@@ -3,15 +3,21 @@
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from adafv.errors import AdaFVError
 from adafv.evaluation import words
 from adafv.printable import printable
+
+if TYPE_CHECKING:
+    from adafv.evaluation.answers import Asker
+    from adafv.evaluation.check import Counted
 
 PICTURE_WIDTH = 300
 """Pixels of a picture with its kept tokens."""
@@ -54,6 +60,25 @@ def page(result: Mapping[str, Any], pictures: Sequence[Image.Image | None]) -> s
         + "\n".join(part for part in body if part)
         + "\n</main>\n</body>\n</html>\n"
     )
+
+
+def drawn_cases(asker: "Asker", counted: "Counted", result: Mapping[str, Any]) -> Iterator[Image.Image | None]:
+    """Of each of the result's cases the picture with its kept tokens; None where it cannot be drawn. One call of the model
+    each, as they are taken."""
+    from adafv.picture import panels  # torch, which the rest here does without
+
+    questions = {each.name: each for each in counted.questions}
+    ways = {(way.name, str(way.budget)): way for way in counted.ways}
+    for case in result["cases"]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the page says where no word counted
+                record, crops = asker.record(questions[case["question"]], ways[case["method"], case["keep"]])
+            drawn = panels(record, 0, crops, width=PICTURE_WIDTH)[0].drawings[-1][0]
+        except (AdaFVError, OSError):  # of a picture that is gone by now
+            yield None
+        else:
+            yield drawn
 
 
 def _text(value: object) -> str:

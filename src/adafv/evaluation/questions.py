@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
 
 from PIL import Image
@@ -205,17 +205,31 @@ class Questions:
         return Questions([each for each in self.questions if each.name not in names], [*self.bad, *more])
 
 
-def refusal(bad: Sequence[BadRecord]) -> QuestionsError:
+class BadRecordsError(QuestionsError):
+    """Records cannot be used, and are not to be left out."""
+
+    def __init__(self, message: str, bad: Sequence[BadRecord]) -> None:
+        super().__init__(message)
+        self.bad = list(bad)
+        """All of them; the message names a few."""
+
+
+def refusal(bad: Sequence[BadRecord]) -> BadRecordsError:
     """The error that names the first few bad records."""
     named = "; ".join(shortened(each, 400) for each in bad[:_MOST_NAMED])
     more = f"; and {len(bad) - _MOST_NAMED} more" if len(bad) > _MOST_NAMED else ""
-    return QuestionsError(f"{named}{more}; mend the records, or leave them out with --bad-records skip")
+    return BadRecordsError(f"{named}{more}; mend the records, or leave them out with --bad-records skip", bad)
 
 
-def read_questions(source: str | Path) -> Questions:
+def read_questions(source: str | Path, *, within: Path | None = None) -> Questions:
     """Read questions from a .jsonl or .csv file, a folder with `images/` and a .jsonl file, or a data set saved on disk.
 
     Paths of pictures are relative to the file, or to a folder `images` beside it.
+
+    Args:
+        within: of the questions of strangers, the folder of their pictures. Paths are relative to it, to `images` in it, or
+            to the only folder that is in it; what is absolute, has `..` in it or goes through a link is a bad record. The
+            source is a file then.
 
     Raises:
         QuestionsError: there is no such file, it is no such file, or it is empty.
@@ -223,7 +237,7 @@ def read_questions(source: str | Path) -> Questions:
     path = Path(source)
     shown = shortened(str(source))
     try:
-        if path.is_dir():
+        if path.is_dir() and within is None:
             return _from_folder(path, shown)
         if not path.exists():
             raise QuestionsError(f"there is no file {shown}; check the path")
@@ -246,6 +260,9 @@ def read_questions(source: str | Path) -> Questions:
         why = getattr(error, "strerror", None) or error
         raise QuestionsError(f"{shown} cannot be read ({shortened(why)}); check the path") from error
     records = _json_lines(text) if kind == ".jsonl" else _csv_rows(text, shown)
+    if within is not None:
+        folders = _folders_within(within)
+        return _read(records, path.name, lambda value: _picture_within(folders, value))
     return _read(records, path.name, lambda value: _file_picture(path.parent, value))
 
 
@@ -334,11 +351,43 @@ def _csv_rows(text: str, shown: str) -> Iterator[tuple[str, Any]]:
         ) from error
 
 
-def _file_picture(folder: Path, value: Any) -> Picture:
+def _checked_path(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("has no picture; give image, the path of a file")
     if "://" in value[:20] or value[:5].lower() == "data:":
         raise ValueError("names a picture by its address; save it to a file, and give the path")
+    return value
+
+
+def _folders_within(root: Path) -> list[Path]:
+    """Where pictures of strangers are looked for; every one without a link in its path."""
+    root = root.resolve(strict=True)
+    found = [root, root / "images"]
+    entries = list(root.iterdir())
+    if len(entries) == 1 and entries[0].is_dir() and not entries[0].is_symlink():
+        found += [entries[0], entries[0] / "images"]
+    return found
+
+
+def _picture_within(folders: Sequence[Path], value: Any) -> Picture:
+    """A picture inside the first of these folders. One that is a link is not there, as far as anybody learns."""
+    value = _checked_path(value)
+    shown = shortened(value)
+    parts = value.replace("\\", "/").split("/")
+    if parts[0] == "" or parts[0].endswith(":") or ".." in parts or PureWindowsPath(value).drive:
+        raise ValueError(f"names {shown}, which leads out of the pictures that were given; name one of those")
+    for folder in folders:
+        try:
+            path = folder / value
+            if path.is_file() and path.resolve(strict=True) == path:
+                return FilePicture(path, value)
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, links in a circle
+            continue
+    raise ValueError(f"there is no picture {shown} among those that were given; check the path")
+
+
+def _file_picture(folder: Path, value: Any) -> Picture:
+    value = _checked_path(value)
     for path in (folder / value, folder / "images" / value):
         try:
             if path.is_file():

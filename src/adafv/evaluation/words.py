@@ -19,6 +19,14 @@ def points(value: float) -> str:
     return f"{number} point" if number == "1" else f"{number} points"
 
 
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, about."""
+    seconds = round(seconds)
+    if seconds < 90:
+        return f"{seconds} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def counted(result: Mapping[str, Any]) -> str:
     """What is lost, as a word."""
     what = result["settings"]["counted"]

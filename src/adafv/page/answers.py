@@ -1,29 +1,35 @@
-"""A picture, a question, a budget and two methods in; answers, measurements and drawings out. No Gradio here."""
+"""A picture, a question, budgets and methods in; answers, measurements and drawings out. No Gradio here.
 
+A picture goes through the tower once. What it made of it is kept for the next question, budget or method, as are the
+unpruned model's answers, so that moving a budget runs what a budget changes and nothing else.
+"""
+
+import hashlib
 import logging
-import threading
+import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
 from adafv.asking.failures import UsageError, check_text, out_of_memory
 from adafv.asking.models import unknown_words, unknown_words_warning
-from adafv.asking.session import Session, Timing
+from adafv.asking.session import Answer, Session, Timing
 from adafv.core import Budget
-from adafv.engines.transformers import EncodedImages
+from adafv.engines.transformers import EncodedImages, Pruner
 from adafv.errors import AdaFVError
 from adafv.images import read_image
 from adafv.methods import Method
 from adafv.methods.options import method_from_text
+from adafv.page.turns import OneAtATime
 from adafv.page.uploads import Uploads
 from adafv.picture import Panel, panels
 
 UNPRUNED = "unpruned"
-METHOD_A, METHOD_B = "adafv", "saliency"
+METHODS = ("adafv", "saliency")
 """What is compared when the page opens."""
 MAX_QUESTION = 500
 """Letters; a long text would take the memory and the time of everyone in the queue."""
@@ -37,12 +43,13 @@ PANEL_WIDTH = 448
 """Pixels of a drawing; twice the size in which a page of 1280 pixels shows it."""
 MAX_METHOD = 120
 """Letters of a method with its options."""
-PATIENCE = 600.0
-"""Seconds that one question may take before those behind it are told so instead of waiting on."""
-
-
-class BusyError(AdaFVError):
-    """Something that must be done one at a time has been going on for too long."""
+MAX_BUDGETS = 6
+MAX_WAYS = 12
+"""Budgets, and methods times budgets, of one question."""
+MAX_HELD = 256 * 2**20
+"""Bytes of encoded pictures that are kept for the next question, in the memory of the model's device."""
+_UNPRUNED_HELD = 32
+"""Answers of the unpruned model that are kept for each of these pictures."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,17 @@ class Comparison:
     """Where the model does not know a word of the question, or no word counts; else empty."""
 
 
+@dataclass
+class _Seen:
+    """What is known of a picture."""
+
+    encoded: EncodedImages
+    tower: float
+    """Seconds that tower and projector took, the median of `ROUNDS`."""
+    unpruned: "OrderedDict[tuple[str, int], Timing]" = field(default_factory=OrderedDict)
+    """By question and longest answer."""
+
+
 class Answers:
     """Answers of one model, for any number of threads at once."""
 
@@ -76,9 +94,11 @@ class Answers:
         # One question at a time. A model object carries at most one pruner (a second one is refused), and tokenizers
         # must not be used by two threads at once. Nothing is lost: answers side by side would share the same cores, their
         # times would mean nothing, and every one of them would hold a decoded picture and a cache in memory.
-        self._questions = _OneAtATime("question")
-        self._encoded: EncodedImages | None = None  # the last picture
-        self._pictures = _OneAtATime("picture")
+        self.turns = OneAtATime("question")
+        """Of the model; whoever else asks it takes turns here."""
+        self._seen: OrderedDict[bytes, _Seen] = OrderedDict()
+        """By the hash of a picture's file, the least recently used first. Only whoever has the turn looks."""
+        self._pictures = OneAtATime("picture")
 
     def check_picture(self, path: Any) -> None:
         """Find out whether the picture at `path` can be read.
@@ -91,16 +111,16 @@ class Answers:
         with self._pictures.turn():
             _decoded(data)
 
-    def compare(self, path: Any, question: Any, keep: Any, methods: Sequence[Any], longest: Any) -> Comparison:
-        """Answer by the unpruned model, then by each method; a method named twice runs once.
+    def compare(self, path: Any, question: Any, keep: Any, methods: Any, longest: Any) -> Comparison:
+        """Answer by the unpruned model, then by each method at each budget; what is named twice runs once.
 
         The arguments may be anything, for whoever calls the page's server directly may send anything.
 
         Args:
             path: of the picture, a string.
             question: a string.
-            keep: of the picture's visual tokens; see `adafv.core.Budget`.
-            methods: their names, with options: "adafv:objective=split".
+            keep: of the picture's visual tokens; one budget (see `adafv.core.Budget`), or a string of several, with commas.
+            methods: a list of names, with options: "adafv:objective=split".
             longest: tokens of the answer.
 
         Raises:
@@ -111,64 +131,101 @@ class Answers:
         """
         if path is None:
             raise UsageError("choose or upload a picture first")
-        question = _checked_question(question)
-        budget = Budget.of(keep)
-        _check_longest(longest)
-        chosen = {name: method for method, name in map(_checked_method, methods)}
+        question = checked_question(question)
+        budgets = checked_budgets(keep)
+        check_longest(longest)
+        chosen = checked_methods(methods)
+        if len(chosen) * len(budgets) > MAX_WAYS:
+            raise UsageError(
+                f"{len(chosen)} methods at {len(budgets)} budgets are {len(chosen) * len(budgets)} answers; {MAX_WAYS} at "
+                "most are compared at once"
+            )
         # Before it is our turn, so that no file can hold up whoever comes next; but not decoded, for a hundred bytes may
         # be a hundred megabytes then.
         data = self._uploads.read(path)
-        with self._questions.turn():
+        with self.turns.turn():
             session = self._session
             inputs = session.inputs(_decoded(data), question)
-            modes = {UNPRUNED: None, **{name: session.pruner(method, budget) for name, method in chosen.items()}}
-            encoded = self._encoded = session.encoded(inputs, self._encoded)  # the next question may be about it, too
-            answers = {name: session.ask(inputs, pruner, int(longest), encoded) for name, pruner in modes.items()}
-            timings = session.compare(inputs, modes, int(longest), ROUNDS, answers)
+            pruners = {
+                name if len(budgets) == 1 else f"{name}, {budget}": session.pruner(method, budget)
+                for name, method in chosen.items()
+                for budget in budgets
+            }
+            seen = self._look(hashlib.sha256(data).digest(), inputs)
+            timings, answers = self._timed(inputs, question, seen, pruners, int(longest))
             crops = session.tower_view(inputs)
             tokenizer = session.processor.tokenizer
             warning = unknown_words_warning(tokenizer, unknown_words(tokenizer, question))
         before = timings[0].tokens
-        results = [Result(timing, before, _drawn(answers[timing.name].record, crops)) for timing in timings]
+        drawn = [[], *(_drawn(answers[timing.name].record, crops) for timing in timings[1:])]
+        results = [Result(timing, before, panels) for timing, panels in zip(timings, drawn, strict=True)]
         said = dict.fromkeys(text for text in (warning, *(answer.note for answer in answers.values())) if text)
         return Comparison(results, " ".join(as_sentence(text) for text in said))
 
+    def _look(self, name: bytes, inputs: Any) -> _Seen:
+        """The picture as the tower leaves it, which it goes through unless it is held."""
+        held = self._seen.pop(name, None)
+        if held is not None and self._session.encoded(inputs, held.encoded) is held.encoded:
+            seen = held
+        else:
+            seconds = []
+            for _ in range(ROUNDS):
+                start = time.perf_counter()
+                encoded = self._session.encoded(inputs)
+                encoded.images["image"][0].features[0, 0].item()  # waits for the device
+                seconds.append(time.perf_counter() - start)
+            seen = _Seen(encoded, statistics.median(seconds))
+        if seen.encoded.bytes <= MAX_HELD:
+            self._seen[name] = seen
+        while sum(each.encoded.bytes for each in self._seen.values()) > MAX_HELD:
+            self._seen.popitem(last=False)
+        return seen
 
-class _OneAtATime:
-    """A lock that gives up on whoever holds it: a request that hangs must not hang all that come after it."""
+    def _timed(
+        self, inputs: Any, question: str, seen: _Seen, pruners: dict[str, Pruner], longest: int
+    ) -> tuple[list[Timing], dict[str, Answer]]:
+        """The unpruned model first, then each way; and the answers of the ways.
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._changed = threading.Condition()
-        self._since: float | None = None
-        """When the one whose turn it is began."""
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait for our turn, and have it.
-
-        Raises:
-            BusyError: the one whose turn it is has had it for longer than `PATIENCE`.
+        The time to the first token of what reads the encoded picture is that of the tower, measured once, and of the rest.
         """
-        with self._changed:
-            while self._since is not None:
-                left = self._since + PATIENCE - time.monotonic()
-                if left <= 0:
-                    raise BusyError(
-                        f"another {self._what} has been going on for more than {PATIENCE / 60:.0f} minutes; try again "
-                        "later, or ask whoever runs this page to start it again"
-                    )
-                self._changed.wait(left)
-            self._since = time.monotonic()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._since = None
-                self._changed.notify()
+        session = self._session
+        encoded = seen.encoded
+        # Without the pixels, which nobody need compare again.
+        bare = {name: value for name, value in inputs.items() if name not in encoded.pixels}
+
+        def runs(pruner: Pruner | None) -> tuple[Callable[[int], Answer], float]:
+            """What answers by so many tokens, and the seconds of what it leaves out."""
+            if pruner is not None and encoded.serves(pruner.settings.method):
+                return lambda most: session.ask(bare, pruner, most, encoded), seen.tower
+            return lambda most: session.ask(inputs, pruner, most), 0.0
+
+        known = seen.unpruned.pop((question, longest), None)
+        ways = {**({UNPRUNED: None} if known is None else {}), **pruners}
+        running = {name: runs(pruner) for name, pruner in ways.items()}
+        answers = {name: run(longest) for name, (run, _) in running.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in running}
+        # In turns, so that a busy machine is unfair to none of them.
+        for _ in range(ROUNDS):
+            for name, (run, before) in running.items():
+                start = time.perf_counter()
+                run(1)
+                seconds[name].append(before + time.perf_counter() - start)
+        if known is None:
+            full = answers.pop(UNPRUNED)
+            tokens = sum(next(answer.record.tokens_before for answer in answers.values() if answer.record is not None))
+            known = Timing(UNPRUNED, full.answer, tokens, seconds[UNPRUNED], full.kv_mib)
+        seen.unpruned[question, longest] = known
+        while len(seen.unpruned) > _UNPRUNED_HELD:
+            seen.unpruned.popitem(last=False)
+        pruned = [
+            Timing(name, answer.answer, sum(answer.record.tokens_after), seconds[name], answer.kv_mib)
+            for name, answer in answers.items()
+            if answer.record is not None
+        ]
+        return [known, *pruned], answers
 
 
-def _checked_question(question: Any) -> str:
+def checked_question(question: Any) -> str:
     if question is not None and not isinstance(question, str):
         raise UsageError("the question is not a text; type it")
     question = (question or "").strip()
@@ -180,10 +237,36 @@ def _checked_question(question: Any) -> str:
     return question
 
 
-def _check_longest(value: Any) -> None:
+def check_longest(value: Any) -> None:
     """The page's slider stays within bounds by itself; others may send anything."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= MAX_ANSWER:
         raise UsageError(f"the longest answer in tokens cannot be {_shown(value)}; give 1 to {MAX_ANSWER}")
+
+
+def checked_budgets(keep: Any) -> list[Budget]:
+    """Budgets as they were given, each once.
+
+    Raises:
+        UsageError, BudgetError: there are too many, or one is none.
+    """
+    parts = [part.strip() for part in keep.split(",")] if isinstance(keep, str) and "," in keep else [keep]
+    if len(parts) > MAX_BUDGETS:
+        raise UsageError(f"there are {len(parts)} budgets; give {MAX_BUDGETS} at most")
+    return list(dict.fromkeys(map(Budget.of, parts)))
+
+
+def checked_methods(words: Any) -> dict[str, Method]:
+    """Methods by their names with options, each once.
+
+    Raises:
+        UsageError, OptionError: there are none or too many, or one is none.
+    """
+    listed = [words] if isinstance(words, str) else list(words or ()) if isinstance(words, (list, tuple)) else [words]
+    if not listed or listed == [None]:
+        raise UsageError("choose a method first")
+    if len(listed) > MAX_WAYS:
+        raise UsageError(f"there are {len(listed)} methods; choose {MAX_WAYS} at most")
+    return {name: method for method, name in map(_checked_method, listed)}
 
 
 def _checked_method(text: Any) -> tuple[Method, str]:

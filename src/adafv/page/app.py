@@ -1,31 +1,39 @@
 """The page: what stands where, and what a click does."""
 
+import asyncio
 import hmac
 import os
-import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio
+from gradio.data_classes import GradioModel
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 
 from adafv.errors import AdaFVError
+from adafv.evaluation.questions import BadRecordsError
 from adafv.methods import Method, known_methods
 from adafv.methods.options import listed
-from adafv.page.answers import MAX_ANSWER, METHOD_A, METHOD_B, Answers, message
-from adafv.page.guard import Guard
+from adafv.page import checks as checking
+from adafv.page.answers import MAX_ANSWER, METHODS, Answers, message
+from adafv.page.checks import Check, Checks, Settings
+from adafv.page.guard import FILE, VALUE, WORDS, Guard
 from adafv.page.render import NOTHING_YET, problem_as_html, results_as_html, warning_as_html
+from adafv.page.render_check import NO_CHECK_YET, bad_records_as_html, outcome_as_html, progress_as_html
 from adafv.page.samples import Sample
-from adafv.page.uploads import KEPT_SECONDS, MAX_BYTES, MEGABYTE, Uploads
+from adafv.page.uploads import KEPT_SECONDS, MAX_ARCHIVE, MAX_BYTES, MEGABYTE, Uploads
 
 MOST_WAITING = 64
 """Questions in the queue; whoever comes later is told so at once."""
 _SIDE_BY_SIDE = 2
 """Questions on their way at once: one is answered, and one waits for its turn, but not for ever."""
+_LOOKS = (0.2, 0.2, 0.4, 1.0)
+"""Seconds between two looks at a check; the last one again and again."""
 
 # On a narrow screen the results stand below the form, out of sight. The focus goes with the view, so that those who use
 # the keyboard go on from there.
@@ -36,43 +44,66 @@ _SHOW = """name => {
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
     part.tabIndex = -1;
     part.focus({ preventScroll: true });
-    part.scrollIntoView({ behavior: still ? "instant" : "smooth", block: name === "notice" ? "center" : "start" });
+    part.scrollIntoView({ behavior: still ? "instant" : "smooth", block: name.endsWith("notice") ? "center" : "start" });
 }"""
 _SHOW_PROGRESS = f"""(...given) => {{
     if (given[0] && given[1]?.trim()) ({_SHOW})("results");
-    return given.slice(0, 8);
+    return given.slice(0, 5);
 }}"""
 _SHOW_OUTCOME = f"""() => requestAnimationFrame(() => requestAnimationFrame(() =>
     ({_SHOW})(document.querySelector("#notice [role=alert]") ? "notice" : "results")
 ))"""
+_SHOW_CHECK_BEGUN = f"""(...given) => {{
+    if (given[0] && given[1]) ({_SHOW})("check-results");
+    return given.slice(0, 9);
+}}"""
+_SHOW_CHECK = f"""() => requestAnimationFrame(() => requestAnimationFrame(() =>
+    ({_SHOW})(document.querySelector("#check-notice [role=alert]") ? "check-notice" : "check-results")
+))"""
+_CATALOGUE = "Type an option behind a method, and press Enter: `adafv:objective=split`.\n\n"
 
 
 @dataclass
 class _Fields:
-    """What stands on the page and says something, or is told something."""
+    """What stands on the first tab and says something, or is told something."""
 
     picture: Any
     gallery: Any
     """None where there are no samples."""
     question: Any
     keep: Any
-    methods: list[Any]
-    """A and B."""
-    options: list[Any]
-    """Of method A and B."""
+    methods: Any
     longest: Any
     button: Any
     notice: Any
     results: Any = None
 
 
-def build(answers: Answers, about: str, samples: Sequence[Sample], options: str = "") -> Any:
+@dataclass
+class _CheckFields:
+    """The same of the second tab."""
+
+    inputs: list[Any]
+    """Questions, pictures, budgets, methods, loss, bad records, what is counted, suffix, longest answer."""
+    button: Any
+    stop: Any
+    notice: Any
+    results: Any = None
+
+
+class _File(GradioModel):
+    """What Gradio is to know of an uploaded file."""
+
+    path: str
+
+
+def build(answers: Answers, checks: Checks, about: str, samples: Sequence[Sample], options: str = "") -> Any:
     """The page as Gradio blocks.
 
     Args:
         about: who answers, as the end of a sentence.
         samples: to choose from.
-        options: of method A when the page opens.
+        options: of the first method when the page opens, with colons between them.
     """
     with gradio.Blocks(title="adafv", analytics_enabled=False, delete_cache=(KEPT_SECONDS // 4, KEPT_SECONDS)) as page:
         gradio.HTML(
@@ -80,50 +111,107 @@ def build(answers: Answers, about: str, samples: Sequence[Sample], options: str 
             elem_id="title",
             js_on_load=None,
         )
-        with gradio.Row():
-            with gradio.Column(scale=2, min_width=300):
-                fields = _form(samples, options)
-            with gradio.Column(scale=5, min_width=320):
-                fields.results = gradio.HTML(NOTHING_YET, elem_id="results", js_on_load=None, min_height=160)
+        with gradio.Tabs(elem_id="tabs"):
+            with gradio.Tab("Compare", id="compare"), gradio.Row():
+                with gradio.Column(scale=2, min_width=300):
+                    fields = _form(samples, options)
+                with gradio.Column(scale=5, min_width=320):
+                    fields.results = gradio.HTML(NOTHING_YET, elem_id="results", js_on_load=None, min_height=160)
+            with gradio.Tab("Check", id="check"), gradio.Row():
+                with gradio.Column(scale=2, min_width=300):
+                    check_fields = _check_form()
+                with gradio.Column(scale=5, min_width=320):
+                    check_fields.results = gradio.HTML(
+                        NO_CHECK_YET, elem_id="check-results", js_on_load=None, min_height=160
+                    )
         _connect_pictures(fields, answers, samples)
         _connect_question(fields, answers)
+        _connect_check(page, check_fields, checks)
     return page.queue(max_size=MOST_WAITING)
 
 
 def _form(samples: Sequence[Sample], options: str) -> _Fields:
     """All that is filled in; below the button, what went wrong."""
-    methods = known_methods()
     notice = gradio.HTML("", elem_id="notice", js_on_load=None, render=False)
     picture, gallery = _picture_fields(samples)
     question = gradio.Textbox(label="Question", placeholder="What is in the picture?", max_lines=4, elem_id="question")
     keep = gradio.Textbox(
         value="10%",
         label="Visual tokens to keep",
-        info="A share (10%), a number (64), or all.",
+        info="A share (10%), a number (64), or all; several with commas.",
         max_lines=1,
         elem_id="keep",
     )
-    with gradio.Row():
-        chosen = [
-            gradio.Dropdown(list(methods), value=value, label=f"Method {letter}", min_width=120, elem_id=name)
-            for letter, value, name in (("A", METHOD_A, "first"), ("B", METHOD_B, "second"))
-        ]
+    first, *others = METHODS
+    methods = _methods_field([":".join(filter(None, (first, options))), *others], "methods")
     button = gradio.Button("Ask", variant="primary", elem_id="ask")
     notice.render()
     with gradio.Accordion("More", open=False):
         longest = gradio.Slider(1, MAX_ANSWER, value=32, step=1, label="Longest answer, in tokens", elem_id="longest")
-        written = [
-            gradio.Textbox(
-                value=value,
-                label=f"Options of method {letter}",
-                placeholder="objective=split",
-                max_lines=1,
-                elem_id=f"options-{letter.lower()}",
-            )
-            for letter, value in (("A", options), ("B", ""))
-        ]
-        gradio.Markdown("\n".join(map(_described, methods.values())))
-    return _Fields(picture, gallery, question, keep, chosen, written, longest, button, notice)
+        gradio.Markdown(_CATALOGUE + "\n".join(map(_described, known_methods().values())))
+    return _Fields(picture, gallery, question, keep, methods, longest, button, notice)
+
+
+def _methods_field(value: list[str], name: str) -> Any:
+    return gradio.Dropdown(
+        list(known_methods()), value=value, multiselect=True, allow_custom_value=True, label="Methods", elem_id=name
+    )
+
+
+def _check_form() -> _CheckFields:
+    questions = gradio.File(
+        label=f"Questions (.jsonl or .csv, {checking.MAX_FILE // MEGABYTE} MB at most)",
+        file_types=[".jsonl", ".csv"],
+        height=116,
+        elem_id="check-questions",
+    )
+    pictures = gradio.File(
+        label=f"Their pictures (.zip, {MAX_ARCHIVE // MEGABYTE} MB at most)",
+        file_types=[".zip"],
+        height=116,
+        elem_id="check-pictures",
+    )
+    # Gradio would fail on a file of which nothing but a path is known, which is all that the guard lets pass.
+    questions.data_model = pictures.data_model = _File
+    keep = gradio.Textbox(
+        value=checking.KEEP,
+        label="Budgets to try",
+        info="Shares (10%) or numbers (64) of visual tokens.",
+        max_lines=1,
+        elem_id="check-keep",
+    )
+    methods = _methods_field(list(checking.METHODS), "check-methods")
+    loss = gradio.Number(
+        value=1, minimum=0.01, maximum=99, label="Points (of 100) that must not be lost", elem_id="check-loss"
+    )
+    bad = gradio.Radio(
+        [("end the check", "refuse"), ("are left out", "skip")],
+        value="refuse",
+        label="Records that cannot be used",
+        elem_id="check-bad",
+    )
+    with gradio.Row():
+        button = gradio.Button("Check", variant="primary", elem_id="check", min_width=120)
+        stop = gradio.Button("Stop", interactive=False, elem_id="check-stop", min_width=80)
+    notice = gradio.HTML("", elem_id="check-notice", js_on_load=None)
+    with gradio.Accordion("More", open=False):
+        by = gradio.Radio(
+            [("accuracy, where answers are given", "auto"), ("agreement with unpruned", "agreement")],
+            value="auto",
+            label="What is counted",
+            elem_id="check-by",
+        )
+        suffix = gradio.Textbox(
+            label="Put behind every question",
+            placeholder=" Answer with one word.",
+            max_lines=1,
+            elem_id="check-suffix",
+        )
+        longest = gradio.Slider(
+            1, MAX_ANSWER, value=32, step=1, label="Longest answer, in tokens", elem_id="check-longest"
+        )
+    inputs = [questions, pictures, keep, methods, loss, bad, by, suffix, longest]
+    return _CheckFields(inputs, button, stop, notice)
 
 
 def _picture_fields(samples: Sequence[Sample]) -> tuple[Any, Any]:
@@ -200,19 +288,9 @@ def _connect_pictures(fields: _Fields, answers: Answers, samples: Sequence[Sampl
 def _connect_question(fields: _Fields, answers: Answers) -> None:
     """Asking, by the button or from a field."""
 
-    def ask(
-        payload: Any,
-        question: str,
-        keep: str,
-        first: str,
-        second: str,
-        longest: int,
-        first_options: str = "",
-        second_options: str = "",
-    ) -> tuple[str, str]:
+    def ask(picture: Any, question: Any, keep: Any, methods: Any, longest: Any) -> tuple[str, str]:
         try:
-            pair = _method(first, first_options), _method(second, second_options)
-            compared = answers.compare(_path(payload), question, keep, pair, longest)
+            compared = answers.compare(_path(picture), question, keep, methods, longest)
             return results_as_html(compared.results), warning_as_html(compared.warning)
         except Exception as error:
             return NOTHING_YET, _problem(error)
@@ -220,7 +298,7 @@ def _connect_question(fields: _Fields, answers: Answers) -> None:
     asked = gradio.on(
         [fields.button.click, fields.question.submit, fields.keep.submit],
         ask,
-        [fields.picture, fields.question, fields.keep, *fields.methods, fields.longest, *fields.options],
+        [fields.picture, fields.question, fields.keep, fields.methods, fields.longest],
         [fields.results, fields.notice],
         preprocess=False,
         api_name="ask",
@@ -231,11 +309,59 @@ def _connect_question(fields: _Fields, answers: Answers) -> None:
     asked.then(None, None, None, js=_SHOW_OUTCOME, api_visibility="private")
 
 
-def _method(name: Any, options: Any) -> Any:
-    """The two fields of a method as one word; whoever sent them may have sent anything."""
-    if not isinstance(name, str):
-        return name
-    return ":".join([name, *filter(None, re.split(r"[\s,]+", str(options or "")))])
+def _connect_check(page: Any, fields: _CheckFields, checks: Checks) -> None:
+    """Checking, stopping, and leaving the page."""
+
+    async def check(
+        request: gradio.Request, questions: Any, pictures: Any, *settings: Any
+    ) -> AsyncIterator[tuple[Any, str, Any]]:
+        """Begin, and show how far it is until it ends. What is not looked at for a while ends by itself."""
+        visitor = _visitor(request)
+        try:
+            wished = Settings.of(*settings)
+            begun = await run_in_threadpool(checks.begin, visitor, _path(questions), _path(pictures), wished)
+        except Exception as error:
+            yield NO_CHECK_YET, _problem(error), gradio.update(interactive=False)
+            return
+        looks = 0
+        while not begun.ended:
+            begun.look()
+            yield progress_as_html(begun, checks.ahead_of(begun)), "", gradio.update(interactive=True)
+            await asyncio.sleep(_LOOKS[min(looks, len(_LOOKS) - 1)])
+            looks += 1
+        yield *_shown_outcome(begun), gradio.update(interactive=False)
+
+    def stop(request: gradio.Request) -> None:
+        checks.stop(_visitor(request))
+
+    checked = fields.button.click(
+        check,
+        fields.inputs,
+        [fields.results, fields.notice, fields.stop],
+        preprocess=False,
+        api_visibility="private",
+        show_progress="hidden",
+        concurrency_limit=checking.MOST_WAITING + 2,  # one works, and one is told that there are too many
+        trigger_mode="once",
+        js=_SHOW_CHECK_BEGUN,
+    )
+    checked.then(None, None, None, js=_SHOW_CHECK, api_visibility="private")
+    fields.stop.click(stop, None, None, api_visibility="private", show_progress="hidden", concurrency_limit=4)
+    page.unload(stop)
+
+
+def _visitor(request: Any) -> str:
+    """A tab of a browser."""
+    return str(request.session_hash)
+
+
+def _shown_outcome(check: Check) -> tuple[str, str]:
+    """Results, and what went wrong."""
+    if check.error is not None:
+        return NO_CHECK_YET, _problem(check.error)
+    if check.result is None:
+        return NO_CHECK_YET, warning_as_html("Stopped. What was answered is deleted.")
+    return outcome_as_html(check), ""
 
 
 def _described(method: type[Method]) -> str:
@@ -252,7 +378,7 @@ def _problem(error: Exception) -> str:
     """Show a message for a while where it cannot be missed, and return it to be shown for good."""
     text = message(error)
     gradio.Warning(escape(text), title="")
-    return problem_as_html(text)
+    return problem_as_html(text) + (bad_records_as_html(error.bad) if isinstance(error, BadRecordsError) else "")
 
 
 def serve(page: Any, uploads: Uploads, host: str, port: int, password: str, ready: Callable[[], None]) -> None:
@@ -271,7 +397,11 @@ def serve(page: Any, uploads: Uploads, host: str, port: int, password: str, read
     bypass = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (bypass, "127.0.0.1", "localhost", host)))
     # Gradio keeps the functions of the page by number; those without `fn` run in the browser alone.
-    functions = {number: len(function.inputs) for number, function in page.fns.items() if function.fn is not None}
+    functions = {
+        number: [_kind(part) for part in function.inputs]
+        for number, function in page.fns.items()
+        if function.fn is not None
+    }
     (ask,) = (number for number in functions if page.fns[number].api_name == "ask")
     page.launch(
         server_name=f"[{host}]" if ":" in host else host,
@@ -279,7 +409,7 @@ def serve(page: Any, uploads: Uploads, host: str, port: int, password: str, read
         share=False,
         quiet=True,
         prevent_thread_lock=True,
-        max_file_size=MAX_BYTES,
+        max_file_size=MAX_ARCHIVE,
         auth=(lambda _, given: _same(given, password)) if password else None,
         auth_message="Any user name will do; the password is that of whoever runs this page." if password else None,
         app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, functions=functions, ask=ask)]},
@@ -300,6 +430,13 @@ def serve(page: Any, uploads: Uploads, host: str, port: int, password: str, read
         pass
     finally:
         page.close(verbose=False)
+
+
+def _kind(part: Any) -> str:
+    """What the guard lets pass for a component."""
+    if isinstance(part, (gradio.Image, gradio.File)):
+        return FILE
+    return WORDS if isinstance(part, gradio.Dropdown) and part.multiselect else VALUE
 
 
 def _same(given: str, password: str) -> bool:

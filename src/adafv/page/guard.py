@@ -2,13 +2,13 @@
 
 Gradio has many more endpoints than the page needs: it fetches addresses that it is sent, opens files that it is named, and
 calls functions that were declared private. Here is the short list of what the page itself uses; all else does not
-exist. The arguments of a question are looked through as well: only the picture may be a file, and of all that may be
-said about a file only its path is passed on, which is how `Uploads` gets to see every one.
+exist. The arguments of a call are looked through as well: each may be of its own kind, and of all that may be said about a
+file only its path is passed on, which is how `Uploads` gets to see every one.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -16,12 +16,16 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adafv.page.uploads import MAX_BYTES, MEGABYTE, Uploads
+from adafv.page.uploads import MAX_ARCHIVE, MEGABYTE, Uploads
 
 MAX_CALL = 2**16
 """Bytes of a question with all its settings."""
-MAX_UPLOAD = MAX_BYTES + MAX_CALL
-"""Bytes of an upload with all that is around the picture."""
+MAX_UPLOAD = MAX_ARCHIVE + MAX_CALL
+"""Bytes of an upload with all that is around the file."""
+MAX_WORDS = 64
+"""Of a list of words."""
+FILE, WORDS, VALUE = "file", "words", "value"
+"""Kinds of arguments: a file that was uploaded, a list of texts, a text or number."""
 _API = "/gradio_api"
 _READ = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/logout|/(static|assets)/.+"
@@ -45,10 +49,10 @@ class _Refused(Exception):
 class Guard:
     """ASGI middleware around Gradio."""
 
-    def __init__(self, app: ASGIApp, uploads: Uploads, functions: Mapping[int, int], ask: int) -> None:
+    def __init__(self, app: ASGIApp, uploads: Uploads, functions: Mapping[int, Sequence[str]], ask: int) -> None:
         """
         Args:
-            functions: how many arguments each function of the page takes, by Gradio's number for it.
+            functions: the kinds of arguments that each function of the page takes, by Gradio's number for it.
             ask: number of the function that answers, the only one with a name.
         """
         self._app, self._uploads, self._functions, self._ask = app, uploads, functions, ask
@@ -74,10 +78,10 @@ class Guard:
         elif method == "POST":
             if path == _UPLOAD:
                 _check_length(
-                    scope, MAX_UPLOAD, f"the picture is larger than {MAX_BYTES // MEGABYTE} MB; scale it down"
+                    scope, MAX_UPLOAD, f"the upload is larger than {MAX_ARCHIVE // MEGABYTE} MB; make it smaller"
                 )
                 if not await run_in_threadpool(self._uploads.has_room):
-                    raise _Refused(507, "there is no room for another picture now; try again in an hour")
+                    raise _Refused(507, "there is no room for another file now; try again in an hour")
                 return receive
             if path in _SMALL:
                 _check_length(scope, MAX_CALL, f"the request is longer than {MAX_CALL} bytes")
@@ -100,13 +104,14 @@ class Guard:
         if not isinstance(call, dict) or not isinstance(call.get("data"), list):
             raise _Refused(422, 'the call has no list named "data"')
         number = self._ask if scope["path"] == _ASK else call.get("fn_index")
-        arguments = self._functions.get(number) if type(number) is int else None
-        if arguments is None:
+        kinds = self._functions.get(number) if type(number) is int else None
+        if kinds is None:
             raise _Refused(404, "the page has no such function")
-        if len(call["data"]) != arguments:
-            raise _Refused(422, f'"data" has {len(call["data"])} values; the function takes {arguments}')
+        if len(call["data"]) != len(kinds):
+            raise _Refused(422, f'"data" has {len(call["data"])} values; the function takes {len(kinds)}')
+        values = enumerate(zip(kinds, call["data"], strict=True), 1)
         passed_on = {
-            "data": [_value(place, value) for place, value in enumerate(call["data"])],
+            "data": [_value(place, kind, value) for place, (kind, value) in values],
             "fn_index": number,
             "session_hash": call.get("session_hash"),
             "trigger_id": call.get("trigger_id"),
@@ -118,15 +123,21 @@ class Guard:
         return _given(body, receive)
 
 
-def _value(place: int, value: Any) -> Any:
-    """An argument as it may be passed on: a picture is the first one, and nothing but a path."""
-    if isinstance(value, dict) and place == 0:
+def _value(place: int, kind: str, value: Any) -> Any:
+    """An argument as it may be passed on: of a file nothing but a path."""
+    if value is None:
+        return None
+    if kind == FILE and isinstance(value, dict):
         if not isinstance(value.get("path"), str):
-            raise _Refused(422, 'the picture has no "path"; upload it, and give the path that the upload returns')
+            raise _Refused(422, 'the file has no "path"; upload it, and give the path that the upload returns')
         return {"path": value["path"]}
-    if isinstance(value, (dict, list)) or (place == 0 and value is not None):
-        kind = {"dict": "object", "list": "list", "str": "text"}.get(type(value).__name__, "number")
-        raise _Refused(422, f'value {place + 1} of "data" cannot be a{"n" if kind == "object" else ""} {kind}')
+    if kind == WORDS and isinstance(value, list):
+        if len(value) > MAX_WORDS or not all(isinstance(each, str) for each in value):
+            raise _Refused(422, f'value {place} of "data" is no list of {MAX_WORDS} texts at most')
+        return value
+    if kind == FILE or isinstance(value, (dict, list)):
+        named = {"dict": "object", "list": "list", "str": "text"}.get(type(value).__name__, "number")
+        raise _Refused(422, f'value {place} of "data" cannot be a{"n" if named == "object" else ""} {named}')
     return value
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from adafv.page.answers import Result
 from adafv.picture import Panel
 
-NOTHING_YET = '<p class="adafv-nothing-yet">The answers will stand here: unpruned, by method A, and by method B.</p>'
+NOTHING_YET = '<p class="adafv-nothing-yet">The answers will stand here: unpruned, and by every method.</p>'
 
 
 def results_as_html(results: Sequence[Result]) -> str:
@@ -21,7 +21,7 @@ def results_as_html(results: Sequence[Result]) -> str:
     return (
         f'<div class="adafv-cards">{cards}</div>'
         '<p class="adafv-small">First token: tower, selection, reading the prompt and one token; the median of three runs. '
-        "KV cache: keys and values of the prompt.</p>"
+        "The tower runs once a picture, and its time counts in every figure. KV cache: keys and values of the prompt.</p>"
         f'<div class="adafv-methods">{methods}</div>'
         '<p class="adafv-small adafv-legend">less <span class="adafv-scale" role="img" '
         'aria-label="from dark violet to yellow"></span> more; colours follow the square root of the score.</p>'

@@ -9,13 +9,15 @@ import os
 import stat
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from adafv.errors import ImageError
 
 MEGABYTE = 2**20
 MAX_BYTES = 10 * MEGABYTE
 """Of an uploaded picture."""
+MAX_ARCHIVE = 64 * MEGABYTE
+"""Of an uploaded file of any kind: a zip of pictures is the largest."""
 MAX_FOLDER = 1024 * MEGABYTE
 MAX_FILES = 10_000
 """Bytes and files of all uploads together."""
@@ -32,15 +34,24 @@ class Uploads:
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
 
-    def read(self, path: Any) -> bytes:
-        """The bytes of the picture at `path`, whatever that is.
+    def open(self, path: Any, what: str = "picture") -> BinaryIO:
+        """The file at `path`, whatever that is. Never waits: a FIFO or a device is refused without being read.
 
-        Never waits: a FIFO or a device is refused without being read.
+        Args:
+            what: it should be, for the message.
+
+        Raises:
+            ImageError: it is no regular file of this folder.
+        """
+        return open(self._opened(path, what), "rb")
+
+    def read(self, path: Any) -> bytes:
+        """The bytes of the picture at `path`.
 
         Raises:
             ImageError: it is no regular file of this folder, or too large.
         """
-        with open(self._opened(path), "rb") as file:
+        with self.open(path) as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise ImageError(
@@ -57,7 +68,7 @@ class Uploads:
         return True
 
     def has_room(self) -> bool:
-        """Whether another picture may come. Deletes what broken-off uploads have left behind, which Gradio forgets."""
+        """Whether another file may come. Deletes what broken-off uploads have left behind, which Gradio forgets."""
         size = count = 0
         for parent, _, names in os.walk(self._folder):
             for name in names:
@@ -69,9 +80,9 @@ class Uploads:
                 except OSError:  # deleted in between
                     continue
                 size, count = size + status.st_size, count + 1
-        return size + MAX_BYTES <= MAX_FOLDER and count < MAX_FILES
+        return size + MAX_ARCHIVE <= MAX_FOLDER and count < MAX_FILES
 
-    def _opened(self, path: Any) -> int:
+    def _opened(self, path: Any, what: str = "picture") -> int:
         """A descriptor of the regular file at `path`.
 
         Raises:
@@ -89,7 +100,7 @@ class Uploads:
                 raise ValueError("a link")
             return _regular(os.open(whole, os.O_RDONLY | _NO_LINK | _NO_WAITING))
         except (OSError, ValueError) as error:
-            raise ImageError("the picture is no longer there; choose or upload it again") from error
+            raise ImageError(f"the {what} is no longer there; choose or upload it again") from error
 
     def _parts(self, path: str) -> list[str]:
         """The names that lead from the folder to `path`, without a look at the disk."""
