@@ -36,7 +36,7 @@ from torch import Tensor
 
 import adafv
 from adafv import Pruner
-from adafv.evaluation.world.scenes import render
+from adafv.evaluation.world.details import render
 from adafv.images import load_image
 from adafv.methods import Method, known_methods
 from adafv.methods.base import TOKENS
@@ -44,6 +44,7 @@ from adafv.methods.options import method_from_text
 from benchmarks import candidates
 from benchmarks.accuracy import SUFFIX, Asker, batch_of, first_answer_logits, interval
 from benchmarks.budgets import BATCH, Answerer, held_out_questions
+from benchmarks.details import detailed_questions
 
 PARTS = ("all", "choose", "confirm")
 UNPRUNED = ("full", "blank")
@@ -66,9 +67,17 @@ class World:
     """Questions about drawn scenes, and the bundled model."""
 
     def __init__(
-        self, count: int, part: str, family: str, folder: Path | None, device: str = "cpu", size: int = BATCH
+        self,
+        count: int,
+        part: str,
+        family: str,
+        folder: Path | None,
+        device: str = "cpu",
+        size: int = BATCH,
+        details: bool = False,
     ) -> None:
-        self.asked = [pair for pair in held_out_questions(count) if belongs(str(pair[0].number), part)]
+        questions = detailed_questions(count) if details else held_out_questions(count)
+        self.asked = [pair for pair in questions if belongs(str(pair[0].number), part)]
         self.answerer, self.size = Answerer(family, folder, device=device), size
         self.model, self.processor = self.answerer.model, self.answerer.processor
 
@@ -277,6 +286,9 @@ def main() -> None:
         command.add_argument("--seconds", type=float, default=float("inf"), help="no batch is begun after so many")
     commands.choices["world"].add_argument("--family", choices=("llava", "llava-next"), default="llava")
     commands.choices["world"].add_argument("--model", type=Path, help="another folder with a model of this world")
+    commands.choices["world"].add_argument(
+        "--details", action="store_true", help="scenes with letters and patterns, see benchmarks.details; a store of its own"
+    )
     commands.choices["photos"].add_argument("--model", required=True)
     commands.choices["photos"].add_argument("--photos", required=True, type=Path, nargs="+")
     command = commands.add_parser("report")
@@ -295,8 +307,19 @@ def main() -> None:
         return
     methods = methods_of(options.methods)
     if options.command == "world":
-        world = World(options.questions, options.part, options.family, options.model, options.device, options.batch)
-        run(world, methods, options)
+        run(
+            World(
+                options.questions,
+                options.part,
+                options.family,
+                options.model,
+                options.device,
+                options.batch,
+                options.details,
+            ),
+            methods,
+            options,
+        )
     else:
         photos = Photos(options.photos, options.questions, options.part, options.model, options.device, options.batch)
         run(photos, methods, options)

@@ -3,6 +3,7 @@
 `max_min_search`        the token that is farthest from all that are chosen (DivPrune)
 `determinantal_search`  the token that adds most to the determinant of a kernel (CDPruner)
 `coverage_search`       the token that adds most to what the chosen ones cover (SCOPE, MMTok, EADP)
+`coverage_in_blocks`    nearly the same in a few steps, each of which adds several tokens (facet)
 
 All are batched over G images, compute in float32 and keep K on the host. On an accelerator they never wait for the device.
 Equal gains are resolved in favour of the lower index. Tokens outside `candidates` are taken only once the candidates are
@@ -26,6 +27,10 @@ _ROW_COSTS = 5
 """What a row of cosines costs on a CPU by itself, in rows of the product of all."""
 _AT_FIRST = 16
 """Stale gains that a step on a CPU looks at first."""
+_AMONG = 3
+"""Tokens that a block is chosen from, for each one in it."""
+_GROWTH = 1.6
+"""Of a block, beside the one before."""
 _LAST = torch.finfo(torch.float32).min
 """Added to the score of what is no candidate."""
 _SPANNED = 1e-5
@@ -40,6 +45,8 @@ class Parts(NamedTuple):
     """[G, N] long, the part of each token; -1: of none."""
     number: int
     """Of the parts."""
+    turns: Tensor | None = None
+    """[G, K] long, the part whose turn each step is; None: 0, 1, ... over and over."""
 
 
 class Greedy(NamedTuple):
@@ -161,8 +168,69 @@ def coverage_search(
     return _lazily(likeness, keep, quality, picks) if likeness.is_cpu else _eagerly(likeness, keep, quality, picks)
 
 
-def few_at_a_time(images: int, cells: int, search: Callable[[slice], Greedy]) -> Tensor:
-    """[G, K], the indices of a search over some images at a time.
+def coverage_in_blocks(
+    likeness: Tensor,
+    keep: int,
+    blocks: int,
+    quality: Tensor,
+    demand: Tensor | None = None,
+    candidates: Tensor | None = None,
+) -> Tensor:
+    """[G, K] long, ascending: what `coverage_search` keeps, nearly, in `blocks` steps whatever K is.
+
+    A step takes several tokens at once: of those that gain most, three times as many as it may take, the ones with the
+    largest gain * (1 - largest likeness to one that gains more). Each step takes more than the one before, as the first
+    tokens say most about what the rest is worth.
+
+    Memory: two of the size of `likeness`.
+
+    Args:
+        likeness: [G, N, N] float32 of the tokens, at most 1.
+        blocks: at least 1; with K of them or more each step takes one.
+        quality, demand, candidates: see `coverage_search`.
+    """
+    images, tokens, _ = likeness.shape
+    sizes = block_sizes(keep, blocks)
+    if not 1 <= keep <= tokens:
+        raise BudgetError(f"keep={keep}, but there are {tokens} visual tokens; give 1 to {tokens}")
+    demand = torch.ones_like(quality) if demand is None else demand
+    image = torch.arange(images, device=likeness.device).unsqueeze(-1)
+    best = torch.zeros_like(likeness[:, :1])
+    out = torch.zeros_like(quality) if candidates is None else _LAST * (~candidates).float()
+    found = []
+    for size in sizes:
+        gain = torch.bmm((likeness - best).clamp_min_(0.0), demand.unsqueeze(-1)).squeeze(-1)
+        gain, order = torch.addcmul(out, quality, gain).sort(dim=-1, descending=True, stable=True)
+        if size == 1:
+            chosen = order[:, :1]
+        else:
+            some = order[:, : _AMONG * size]
+            near = likeness[image.unsqueeze(-1), some.unsqueeze(-1), some.unsqueeze(1)].tril_(-1).amax(-1).clamp_(0, 1)
+            score = gain[:, : _AMONG * size]
+            # What is no candidate has the lowest gain of all, and keeps it.
+            score = torch.addcmul(score, score.clamp_min(0.0), near, value=-1)
+            chosen = some.gather(-1, score.argsort(dim=-1, descending=True, stable=True)[:, :size])
+        found.append(chosen)
+        out = out.scatter(-1, chosen, float("-inf"))
+        best = best.maximum(likeness[image, chosen].amax(1, keepdim=True))
+    return torch.cat(found, dim=-1).sort(dim=-1).values
+
+
+def block_sizes(keep: int, blocks: int) -> list[int]:
+    """How many tokens each step takes: K in all, each step about 1.6 times the one before, at least one."""
+    blocks = min(keep, blocks)
+    parts = [_GROWTH**block for block in range(blocks)]
+    sizes, done = [], 0
+    for block in range(blocks):
+        # What is left, less one for each step to come.
+        most = keep - done - (blocks - block - 1)
+        sizes.append(min(most, max(1, round((keep - done) * parts[block] / sum(parts[block:])))))
+        done += sizes[-1]
+    return sizes
+
+
+def few_at_a_time(images: int, cells: int, search: Callable[[slice], Tensor]) -> Tensor:
+    """[G, K], what a search finds, over some images at a time.
 
     So at most 256 MiB of likenesses exist at a time, or those of one image.
 
@@ -172,7 +240,7 @@ def few_at_a_time(images: int, cells: int, search: Callable[[slice], Greedy]) ->
         search: of the images of a slice.
     """
     size = max(1, _CELLS // cells)
-    return torch.cat([search(slice(first, first + size)).indices for first in range(0, images, size)])
+    return torch.cat([search(slice(first, first + size)) for first in range(0, images, size)])
 
 
 def _eagerly(likeness: Tensor, keep: int, quality: Tensor | None, picks: "_Picks") -> Greedy:
@@ -289,12 +357,13 @@ class _Turns:
     """Which part of an image chooses next."""
 
     def __init__(self, parts: Parts, candidates: Tensor) -> None:
-        self._of, self._number = parts
+        self._of, self._number, self._turns = parts
         self._free = candidates.clone()
 
     def whose(self, step: int) -> Tensor:
         """[G, N] bool: candidates of the part whose turn it is; all tokens where it has none left."""
-        own = self._free & (self._of == step % self._number)
+        turn = step % self._number if self._turns is None else self._turns[:, step, None]
+        own = self._free & (self._of == turn)
         return own | ~own.any(-1, keepdim=True)
 
     def used(self, chosen: Tensor) -> None:
