@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adafv.core import joint_search, top_tokens
-from adafv.core.facets import facet_rounds, facet_steps, worth
-from adafv.core.greedy import Parts, coverage_in_blocks, coverage_search, few_at_a_time
-from adafv.core.likeness import crop_of, self_cosines, unit_vectors
+from adafv.core.facets import facet_rounds, facet_steps, of_views, worth
+from adafv.core.likeness import crop_of, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, Signal, VisualTokens, saliency_of
-from adafv.methods import Method, method_named
-from adafv.methods.hired import apportioned
+from adafv.methods import Method
+from adafv.methods.scope import covering
 
 _TINY = 1e-12
 
@@ -320,105 +319,35 @@ class Covering(Method):
 
 @dataclass(frozen=True)
 class Views(Method):
-    """`facet` with cover=true, and something said about the thumbnail and the crops of an image."""
+    """`facet`, one token a step, and something said about the thumbnail and the crops of an image."""
 
-    share: float = 0.0
-    """Of the budget, for the thumbnail alone; 0: one search over all."""
-    quotas: bool = False
-    """Whether every crop gets as much of the rest as the thumbnail has worth where it lies, or all have one search."""
-    see: bool = False
-    """Whether crops see what the thumbnail covers; where there is a share."""
+    half: bool = False
+    """Whether half of the budget is the thumbnail's, the other half the crops', and neither sees the other."""
     chain: bool = False
     """Whether a crop's saliency is multiplied with the thumbnail's where it lies, so that all crops together have 1."""
     demand: bool = False
     """Whether thumbnail and crops are covered for the same weight together, not each token alike."""
-    scaled: bool = False
-    """Whether scores go from 0 to 1 in the thumbnail, and in the crops."""
     blocks: int = 0
-    """Steps; 0: as many as tokens are kept. Not where there is a share."""
-    near: float = 0.0
-    """Cosine that a token and its enlargement have at least."""
+    """Steps; 0: as many as tokens are kept."""
 
     name = "views"
     summary = "facet by views"
     needs = frozenset({WORDS, SALIENCY, HIDDEN})
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
-        shown, crop = tokens.candidates, crop_of(tokens.source, tokens.rows * tokens.columns)
-        crop = crop.masked_fill(~shown, tokens.crops)
-        if tokens.tiling is None:
-            value = worth(tokens, unit_vectors(tokens.features.detach())).square()
-            alike = self_cosines(unit_vectors(tokens.signals[HIDDEN].detach()))
-            if self.blocks:
-                return Kept(coverage_in_blocks(alike, keep, self.blocks, value, shown.float(), shown))
-            return method_named("facet", cover=True).select(tokens, keep)
-        small, large = (crop == 0) & shown, (crop > 0) & shown
-        lies = _lies_in(tokens)  # [G, N, crops - 1], of the thumbnail's tokens
-        if self.chain:
-            s = tokens.saliency.float().clamp_min(0)
-            share = (s.unsqueeze(-1) * (lies & small.unsqueeze(-1))).sum(1)  # [G, crops - 1]
-            factor = torch.nn.functional.pad(share, (1, 1), value=1.0).gather(1, crop)
-            tokens = replace(tokens, signals={**tokens.signals, SALIENCY: s * factor})
-        unit = unit_vectors(tokens.features.detach())
-        value = worth(tokens, unit)
-        if self.scaled:
-            parts = [worth(replace(tokens, candidates=some), unit) for some in (small, large)]
-            value = parts[0] + parts[1]
-        value = value.square()
-        demand = shown.float()
-        if self.demand:
-            demand = demand * torch.where(small, large.sum(-1, keepdim=True) / small.sum(-1, keepdim=True), 1.0)
-        like = unit_vectors(tokens.signals[HIDDEN].detach())
-
-        def search(some: slice) -> Tensor:
-            alike = self_cosines(like[some])
-            if self.near:
-                cell = _cell(tokens)[some]
-                same = (cell.unsqueeze(1) == cell.unsqueeze(2)) & (small[some].unsqueeze(1) != small[some].unsqueeze(2))
-                alike = torch.where(same, alike.clamp_min(self.near), alike)
-            part = None
-            if self.share:
-                of = crop[some] if self.quotas else crop[some].clamp(max=1)
-                if not self.see:
-                    alike.masked_fill_(of.unsqueeze(1) != of.unsqueeze(2), 0.0)
-                first = min(int(self.share * keep), int(small.sum(-1).min()))
-                turns = torch.ones(len(of), keep, dtype=torch.long)
-                turns[:, :first] = 0
-                if self.quotas:
-                    mass = (value[some].unsqueeze(-1) * (lies & small.unsqueeze(-1))[some]).sum(1)
-                    mass = (mass * 2**20).long()
-                    sizes = (crop[some].unsqueeze(-1) == torch.arange(1, tokens.crops)).sum(1)
-                    ends = apportioned(mass, sizes, torch.full((len(of),), keep - first)).cumsum(-1)
-                    step = torch.arange(keep - first)
-                    turns[:, first:] = 1 + (step.unsqueeze(-1) >= ends.unsqueeze(1)).sum(-1)
-                part = Parts(of, tokens.crops, turns)
-            return coverage_search(alike, keep, value[some], demand[some], shown[some], part).indices
-
-        if self.blocks:
-            alike = self_cosines(like)
-            return Kept(coverage_in_blocks(alike, keep, self.blocks, value, demand, shown))
-        return Kept(few_at_a_time(len(shown), shown.shape[1] ** 2, search))
-
-
-def _cell(tokens: VisualTokens) -> Tensor:
-    """[G, N], the patch of the thumbnail over the same place."""
-    assert tokens.tiling is not None
-    vertical, horizontal = tokens.tiling
-    crop = crop_of(tokens.source, tokens.rows * tokens.columns)
-    row, column = tokens.source % (tokens.rows * tokens.columns) // tokens.columns, tokens.source % tokens.columns
-    down = torch.where(crop == 0, row, ((crop - 1) // horizontal * tokens.rows + row) // vertical)
-    across = torch.where(crop == 0, column, ((crop - 1) % horizontal * tokens.columns + column) // horizontal)
-    return (down * tokens.columns + across).masked_fill(tokens.source < 0, -1)
-
-
-def _lies_in(tokens: VisualTokens) -> Tensor:
-    """[G, N, crops - 1] bool, which crop shows the middle of each of the thumbnail's patches."""
-    assert tokens.tiling is not None
-    vertical, horizontal = tokens.tiling
-    row, column = tokens.source // tokens.columns, tokens.source % tokens.columns
-    down = (row * 2 + 1) * vertical // (2 * tokens.rows)
-    across = (column * 2 + 1) * horizontal // (2 * tokens.columns)
-    return (down * horizontal + across).unsqueeze(-1) == torch.arange(tokens.crops - 1)
+        weighed, demand = of_views(tokens)
+        value = worth(weighed if self.chain else tokens, unit_vectors(tokens.features.detach())).square()
+        demand = demand if self.demand else tokens.candidates.float()
+        if not self.half or tokens.tiling is None:
+            return covering(tokens, keep, value, demand=demand, blocks=self.blocks)
+        small = tokens.candidates & (crop_of(tokens.source, tokens.rows * tokens.columns) == 0)
+        views = (small, tokens.candidates & ~small)
+        first = min(keep // 2, int(small.sum(-1).min()))
+        found = [
+            covering(replace(tokens, candidates=some), share, value, demand=some.float()).indices
+            for some, share in zip(views, (first, keep - first), strict=True)
+        ]
+        return Kept(torch.cat(found, -1).sort(-1).values)
 
 
 @dataclass(frozen=True)
@@ -611,15 +540,12 @@ CANDIDATES: dict[str, Method] = {
     "views-chain": Views(chain=True),
     "views-demand": Views(demand=True),
     "views-chain-demand": Views(chain=True, demand=True),
-    "views-half": Views(share=0.5),
-    "views-half-chain": Views(share=0.5, chain=True),
-    "views-half-quotas": Views(share=0.5, quotas=True),
-    "views-near": Views(near=0.8),
-    "views-half-chain-see": Views(share=0.5, chain=True, see=True),
-    "views-scaled": Views(scaled=True),
-    "blocks-4": Views(blocks=4),
-    "blocks-6": Views(blocks=6),
-    "blocks-8": Views(blocks=8),
+    "views-half": Views(half=True),
+    "views-half-chain": Views(half=True, chain=True),
+    # few steps
+    "blocks-4": Views(chain=True, demand=True, blocks=4),
+    "blocks-6": Views(chain=True, demand=True, blocks=6),
+    "blocks-8": Views(chain=True, demand=True, blocks=8),
     # without serial steps
     "t3-product-p.5": Rounds(quality="product", space="tokens", rounds=3, first="top", power=0.5),
     "r3-top-product": Rounds(quality="product", rounds=3, first="top"),

@@ -287,7 +287,9 @@ def main() -> None:
     commands.choices["world"].add_argument("--family", choices=("llava", "llava-next"), default="llava")
     commands.choices["world"].add_argument("--model", type=Path, help="another folder with a model of this world")
     commands.choices["world"].add_argument(
-        "--details", action="store_true", help="scenes with letters and patterns, see benchmarks.details; a store of its own"
+        "--details",
+        action="store_true",
+        help="scenes with letters and patterns, see benchmarks.details; a store of its own",
     )
     commands.choices["photos"].add_argument("--model", required=True)
     commands.choices["photos"].add_argument("--photos", required=True, type=Path, nargs="+")

@@ -45,8 +45,6 @@ class Parts(NamedTuple):
     """[G, N] long, the part of each token; -1: of none."""
     number: int
     """Of the parts."""
-    turns: Tensor | None = None
-    """[G, K] long, the part whose turn each step is; None: 0, 1, ... over and over."""
 
 
 class Greedy(NamedTuple):
@@ -195,11 +193,12 @@ def coverage_in_blocks(
         raise BudgetError(f"keep={keep}, but there are {tokens} visual tokens; give 1 to {tokens}")
     demand = torch.ones_like(quality) if demand is None else demand
     image = torch.arange(images, device=likeness.device).unsqueeze(-1)
-    best = torch.zeros_like(likeness[:, :1])
+    best = None
     out = torch.zeros_like(quality) if candidates is None else _LAST * (~candidates).float()
     found = []
     for size in sizes:
-        gain = torch.bmm((likeness - best).clamp_min_(0.0), demand.unsqueeze(-1)).squeeze(-1)
+        more = likeness.clamp_min(0.0) if best is None else (likeness - best).clamp_min_(0.0)
+        gain = torch.bmm(more, demand.unsqueeze(-1)).squeeze(-1)
         gain, order = torch.addcmul(out, quality, gain).sort(dim=-1, descending=True, stable=True)
         if size == 1:
             chosen = order[:, :1]
@@ -212,7 +211,8 @@ def coverage_in_blocks(
             chosen = some.gather(-1, score.argsort(dim=-1, descending=True, stable=True)[:, :size])
         found.append(chosen)
         out = out.scatter(-1, chosen, float("-inf"))
-        best = best.maximum(likeness[image, chosen].amax(1, keepdim=True))
+        reached = likeness[image, chosen].amax(1, keepdim=True)
+        best = reached.clamp_min(0.0) if best is None else best.maximum(reached)
     return torch.cat(found, dim=-1).sort(dim=-1).values
 
 
@@ -357,13 +357,12 @@ class _Turns:
     """Which part of an image chooses next."""
 
     def __init__(self, parts: Parts, candidates: Tensor) -> None:
-        self._of, self._number, self._turns = parts
+        self._of, self._number = parts
         self._free = candidates.clone()
 
     def whose(self, step: int) -> Tensor:
         """[G, N] bool: candidates of the part whose turn it is; all tokens where it has none left."""
-        turn = step % self._number if self._turns is None else self._turns[:, step, None]
-        own = self._free & (self._of == turn)
+        own = self._free & (self._of == step % self._number)
         return own | ~own.any(-1, keepdim=True)
 
     def used(self, chosen: Tensor) -> None:
