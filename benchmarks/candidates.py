@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adafv.core import joint_search, top_tokens
-from adafv.core.facets import facet_rounds, facet_steps, of_views, worth
+from adafv.core.facets import facet_rounds, facet_steps, of_views, two_scores, worth
 from adafv.core.likeness import crop_of, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, Signal, VisualTokens, saliency_of
 from adafv.methods import Method
@@ -274,7 +274,7 @@ class Dense(Method):
             like = (unit @ mean.mT).squeeze(-1).clamp_min(0.01)
         else:
             like = ((unit @ unit.mT).clamp_min(0) * shown.unsqueeze(1)).sum(-1) / shown.sum(-1, keepdim=True)
-        value = worth(tokens, unit).pow(self.power) * like.pow(self.dense)
+        value = worth(two_scores(tokens, unit), shown).pow(self.power) * like.pow(self.dense)
         if not self.rounds:
             return Kept(facet_steps(unit, value, keep, shown))
         return Kept(facet_rounds(unit, value, keep, shown, self.rounds))
@@ -336,7 +336,8 @@ class Views(Method):
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         weighed, demand = of_views(tokens)
-        value = worth(weighed if self.chain else tokens, unit_vectors(tokens.features.detach())).square()
+        unit = unit_vectors(tokens.features.detach())
+        value = worth(two_scores(weighed if self.chain else tokens, unit), tokens.candidates).square()
         demand = demand if self.demand else tokens.candidates.float()
         if not self.half or tokens.tiling is None:
             return covering(tokens, keep, value, demand=demand, blocks=self.blocks)

@@ -454,7 +454,8 @@ def test_no_gradient_comes_back(name: str, options: dict[str, Any]) -> None:
         values.requires_grad_()
     kept = method_named(name, **options).select(tokens, 5)
     assert not kept.indices.is_floating_point()
-    assert kept.text_attention is None
+    for told in (kept.text_attention, kept.objective, kept.certificate):
+        assert told is None or not told.requires_grad
 
 
 @NAMED
@@ -549,7 +550,7 @@ def test_facet_does_not_depend_on_the_order_of_the_tokens(seed: int, keep: int, 
         shown = torch.ones_like(worth, dtype=torch.bool)
         return facet_rounds(unit, worth, keep, shown, rounds) if rounds else facet_steps(unit, worth, keep, shown)
 
-    worth = facets.worth(tokens, unit)
+    worth = facets.worth(facets.two_scores(tokens, unit), tokens.candidates)
     moved = order[kept(unit[:, order], worth[:, order])].sort(dim=-1).values
     assert torch.equal(moved, kept(unit, worth))
 

@@ -34,8 +34,8 @@ _CELLS = 2**22
 """Cosines that exist at a time, over all images: 16 MiB, twice."""
 
 
-def worth(tokens: VisualTokens, unit: Tensor) -> Tensor:
-    """[G, N] float32: sqrt((text + 0.05) * (saliency + 0.05)), 0 for tokens that show no part of the image.
+def two_scores(tokens: VisualTokens, unit: Tensor) -> Tensor:
+    """[2, G, N] float32, 0 to 1, 0 for tokens that show no part of the image: text, and saliency.
 
     Text is the cosine to the word that a token is most like, saliency the square root of the tower's attention, each brought
     to 0 to 1 over the image. There is no softmax: its temperature decides how many tokens a word may ask for, and the
@@ -45,11 +45,20 @@ def worth(tokens: VisualTokens, unit: Tensor) -> Tensor:
         tokens: with words and saliency.
         unit: [G, N, D], their features at length one.
     """
-    words, shown = tokens.text, tokens.candidates
+    words = tokens.text
     alike = best_word_cosines(words.embeddings, words.mask, unit)
-    scores = torch.stack((alike, tokens.saliency.float().clamp_min(0).sqrt()))
-    text, salient = min_max(scores, shown) + FLOOR
-    return (text * salient).sqrt().masked_fill(~shown, 0.0)
+    return min_max(torch.stack((alike, tokens.saliency.float().clamp_min(0).sqrt())), tokens.candidates)
+
+
+def worth(scores: Tensor, candidates: Tensor) -> Tensor:
+    """[G, N] float32: sqrt((text + 0.05) * (saliency + 0.05)), 0 for tokens that show no part of the image.
+
+    Args:
+        scores: [2, G, N], see `two_scores`.
+        candidates: [G, N] bool.
+    """
+    text, salient = scores + FLOOR
+    return (text * salient).sqrt().masked_fill(~candidates, 0.0)
 
 
 def of_views(tokens: VisualTokens) -> tuple[VisualTokens, Tensor]:

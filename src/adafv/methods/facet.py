@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from adafv.core.facets import facet_rounds, facet_steps, of_views, worth
+from adafv.core.facets import facet_rounds, facet_steps, of_views, two_scores, worth
 from adafv.core.likeness import unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, VisualTokens
 from adafv.errors import OptionError
@@ -59,13 +59,15 @@ class Facet(Method):
             object.__setattr__(self, "needs", frozenset({WORDS, SALIENCY}))
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
-        unit = unit_vectors(tokens.features.detach())
+        unit, shown, demand = unit_vectors(tokens.features.detach()), tokens.candidates, None
+        if self.cover and self.crops == "weighed":
+            tokens, demand = of_views(tokens)
+        scores = two_scores(tokens, unit).detach()
+        value = worth(scores, shown)
         if self.cover:
-            demand = None
-            if self.crops == "weighed":
-                tokens, demand = of_views(tokens)
-            return covering(tokens, keep, worth(tokens, unit).square(), demand=demand, blocks=self.blocks)
-        value = worth(tokens, unit)
-        if self.rounds:
-            return Kept(facet_rounds(unit, value, keep, tokens.candidates, self.rounds))
-        return Kept(facet_steps(unit, value, keep, tokens.candidates))
+            found = covering(tokens, keep, value.square(), demand=demand, blocks=self.blocks).indices
+        elif self.rounds:
+            found = facet_rounds(unit, value, keep, shown, self.rounds)
+        else:
+            found = facet_steps(unit, value, keep, shown)
+        return Kept(found, text_attention=scores[0])
