@@ -520,6 +520,17 @@ def test_facet_takes_few_operations(tiling: tuple[int, int] | None) -> None:
         assert len(watched.made) <= (128 if tiling is None else 164)
 
 
+def test_facet_keeps_little_at_a_time_of_a_long_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all cosines at once, and the same choice."""
+    tokens = images(1, 80)
+    monkeypatch.setattr(greedy, "_CELLS", 2**15)
+    with Watched() as watched:
+        few = method_named("facet").select(tokens, 100).indices
+    assert watched.peak < 960**2 * 4 / 2
+    monkeypatch.undo()
+    assert torch.equal(few, method_named("facet").select(tokens, 100).indices)
+
+
 @given(st.integers(1, 500), st.integers(1, 20))
 def test_blocks_take_what_is_kept(keep: int, blocks: int) -> None:
     sizes = block_sizes(keep, blocks)

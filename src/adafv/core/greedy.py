@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adafv.core.likeness import self_cosines
+from adafv.core.likeness import cosines, self_cosines
 from adafv.errors import BudgetError
 
 _CELLS = 2**26
@@ -167,53 +167,70 @@ def coverage_search(
 
 
 def coverage_in_blocks(
-    likeness: Tensor,
+    unit: Tensor,
     keep: int,
     blocks: int,
     quality: Tensor,
-    demand: Tensor | None = None,
-    candidates: Tensor | None = None,
+    demand: Tensor,
+    candidates: Tensor,
 ) -> Tensor:
-    """[G, K] long, ascending: what `coverage_search` keeps, nearly, in `blocks` steps whatever K is.
+    """[G, K] long, ascending: what `coverage_search` of cosines keeps, nearly, in `blocks` steps whatever K is.
 
     A step takes several tokens at once: of those that gain most, three times as many as it may take, the ones with the
-    largest gain * (1 - largest likeness to one that gains more). Each step takes more than the one before, as the first
-    tokens say most about what the rest is worth.
+    largest gain * (1 - largest cosine to one that gains more, at least 0). Each step takes more than the one before, as the
+    first tokens say most about what the rest is worth.
 
-    Memory: two of the size of `likeness`.
+    Memory: twice N x N cosines, while all images together have at most 256 MiB of them; above that they are computed anew in
+    each step, a part at a time, and those between the tokens of a block and all others exist at once.
 
     Args:
-        likeness: [G, N, N] float32 of the tokens, at most 1.
+        unit: [G, N, D] float32 vectors of length one, see `adafv.core.likeness.unit_vectors`.
         blocks: at least 1; with K of them or more each step takes one.
         quality, demand, candidates: see `coverage_search`.
     """
-    images, tokens, _ = likeness.shape
-    sizes = block_sizes(keep, blocks)
+    images, tokens, _ = unit.shape
     if not 1 <= keep <= tokens:
         raise BudgetError(f"keep={keep}, but there are {tokens} visual tokens; give 1 to {tokens}")
-    demand = torch.ones_like(quality) if demand is None else demand
-    image = torch.arange(images, device=likeness.device).unsqueeze(-1)
+    whole = self_cosines(unit) if images * tokens**2 <= _CELLS else None
+    image = torch.arange(images, device=unit.device).unsqueeze(-1)
+    demand = demand.unsqueeze(-1)
     best = None
-    out = torch.zeros_like(quality) if candidates is None else _LAST * (~candidates).float()
+    out = torch.zeros_like(quality).masked_fill_(~candidates, _LAST)
     found = []
-    for size in sizes:
-        more = likeness.clamp_min(0.0) if best is None else (likeness - best).clamp_min_(0.0)
-        gain = torch.bmm(more, demand.unsqueeze(-1)).squeeze(-1)
+    for size in block_sizes(keep, blocks):
+        gain = _gains_for(unit, whole, best, demand)
         gain, order = torch.addcmul(out, quality, gain).sort(dim=-1, descending=True, stable=True)
         if size == 1:
             chosen = order[:, :1]
         else:
             some = order[:, : _AMONG * size]
-            near = likeness[image.unsqueeze(-1), some.unsqueeze(-1), some.unsqueeze(1)].tril_(-1).amax(-1).clamp_(0, 1)
+            if whole is None:
+                alike = self_cosines(unit[image, some])
+            else:
+                alike = whole[image.unsqueeze(-1), some.unsqueeze(-1), some.unsqueeze(1)]
+            near = alike.tril_(-1).amax(-1).clamp_(0, 1)
             score = gain[:, : _AMONG * size]
             # What is no candidate has the lowest gain of all, and keeps it.
             score = torch.addcmul(score, score.clamp_min(0.0), near, value=-1)
             chosen = some.gather(-1, score.argsort(dim=-1, descending=True, stable=True)[:, :size])
         found.append(chosen)
         out = out.scatter(-1, chosen, float("-inf"))
-        reached = likeness[image, chosen].amax(1, keepdim=True)
+        rows = cosines(unit[image, chosen], unit) if whole is None else whole[image, chosen]
+        reached = rows.amax(1, keepdim=True)
         best = reached.clamp_min(0.0) if best is None else best.maximum(reached)
     return torch.cat(found, dim=-1).sort(dim=-1).values
+
+
+def _gains_for(unit: Tensor, whole: Tensor | None, best: Tensor | None, demand: Tensor) -> Tensor:
+    """[G, N], what each token adds to the coverage of all, [G, 1, N], each of which counts by its demand, [G, N, 1]."""
+    if whole is not None:
+        more = whole.clamp_min(0.0) if best is None else (whole - best).clamp_min_(0.0)
+        return torch.bmm(more, demand).squeeze(-1)
+    reached = 0.0 if best is None else best
+    some = unit.split(max(1, _CELLS // (len(unit) * unit.shape[1])), dim=1)
+    return torch.cat(
+        [torch.bmm(cosines(part, unit).sub_(reached).clamp_min_(0.0), demand) for part in some], 1
+    ).squeeze(-1)
 
 
 def block_sizes(keep: int, blocks: int) -> list[int]:

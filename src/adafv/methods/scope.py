@@ -70,10 +70,11 @@ def covering(
     demand = shown.float() if demand is None else demand
 
     def search(some: slice) -> Tensor:
-        alike = self_cosines(unit_vectors(tokens.signals[HIDDEN][some].detach()))
+        unit = unit_vectors(tokens.signals[HIDDEN][some].detach())
         given = (quality[some], demand[some], shown[some])
         if blocks:
-            return coverage_in_blocks(alike, keep, blocks, *given)
+            return coverage_in_blocks(unit, keep, blocks, *given)
+        alike = self_cosines(unit)
         part = None
         if parts is not None:
             part = Parts(parts.of[some], parts.number)
