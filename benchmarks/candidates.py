@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adafv.core import joint_search, top_tokens
-from adafv.core.facets import facet_rounds, facet_steps, worth
+from adafv.core.facets import facet_rounds, facet_steps, of_views, two_scores, worth
+from adafv.core.likeness import crop_of, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, Signal, VisualTokens, saliency_of
 from adafv.methods import Method
+from adafv.methods.scope import covering
 
 _TINY = 1e-12
 
@@ -272,7 +274,7 @@ class Dense(Method):
             like = (unit @ mean.mT).squeeze(-1).clamp_min(0.01)
         else:
             like = ((unit @ unit.mT).clamp_min(0) * shown.unsqueeze(1)).sum(-1) / shown.sum(-1, keepdim=True)
-        value = worth(tokens, unit).pow(self.power) * like.pow(self.dense)
+        value = worth(two_scores(tokens, unit), shown).pow(self.power) * like.pow(self.dense)
         if not self.rounds:
             return Kept(facet_steps(unit, value, keep, shown))
         return Kept(facet_rounds(unit, value, keep, shown, self.rounds))
@@ -313,6 +315,40 @@ class Covering(Method):
             row = similar.gather(1, pick.unsqueeze(-1).expand(-1, -1, similar.shape[1])).squeeze(1)
             best = torch.maximum(best, row)
         return Kept(torch.cat(picked, 1).sort(-1).values)
+
+
+@dataclass(frozen=True)
+class Views(Method):
+    """`facet`, one token a step, and something said about the thumbnail and the crops of an image."""
+
+    half: bool = False
+    """Whether half of the budget is the thumbnail's, the other half the crops', and neither sees the other."""
+    chain: bool = False
+    """Whether a crop's saliency is multiplied with the thumbnail's where it lies, so that all crops together have 1."""
+    demand: bool = False
+    """Whether thumbnail and crops are covered for the same weight together, not each token alike."""
+    blocks: int = 0
+    """Steps; 0: as many as tokens are kept."""
+
+    name = "views"
+    summary = "facet by views"
+    needs = frozenset({WORDS, SALIENCY, HIDDEN})
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        weighed, demand = of_views(tokens)
+        unit = unit_vectors(tokens.features.detach())
+        value = worth(two_scores(weighed if self.chain else tokens, unit), tokens.candidates).square()
+        demand = demand if self.demand else tokens.candidates.float()
+        if not self.half or tokens.tiling is None:
+            return covering(tokens, keep, value, demand=demand, blocks=self.blocks)
+        small = tokens.candidates & (crop_of(tokens.source, tokens.rows * tokens.columns) == 0)
+        views = (small, tokens.candidates & ~small)
+        first = min(keep // 2, int(small.sum(-1).min()))
+        found = [
+            covering(replace(tokens, candidates=some), share, value, demand=some.float()).indices
+            for some, share in zip(views, (first, keep - first), strict=True)
+        ]
+        return Kept(torch.cat(found, -1).sort(-1).values)
 
 
 @dataclass(frozen=True)
@@ -501,6 +537,16 @@ CANDIDATES: dict[str, Method] = {
     "d3-plain": Dense(plain=True),
     "d3-half": Dense(dense=0.5),
     "f3-p2": Dense(power=2.0, dense=0.0),
+    # crops
+    "views-chain": Views(chain=True),
+    "views-demand": Views(demand=True),
+    "views-chain-demand": Views(chain=True, demand=True),
+    "views-half": Views(half=True),
+    "views-half-chain": Views(half=True, chain=True),
+    # few steps
+    "blocks-4": Views(chain=True, demand=True, blocks=4),
+    "blocks-6": Views(chain=True, demand=True, blocks=6),
+    "blocks-8": Views(chain=True, demand=True, blocks=8),
     # without serial steps
     "t3-product-p.5": Rounds(quality="product", space="tokens", rounds=3, first="top", power=0.5),
     "r3-top-product": Rounds(quality="product", rounds=3, first="top"),

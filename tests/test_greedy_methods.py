@@ -6,6 +6,7 @@ The loops see one image at a time, in double precision, and share nothing with t
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from adafv.core import facets, greedy
 from adafv.core.facets import facet_rounds, facet_steps
-from adafv.core.greedy import Greedy, Parts, coverage_search, determinantal_search, max_min_search
+from adafv.core.greedy import Greedy, Parts, block_sizes, coverage_search, determinantal_search, max_min_search
 from adafv.core.likeness import self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, STRINGS, WORDS, VisualTokens, Words
 from adafv.errors import BudgetError, OptionError
@@ -37,9 +38,11 @@ def images(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     size: int = 10,
+    tiling: tuple[int, int] | None = None,
 ) -> VisualTokens:
     """Images of 3 x 4 patches in each crop, four to seven words each; some tokens alike, as those of a wall are."""
     generator = torch.Generator().manual_seed(seed)
+    crops = crops if tiling is None else 1 + tiling[0] * tiling[1]
     source = torch.arange(crops * ROWS * COLUMNS)
     if newlines:
         source = torch.cat([torch.cat((line, torch.tensor([-1]))) for line in source.view(-1, COLUMNS)])
@@ -62,6 +65,7 @@ def images(
         crops=crops,
         rows=ROWS,
         columns=COLUMNS,
+        tiling=tiling,
         signals={SALIENCY: torch.randn(groups, count, generator=generator).exp() * shown, HIDDEN: hidden},
         words=Words(
             torch.randn(groups, mask.shape[1], size, generator=generator).to(dtype),  # padding is noise
@@ -90,7 +94,7 @@ class Plain:
         patches = tokens.rows * tokens.columns
         self.source = tokens.source[place].tolist()
         self.crop = [source // patches for source in self.source]
-        self.crops, self.rows, self.columns = tokens.crops, tokens.rows, tokens.columns
+        self.crops, self.rows, self.columns, self.tiling = tokens.crops, tokens.rows, tokens.columns, tokens.tiling
 
 
 def dot(a: list[float], b: list[float]) -> float:
@@ -273,8 +277,44 @@ def plain_cenprune(
     return chosen_by(gain, image, keep)
 
 
-def plain_facet(image: Plain, keep: int, rounds: int = 3, cover: bool = False) -> list[int]:
-    text, salient = plain_relevance(image), scaled({j: math.sqrt(image.saliency[j]) for j in image.shown})
+def plain_blocks(gain: Callable[[list[int], int], float], image: Plain, keep: int, blocks: int) -> list[int]:
+    kept: list[int] = []
+    for size in block_sizes(keep, blocks):
+        gains = {j: gain(kept, j) for j in image.shown if j not in kept}
+        some = sorted(gains, key=lambda j: (-gains[j], j))[: 3 * size]
+        score = {}
+        for place, token in enumerate(some):
+            near = [cosine(image.hidden[token], image.hidden[j]) for j in some[:place]]
+            score[token] = gains[token] * (1 - max([0.0, *near]))
+        kept += sorted(some, key=lambda j: -score[j])[:size]
+    rest = [j for j in range(image.count) if j not in image.shown]
+    return sorted(kept + rest[: keep - len(kept)])
+
+
+def plain_views(image: Plain, crops: str) -> tuple[dict[int, float], dict[int, float]]:
+    """Saliency and demand of each token."""
+    saliency, demand = {j: image.saliency[j] for j in image.shown}, dict.fromkeys(image.shown, 1.0)
+    if image.tiling is None or crops == "alike":
+        return saliency, demand
+    thumbnail = [j for j in image.shown if image.crop[j] == 0]
+    lies = dict.fromkeys(range(image.crops), 0.0)
+    for j in thumbnail:
+        row, column = divmod(image.source[j], image.columns)
+        down = int((row + 0.5) / image.rows * image.tiling[0])
+        lies[1 + down * image.tiling[1] + int((column + 0.5) / image.columns * image.tiling[1])] += saliency[j]
+    whole = sum(saliency[j] for j in thumbnail)
+    for j in image.shown:
+        if image.crop[j]:
+            saliency[j] *= lies[image.crop[j]] / whole if whole else 0.0
+        demand[j] = 1 / sum((image.crop[i] == 0) == (image.crop[j] == 0) for i in image.shown)
+    return saliency, demand
+
+
+def plain_facet(
+    image: Plain, keep: int, rounds: int = 3, cover: bool = True, blocks: int = 6, crops: str = "weighed"
+) -> list[int]:
+    saliency, demand = plain_views(image, crops if cover else "alike")
+    text, salient = plain_relevance(image), scaled({j: math.sqrt(saliency[j]) for j in image.shown})
     worth = {j: math.sqrt((text[j] + 0.05) * (salient[j] + 0.05)) for j in image.shown}
 
     def score(token: int, kept: list[int]) -> float:
@@ -284,9 +324,11 @@ def plain_facet(image: Plain, keep: int, rounds: int = 3, cover: bool = False) -
         total = 0.0
         for j in image.shown:
             best = max([0.0] + [cosine(image.hidden[i], image.hidden[j]) for i in kept])
-            total += max(0.0, cosine(image.hidden[token], image.hidden[j]) - best)
+            total += demand[j] * max(0.0, cosine(image.hidden[token], image.hidden[j]) - best)
         return worth[token] ** 2 * total
 
+    if cover and blocks:
+        return plain_blocks(covers, image, keep, blocks)
     if cover:
         return chosen_by(covers, image, keep)
     if not rounds:
@@ -311,9 +353,12 @@ PLAIN: dict[str, Callable[..., list[int]]] = {
 }
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("facet", {}),
-    ("facet", {"rounds": 1}),
-    ("facet", {"rounds": 0}),
-    ("facet", {"cover": True}),
+    ("facet", {"blocks": 1}),
+    ("facet", {"blocks": 3, "crops": "alike"}),
+    ("facet", {"blocks": 0}),
+    ("facet", {"cover": False}),
+    ("facet", {"cover": False, "rounds": 1}),
+    ("facet", {"cover": False, "rounds": 0}),
     ("divprune", {}),
     ("cdpruner", {}),
     ("cdpruner", {"words": "mean", "sign": -1, "crops": "together"}),
@@ -348,6 +393,17 @@ def test_as_plain_loops(name: str, options: dict[str, Any], keep: int) -> None:
 @pytest.mark.parametrize("crops", [1, 3])
 def test_with_newlines_and_crops(name: str, options: dict[str, Any], crops: int) -> None:
     agree(name, options, images(2, crops, newlines=True, seed=crops), 6)
+
+
+@pytest.mark.parametrize("options", [options for name, options in OPTIONS if name == "facet"], ids=str)
+@pytest.mark.parametrize(("tiling", "newlines"), [((2, 2), True), ((1, 2), False), ((3, 1), False)])
+def test_facet_with_a_thumbnail(options: dict[str, Any], tiling: tuple[int, int], newlines: bool) -> None:
+    tokens = images(2, newlines=newlines, seed=3, tiling=tiling)
+    for keep in (1, 9):
+        agree("facet", options, tokens, keep)
+    # Without some crops, and without the thumbnail.
+    for shown in (tokens.source < 2 * ROWS * COLUMNS, tokens.source < ROWS * COLUMNS, tokens.source >= ROWS * COLUMNS):
+        agree("facet", options, replace(tokens, candidates=tokens.candidates & shown), 5)
 
 
 @NAMED
@@ -399,7 +455,8 @@ def test_no_gradient_comes_back(name: str, options: dict[str, Any]) -> None:
         values.requires_grad_()
     kept = method_named(name, **options).select(tokens, 5)
     assert not kept.indices.is_floating_point()
-    assert kept.text_attention is None
+    for told in (kept.text_attention, kept.objective, kept.certificate):
+        assert told is None or not told.requires_grad
 
 
 @NAMED
@@ -433,12 +490,13 @@ def test_what_a_device_runs(name: str, options: dict[str, Any], monkeypatch: pyt
     monkeypatch.setattr(greedy, "_lazily", greedy._eagerly)  # the shortcut of a CPU
     tokens = images(2, 20, newlines=True)
     made = []
-    for keep in (4, 8):
+    # A block of one token takes less than others do.
+    for keep in (80, 84) if name == "facet" else (4, 8):
         with Watched() as watched:
             method_named(name, **options).select(tokens, keep)
         made.append(len(watched.made))
     each = options.get("crops", "each") == "each" and name in ("scope", "cdpruner")
-    serial = name != "facet" or options.get("rounds") == 0 or "cover" in options
+    serial = name != "facet" or 0 in (options.get("rounds"), options.get("blocks"))
     assert (made[1] - made[0]) / 4 <= STEP[options.get("on", name)] * serial + 10 * each
     pairs = 2 * tokens.source.shape[1] ** 2 * 4
     assert watched.living.peak <= 4.2 * pairs
@@ -449,8 +507,36 @@ def test_facet_in_rounds_takes_as_few_operations_as_adafv() -> None:
     tokens = images(2, 20, newlines=True)
     for keep in (4, 200):
         with Watched() as watched:
-            method_named("facet").select(tokens, keep)
+            method_named("facet", cover=False).select(tokens, keep)
         assert len(watched.made) <= MOST_OPERATIONS
+
+
+@pytest.mark.parametrize("tiling", [None, (4, 5)])
+def test_facet_takes_few_operations(tiling: tuple[int, int] | None) -> None:
+    """Scores, what thumbnail and crops weigh, and the search, whatever K is."""
+    tokens = images(2, 21, newlines=True, tiling=tiling)
+    for keep in (40, 200):
+        with Watched() as watched:
+            method_named("facet").select(tokens, keep)
+        assert len(watched.made) <= (128 if tiling is None else 164)
+
+
+def test_facet_keeps_little_at_a_time_of_a_long_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all cosines at once, and the same choice."""
+    tokens = images(1, 80)
+    monkeypatch.setattr(greedy, "_CELLS", 2**15)
+    with Watched() as watched:
+        few = method_named("facet").select(tokens, 100).indices
+    assert watched.peak < 960**2 * 4 / 2
+    monkeypatch.undo()
+    assert torch.equal(few, method_named("facet").select(tokens, 100).indices)
+
+
+@given(st.integers(1, 500), st.integers(1, 20))
+def test_blocks_take_what_is_kept(keep: int, blocks: int) -> None:
+    sizes = block_sizes(keep, blocks)
+    assert (sum(sizes), len(sizes)) == (keep, min(keep, blocks))
+    assert all(0 < size <= later for size, later in pairwise(sizes))
 
 
 def test_facet_in_rounds_keeps_little_at_a_time() -> None:
@@ -476,7 +562,7 @@ def test_facet_does_not_depend_on_the_order_of_the_tokens(seed: int, keep: int, 
         shown = torch.ones_like(worth, dtype=torch.bool)
         return facet_rounds(unit, worth, keep, shown, rounds) if rounds else facet_steps(unit, worth, keep, shown)
 
-    worth = facets.worth(tokens, unit)
+    worth = facets.worth(facets.two_scores(tokens, unit), tokens.candidates)
     moved = order[kept(unit[:, order], worth[:, order])].sort(dim=-1).values
     assert torch.equal(moved, kept(unit, worth))
 
@@ -491,6 +577,9 @@ STEP = {"facet": 7, "divprune": 5, "cenprune": 6, "cdpruner": 16, "scope": 7, "e
         ("facet", {"rounds": -1}),
         ("facet", {"rounds": True}),
         ("facet", {"cover": 1}),
+        ("facet", {"blocks": -1}),
+        ("facet", {"blocks": True}),
+        ("facet", {"crops": "each"}),
         ("cdpruner", {"words": "worst"}),
         ("cdpruner", {"sign": 0}),
         ("cdpruner", {"crops": "some"}),

@@ -14,24 +14,28 @@ It takes no steps that wait for each other, N x K cosines a round, and about as 
 whatever K is. The two keep most tokens in common, not all: "more worth" is not "chosen before".
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from adafv.core.greedy import max_min_search
-from adafv.core.likeness import best_word_cosines, cosines, min_max
+from adafv.core.likeness import best_word_cosines, cosines, crop_of, crop_under, min_max
 from adafv.core.merging import rows_at
-from adafv.core.tokens import VisualTokens
+from adafv.core.tokens import SALIENCY, VisualTokens
 from adafv.errors import BudgetError
 
 FLOOR = 0.05
 """Added to both scores, which run from 0 to 1: what one of them calls worthless may still be kept for the other."""
 
+_TINY = 1e-12
 _CELLS = 2**22
 """Cosines that exist at a time, over all images: 16 MiB, twice."""
 
 
-def worth(tokens: VisualTokens, unit: Tensor) -> Tensor:
-    """[G, N] float32: sqrt((text + 0.05) * (saliency + 0.05)), 0 for tokens that show no part of the image.
+def two_scores(tokens: VisualTokens, unit: Tensor) -> Tensor:
+    """[2, G, N] float32, 0 to 1, 0 for tokens that show no part of the image: text, and saliency.
 
     Text is the cosine to the word that a token is most like, saliency the square root of the tower's attention, each brought
     to 0 to 1 over the image. There is no softmax: its temperature decides how many tokens a word may ask for, and the
@@ -41,11 +45,47 @@ def worth(tokens: VisualTokens, unit: Tensor) -> Tensor:
         tokens: with words and saliency.
         unit: [G, N, D], their features at length one.
     """
-    words, shown = tokens.text, tokens.candidates
+    words = tokens.text
     alike = best_word_cosines(words.embeddings, words.mask, unit)
-    scores = torch.stack((alike, tokens.saliency.float().clamp_min(0).sqrt()))
-    text, salient = min_max(scores, shown) + FLOOR
-    return (text * salient).sqrt().masked_fill(~shown, 0.0)
+    return min_max(torch.stack((alike, tokens.saliency.float().clamp_min(0).sqrt())), tokens.candidates)
+
+
+def worth(scores: Tensor, candidates: Tensor) -> Tensor:
+    """[G, N] float32: sqrt((text + 0.05) * (saliency + 0.05)), 0 for tokens that show no part of the image.
+
+    Args:
+        scores: [2, G, N], see `two_scores`.
+        candidates: [G, N] bool.
+    """
+    text, salient = scores + FLOOR
+    return (text * salient).sqrt().masked_fill(~candidates, 0.0)
+
+
+def of_views(tokens: VisualTokens) -> tuple[VisualTokens, Tensor]:
+    """What an image of a thumbnail and crops is, to a search that covers it: its tokens anew, and their demand, [G, N].
+
+    Attention of a tower adds up to one in every view, in a crop of bare sky as in one full of things. So the saliency of a
+    crop's token is multiplied by the share of the thumbnail's saliency that lies where the crop does: all crops together
+    then have as much as the thumbnail. And they are to be covered for as much together as the thumbnail, which would count
+    for a fifth of the image with four crops.
+
+    Tokens of an image without a thumbnail, a single view or frames, come back as they are, with a demand of 1 each.
+    """
+    shown = tokens.candidates
+    if tokens.tiling is None:
+        return tokens, shown.float()
+    crop = crop_of(tokens.source, tokens.rows * tokens.columns)
+    small = shown & (crop == 0)
+    saliency = tokens.saliency.float()
+    mass = saliency.clamp_min(0).masked_fill(~small, 0.0)
+    under = crop_under(tokens.source, tokens.rows, tokens.columns, tokens.tiling).unsqueeze(-1)
+    lies = under == torch.arange(tokens.crops - 1, device=crop.device)
+    share = (mass.unsqueeze(-1) * lies).sum(1) / mass.sum(-1, keepdim=True).clamp_min(_TINY)
+    # Of the thumbnail, and of what shows no patch: 1.
+    factor = pad(share, (1, 0), value=1.0).gather(-1, crop.clamp_min(0))
+    views = torch.stack((small, shown & (crop > 0))).float()
+    demand = (views / views.sum(-1, keepdim=True).clamp_min(1.0)).sum(0)
+    return replace(tokens, signals={**tokens.signals, SALIENCY: saliency * factor}), demand
 
 
 def facet_steps(unit: Tensor, worth: Tensor, keep: int, candidates: Tensor) -> Tensor:

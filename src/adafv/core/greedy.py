@@ -3,6 +3,7 @@
 `max_min_search`        the token that is farthest from all that are chosen (DivPrune)
 `determinantal_search`  the token that adds most to the determinant of a kernel (CDPruner)
 `coverage_search`       the token that adds most to what the chosen ones cover (SCOPE, MMTok, EADP)
+`coverage_in_blocks`    nearly the same in a few steps, each of which adds several tokens (facet)
 
 All are batched over G images, compute in float32 and keep K on the host. On an accelerator they never wait for the device.
 Equal gains are resolved in favour of the lower index. Tokens outside `candidates` are taken only once the candidates are
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adafv.core.likeness import self_cosines
+from adafv.core.likeness import cosines, self_cosines
 from adafv.errors import BudgetError
 
 _CELLS = 2**26
@@ -26,6 +27,10 @@ _ROW_COSTS = 5
 """What a row of cosines costs on a CPU by itself, in rows of the product of all."""
 _AT_FIRST = 16
 """Stale gains that a step on a CPU looks at first."""
+_AMONG = 3
+"""Tokens that a block is chosen from, for each one in it."""
+_GROWTH = 1.6
+"""Of a block, beside the one before."""
 _LAST = torch.finfo(torch.float32).min
 """Added to the score of what is no candidate."""
 _SPANNED = 1e-5
@@ -161,8 +166,88 @@ def coverage_search(
     return _lazily(likeness, keep, quality, picks) if likeness.is_cpu else _eagerly(likeness, keep, quality, picks)
 
 
-def few_at_a_time(images: int, cells: int, search: Callable[[slice], Greedy]) -> Tensor:
-    """[G, K], the indices of a search over some images at a time.
+def coverage_in_blocks(
+    unit: Tensor,
+    keep: int,
+    blocks: int,
+    quality: Tensor,
+    demand: Tensor,
+    candidates: Tensor,
+) -> Tensor:
+    """[G, K] long, ascending: what `coverage_search` of cosines keeps, nearly, in `blocks` steps whatever K is.
+
+    A step takes several tokens at once: of those that gain most, three times as many as it may take, the ones with the
+    largest gain * (1 - largest cosine to one that gains more, at least 0). Each step takes more than the one before, as the
+    first tokens say most about what the rest is worth.
+
+    Memory: twice N x N cosines, while all images together have at most 256 MiB of them; above that they are computed anew in
+    each step, a part at a time, and those between the tokens of a block and all others exist at once.
+
+    Args:
+        unit: [G, N, D] float32 vectors of length one, see `adafv.core.likeness.unit_vectors`.
+        blocks: at least 1; with K of them or more each step takes one.
+        quality, demand, candidates: see `coverage_search`.
+    """
+    images, tokens, _ = unit.shape
+    if not 1 <= keep <= tokens:
+        raise BudgetError(f"keep={keep}, but there are {tokens} visual tokens; give 1 to {tokens}")
+    whole = self_cosines(unit) if images * tokens**2 <= _CELLS else None
+    image = torch.arange(images, device=unit.device).unsqueeze(-1)
+    demand = demand.unsqueeze(-1)
+    best = None
+    out = torch.zeros_like(quality).masked_fill_(~candidates, _LAST)
+    found = []
+    for size in block_sizes(keep, blocks):
+        gain = _gains_for(unit, whole, best, demand)
+        gain, order = torch.addcmul(out, quality, gain).sort(dim=-1, descending=True, stable=True)
+        if size == 1:
+            chosen = order[:, :1]
+        else:
+            some = order[:, : _AMONG * size]
+            if whole is None:
+                alike = self_cosines(unit[image, some])
+            else:
+                alike = whole[image.unsqueeze(-1), some.unsqueeze(-1), some.unsqueeze(1)]
+            near = alike.tril_(-1).amax(-1).clamp_(0, 1)
+            score = gain[:, : _AMONG * size]
+            # What is no candidate has the lowest gain of all, and keeps it.
+            score = torch.addcmul(score, score.clamp_min(0.0), near, value=-1)
+            chosen = some.gather(-1, score.argsort(dim=-1, descending=True, stable=True)[:, :size])
+        found.append(chosen)
+        out = out.scatter(-1, chosen, float("-inf"))
+        rows = cosines(unit[image, chosen], unit) if whole is None else whole[image, chosen]
+        reached = rows.amax(1, keepdim=True)
+        best = reached.clamp_min(0.0) if best is None else best.maximum(reached)
+    return torch.cat(found, dim=-1).sort(dim=-1).values
+
+
+def _gains_for(unit: Tensor, whole: Tensor | None, best: Tensor | None, demand: Tensor) -> Tensor:
+    """[G, N], what each token adds to the coverage of all, [G, 1, N], each of which counts by its demand, [G, N, 1]."""
+    if whole is not None:
+        more = whole.clamp_min(0.0) if best is None else (whole - best).clamp_min_(0.0)
+        return torch.bmm(more, demand).squeeze(-1)
+    reached = 0.0 if best is None else best
+    some = unit.split(max(1, _CELLS // (len(unit) * unit.shape[1])), dim=1)
+    return torch.cat(
+        [torch.bmm(cosines(part, unit).sub_(reached).clamp_min_(0.0), demand) for part in some], 1
+    ).squeeze(-1)
+
+
+def block_sizes(keep: int, blocks: int) -> list[int]:
+    """How many tokens each step takes: K in all, each step about 1.6 times the one before, at least one."""
+    blocks = min(keep, blocks)
+    parts = [_GROWTH**block for block in range(blocks)]
+    sizes, done = [], 0
+    for block in range(blocks):
+        # What is left, less one for each step to come.
+        most = keep - done - (blocks - block - 1)
+        sizes.append(min(most, max(1, round((keep - done) * parts[block] / sum(parts[block:])))))
+        done += sizes[-1]
+    return sizes
+
+
+def few_at_a_time(images: int, cells: int, search: Callable[[slice], Tensor]) -> Tensor:
+    """[G, K], what a search finds, over some images at a time.
 
     So at most 256 MiB of likenesses exist at a time, or those of one image.
 
@@ -172,7 +257,7 @@ def few_at_a_time(images: int, cells: int, search: Callable[[slice], Greedy]) ->
         search: of the images of a slice.
     """
     size = max(1, _CELLS // cells)
-    return torch.cat([search(slice(first, first + size)).indices for first in range(0, images, size)])
+    return torch.cat([search(slice(first, first + size)) for first in range(0, images, size)])
 
 
 def _eagerly(likeness: Tensor, keep: int, quality: Tensor | None, picks: "_Picks") -> Greedy:

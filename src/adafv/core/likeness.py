@@ -73,3 +73,17 @@ def crop_of(source: Tensor, patches: int) -> Tensor:
         patches: of one crop.
     """
     return torch.div(source, patches, rounding_mode="floor")
+
+
+def crop_under(source: Tensor, rows: int, columns: int, tiling: tuple[int, int]) -> Tensor:
+    """[...] long, which of the crops behind the thumbnail shows the middle of each patch of the thumbnail; 0: the first.
+
+    Args:
+        source, tiling: see `adafv.core.ImageLayout`. What is said of tokens that are not the thumbnail's means nothing.
+    """
+    vertical, horizontal = tiling
+    row, column = source // columns, source % columns
+    # By the middle of the patch; it may lie in two crops.
+    down = (row * 2 + 1) * vertical // (2 * rows)
+    across = (column * 2 + 1) * horizontal // (2 * columns)
+    return down * horizontal + across

@@ -175,7 +175,7 @@ class Kept:
     features, the rows that it adds to layers of the language model ("deepstack"), on every worker. They mix what the
     language model reads, or what the projector reads: see `Method.mixes`."""
     text_attention: Tensor | None = None
-    """[G, N] float32, where the method computed it."""
+    """[G, N] float32, how much each token has to do with the text, where the method computed it; for pictures."""
     objective: Tensor | None = None
     """[G] geometric mean of the kept set, where the method maximises it."""
     certificate: Tensor | None = None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from adafv.core.greedy import Greedy, coverage_search, few_at_a_time
+from adafv.core.greedy import coverage_search, few_at_a_time
 from adafv.core.likeness import cosines, masked_mean, min_max, self_cosines, unit_vectors
 from adafv.core.tokens import WORDS, Kept, VisualTokens
 from adafv.errors import OptionError
@@ -63,9 +63,9 @@ class EADP(Method):
         scores = min_max(self._relevance(tokens, unit), tokens.candidates)
         demand = (smoothed(scores, tokens) ** self.beta).masked_fill(~tokens.candidates, 0.0)
 
-        def search(some: slice) -> Greedy:
+        def search(some: slice) -> Tensor:
             alike = self_cosines(unit[some]).clamp_(-1.0, 1.0).add_(1.0).div_(2.0)
-            return coverage_search(alike, keep, None, demand[some], tokens.candidates[some])
+            return coverage_search(alike, keep, None, demand[some], tokens.candidates[some]).indices
 
         return Kept(few_at_a_time(len(unit), unit.shape[1] ** 2, search))
 

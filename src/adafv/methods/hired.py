@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adafv.core import top_tokens
-from adafv.core.likeness import crop_of
+from adafv.core.likeness import crop_of, crop_under
 from adafv.core.tokens import SALIENCY, Kept, VisualTokens, saliency_of
 from adafv.methods.base import Method
 from adafv.methods.checks import check_budget_share
@@ -75,16 +75,11 @@ class HiRED(Method):
     def _content(self, tokens: VisualTokens, crop: Tensor, shown: Tensor) -> Tensor:
         """[G, crops - 1] long: how many patches of the thumbnail are content, where each of the other crops lies."""
         assert tokens.tiling is not None
-        vertical, horizontal = tokens.tiling
         early = tokens.signals[EARLY].masked_fill(crop != 0, float("-inf"))
         rank = early.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         content = (crop == 0) & (rank < ((1 - self.alpha) * shown + _ALMOST).floor())
-        row, column = tokens.source // tokens.columns, tokens.source % tokens.columns
-        # By the middle of the patch; it may lie in two crops.
-        down = (row * 2 + 1) * vertical // (2 * tokens.rows)
-        across = (column * 2 + 1) * horizontal // (2 * tokens.columns)
         number = torch.arange(tokens.crops - 1, device=crop.device)
-        inside = (down * horizontal + across).unsqueeze(-1) == number
+        inside = crop_under(tokens.source, tokens.rows, tokens.columns, tokens.tiling).unsqueeze(-1) == number
         return (inside & content.unsqueeze(-1)).sum(-2)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adafv.core.greedy import Greedy, coverage_search, few_at_a_time
+from adafv.core.greedy import coverage_search, few_at_a_time
 from adafv.core.likeness import cosines, self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, STRINGS, WORDS, Kept, VisualTokens
 from adafv.errors import OptionError
@@ -69,12 +69,12 @@ class MMTok(Method):
         asked = cosines(unit_vectors(tokens.text.embeddings), unit_vectors(tokens.features.detach()))
         of_words = _shares(asked / TEXT_TEMPERATURE, words, shown)
 
-        def search(some: slice) -> Greedy:
+        def search(some: slice) -> Tensor:
             seen = self_cosines(unit_vectors(tokens.signals[HIDDEN][some].detach()))
             of_image = self.image_weight * _shares(seen / IMAGE_TEMPERATURE, shown[some], shown[some])
             return coverage_search(
                 torch.cat((of_words[some], of_image), dim=1).mT.contiguous(), keep, None, None, shown[some]
-            )
+            ).indices
 
         return Kept(few_at_a_time(len(shown), sum(asked.shape[1:]) * shown.shape[1], search))
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adafv.core.greedy import Greedy, Parts, coverage_search, few_at_a_time
+from adafv.core.greedy import Parts, coverage_in_blocks, coverage_search, few_at_a_time
 from adafv.core.likeness import self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, Kept, VisualTokens
 from adafv.errors import OptionError
@@ -48,21 +48,37 @@ class Scope(Method):
         return covering(tokens, keep, tokens.saliency.detach().float() ** self.alpha, parts_of(tokens, self.crops))
 
 
-def covering(tokens: VisualTokens, keep: int, quality: Tensor, parts: Parts | None = None) -> Kept:
-    """One after the other the token u with the largest quality_u * sum_j max(0, cos(j, u) - best_j), of the tower's output.
+def covering(
+    tokens: VisualTokens,
+    keep: int,
+    quality: Tensor,
+    parts: Parts | None = None,
+    demand: Tensor | None = None,
+    blocks: int = 0,
+) -> Kept:
+    """One after the other the token u with the largest quality_u * sum_j demand_j * max(0, cos(j, u) - best_j).
+
+    Cosines are those of the tower's output.
 
     Args:
         quality: [G, N], not negative.
         parts: they do not see each other; None: one search over all.
+        demand: [G, N], not negative; None: 1 for every candidate.
+        blocks: steps that take several tokens each, see `coverage_in_blocks`, not with parts; 0: one token a step.
     """
     shown = tokens.candidates
+    demand = shown.float() if demand is None else demand
 
-    def search(some: slice) -> Greedy:
-        alike = self_cosines(unit_vectors(tokens.signals[HIDDEN][some].detach()))
+    def search(some: slice) -> Tensor:
+        unit = unit_vectors(tokens.signals[HIDDEN][some].detach())
+        given = (quality[some], demand[some], shown[some])
+        if blocks:
+            return coverage_in_blocks(unit, keep, blocks, *given)
+        alike = self_cosines(unit)
         part = None
         if parts is not None:
             part = Parts(parts.of[some], parts.number)
             alike.masked_fill_(part.of.unsqueeze(1) != part.of.unsqueeze(2), 0.0)
-        return coverage_search(alike, keep, quality[some], shown[some].float(), shown[some], part)
+        return coverage_search(alike, keep, *given, part).indices
 
     return Kept(few_at_a_time(len(shown), shown.shape[1] ** 2, search))
