@@ -1,9 +1,8 @@
 """Can patches that nobody will keep leave inside the tower? After layer l the most salient share of them goes on alone.
 
-    python -m benchmarks.early world  --store early.jsonl --part choose [--questions 600] [--keep 0.1] [--ways drop:2:0.5 ...]
-    python -m benchmarks.early photos --store early.jsonl --part choose --model DIR --photos FOLDER [FOLDER ...]
-    python -m benchmarks.early saved
-    python -m benchmarks.methods report --store early.jsonl --part choose --against adafv
+    python -m benchmarks.early --store early.jsonl --part choose [--count 600] [--keep 10%] [--ways drop:2:0.5 ...]
+    python -m benchmarks.early PHOTOS --store photos.jsonl --model DIR --choices Yes,No
+    python -m benchmarks.early --saved
 
 `docs/speed.md` has the results. A way is HOW:LAYER:SHARE. "drop": the patches that [CLS] attends to most in layer LAYER go
 on, the others leave. "merge": each of the others is averaged into the one that stays whose key is most like its own (one
@@ -15,9 +14,7 @@ save.
 """
 
 import argparse
-import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,16 +24,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-import adafv
-from adafv import Pruner
-from adafv.core import class_attention
+from adafv.asking.models import checked_model
+from adafv.asking.session import Session
+from adafv.core import Budget, class_attention
 from adafv.core.encoded import EncodedImage
 from adafv.core.tokens import SALIENCY, Kept, VisualTokens
 from adafv.engines.transformers.families.base import family_of
 from adafv.engines.transformers.towers import shape_of
+from adafv.evaluation.accuracy import PARTS, file_data, ways_of, world_data
+from adafv.evaluation.accuracy_report import AccuracyReport, Scores
+from adafv.evaluation.answers import Configuration
+from adafv.evaluation.drawn import side_for
+from adafv.evaluation.first_token import FirstTokenAsker
+from adafv.evaluation.questions import Questions
+from adafv.evaluation.store import Store
 from adafv.methods.adafv import GeometricMean
-from benchmarks.accuracy import first_answer_logits
-from benchmarks.methods import PARTS, Photos, World, answered
 
 WAYS = [f"{how}:{layer}:{share}" for share in (0.5, 0.25) for layer in (1, 2, 3, 4) for how in ("drop", "merge")]
 GONE = -1.0
@@ -62,6 +64,8 @@ class Way:
 @dataclass(frozen=True)
 class AmongThoseLeft(GeometricMean):
     """AdaFV, of the patches that reached the end of the tower."""
+
+    way: Way = Way("drop", 1, 1.0)
 
     name = "among those left"
 
@@ -170,36 +174,21 @@ def encoded_early(model: Any, inputs: dict[str, Any], whole: Any, way: Way) -> A
     return replace(whole, images={"image": images}, signals=frozenset({SALIENCY}))
 
 
-@torch.no_grad()
-def run(source: World | Photos, ways: Sequence[str], options: argparse.Namespace) -> None:
-    done = answered([options.store]) if options.store.exists() else {}
-    plain, among = (Pruner(m, options.keep, processor=source.processor) for m in ("adafv", AmongThoseLeft()))
-    start, count = time.monotonic(), 0
-    with options.store.open("a") as file:
-        for batch in source.batches(0, 1):
-            wanted = [("full", 1.0), *((word, options.keep) for word in ("adafv", *ways))]
-            missing = [key for key in wanted if any(name not in done.get(key, {}) for name in batch.names)]
-            if not missing:
-                continue
-            whole = adafv.encode(source.model, batch.inputs)
-            asked = {name: value for name, value in batch.inputs.items() if name != "pixel_values"}
-            for word, keep in missing:
-                if word == "full":
-                    given, pruner = batch.inputs, None
-                elif word == "adafv":
-                    given, pruner = {**asked, "images": whole}, plain
-                else:
-                    early = encoded_early(source.model, batch.inputs, whole, Way.of(word))
-                    given, pruner = {**asked, "images": early}, among
-                right, sure = source.right(first_answer_logits(source.model, given, pruner), batch)
-                entry = {"method": word, "keep": keep, "names": batch.names, "images": batch.images}
-                entry |= {"kinds": batch.kinds, "right": [int(each) for each in right]}
-                file.write(json.dumps(entry | {"sure": [round(each, 5) for each in sure]}) + "\n")
-            file.flush()
-            count += len(batch.names)
-            print(f"{count} questions, {time.monotonic() - start:.0f} s", flush=True)
-            if time.monotonic() - start > options.seconds:
-                break
+class EarlyAsker(FirstTokenAsker):
+    """A model whose patches leave the tower early, where a way's method is one of `AmongThoseLeft`."""
+
+    _way: Way | None = None
+
+    def _answers(self, asked: Any, pictures: Any, way: Configuration, ways: Any) -> Any:
+        self._way = way.method.way if isinstance(way.method, AmongThoseLeft) else None
+        return super()._answers(asked, pictures, way, ways)
+
+    def _encoded(self, names: Any, inputs: Any, pictures: Any, ways: Any) -> Any:
+        whole = super()._encoded(names, inputs, pictures, ways)
+        if self._way is None:
+            return whole
+        with torch.no_grad():
+            return encoded_early(self.session.model, inputs, whole, self._way)
 
 
 def saved() -> None:
@@ -223,29 +212,37 @@ def saved() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("saved")
-    for name in ("world", "photos"):
-        command = commands.add_parser(name)
-        command.add_argument("--store", required=True, type=Path)
-        command.add_argument("--part", choices=PARTS, default="choose")
-        command.add_argument("--questions", type=int, default=600)
-        command.add_argument("--keep", type=float, default=0.1)
-        command.add_argument("--ways", nargs="+", default=WAYS)
-        command.add_argument("--batch", type=int, default=100 if name == "world" else 1)
-        command.add_argument("--seconds", type=float, default=float("inf"), help="no batch is begun after so many")
-    commands.choices["photos"].add_argument("--model", required=True)
-    commands.choices["photos"].add_argument("--photos", required=True, type=Path, nargs="+")
+    parser.add_argument("questions", type=Path, nargs="*", help="as for `adafv bench accuracy`; none: drawn scenes")
+    parser.add_argument("--saved", action="store_true", help="count what true shapes would save, and ask nothing")
+    parser.add_argument("--store", type=Path, default=Path("early.jsonl"))
+    parser.add_argument("--part", choices=PARTS, default="choose")
+    parser.add_argument("--count", type=int, default=600, help="of questions")
+    parser.add_argument("--keep", default="10%")
+    parser.add_argument("--ways", nargs="+", default=WAYS)
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--model", default="")
+    parser.add_argument("--choices", help="read the answer off the logits of these: Yes,No")
+    parser.add_argument("--suffix", default="")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.command == "saved":
+    if options.saved:
         saved()
         return
-    if options.command == "world":
-        run(World(options.questions, options.part, "llava", None, size=options.batch), options.ways, options)
+    session = Session.load(checked_model(options.model), "float32", torch.device("cpu"))
+    choices = options.choices.split(",") if options.choices else None
+    asker = EarlyAsker(session, choices=choices, suffix=options.suffix)
+    budget = Budget.of(options.keep)
+    asked = [*ways_of(["adafv"], [budget])]
+    asked += [Configuration(word, budget, AmongThoseLeft(way=Way.of(word))) for word in options.ways]
+    if options.questions:
+        data = file_data(options.questions, options.part, options.count)
     else:
-        photos = Photos(options.photos, options.questions, options.part, options.model, size=options.batch)
-        run(photos, options.ways, options)
+        data = world_data(options.count, side_for(session.model), options.part)
+    with Store(options.store, asker.fingerprint()) as store:
+        _, keys = asker.run(Questions(data.questions, []), asked, store, batch=options.batch)
+        scores = Scores(data, asked, store, keys, rule=data.rule or "auto")
+        report = AccuracyReport("early", [scores], ["adafv"], options.part, False, {}, {"keep": options.keep})
+        print(report.markdown({}))
 
 
 if __name__ == "__main__":

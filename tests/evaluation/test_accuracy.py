@@ -12,7 +12,7 @@ from command_line import refused, run
 from PIL import Image
 
 from adafv.asking.session import Session
-from adafv.errors import OptionError
+from adafv.errors import OptionError, UnsupportedCallError
 from adafv.evaluation import accuracy
 from adafv.evaluation.accuracy import (
     CHOOSE,
@@ -138,6 +138,25 @@ class TestWays:
         assert asker._pruner(other).settings.positions == "original"
         with pytest.raises(OptionError, match="text=page; known are"):
             configurations(["adafv:text=page"], [0.5])
+        with pytest.raises(OptionError, match="'some' is no number of crops"):
+            configurations(["adafv:crops=some"], [0.5])
+
+
+def test_crops_of_one_way(tmp_path: Path) -> None:
+    """Encoded once and whole; the thumbnail alone leaves fewer tokens than half of all of them."""
+    session = Session.load("bundled-next", "float32", torch.device("cpu"))
+    ways = configurations(["adafv:crops=thumbnail", "adafv:crops=auto"], [0.5])
+    data, asker = world_data(4, 288, photos=False), Asker(session, max_new_tokens=2)
+    for way in ways:
+        asker.record(data.questions[0], way)
+    with pytest.raises(UnsupportedCallError, match="which `generate` of a wrapped model alone"):
+        FirstTokenAsker(session).record(data.questions[0], ways[-1])
+    with Store(tmp_path / "answers.jsonl", asker.fingerprint()) as store:
+        _, keys = asker.run(Questions(data.questions, []), ways, store)
+        kept = {way.name: {store.get(key, way.way).kept for key in keys.values()} for way in ways}
+    assert kept["adafv:crops=thumbnail"] == {144}
+    assert kept["unpruned"] == {744}
+    assert kept["adafv:crops=auto"] <= {144, 372}
 
 
 class TestFirstToken:

@@ -21,6 +21,7 @@ from PIL import Image
 from adafv.asking.failures import UsageError
 from adafv.asking.session import Session
 from adafv.core import Budget
+from adafv.core.crops import Crops
 from adafv.core.encoded import EncodedImage
 from adafv.engines.transformers import EncodedImages, Pruner, Record, encode
 from adafv.engines.transformers.encoded import ENCODED
@@ -50,7 +51,7 @@ class Configuration:
     budget: Budget
     method: Method | None = None
     pruning: tuple[tuple[str, str], ...] = ()
-    """(option, value) of `Pruner` for this way alone: of "text" and "positions"."""
+    """(option, value) of `Pruner` for this way alone: of "text", "positions" and "crops"."""
 
     @property
     def way(self) -> Way:
@@ -71,8 +72,8 @@ def configurations(
     """The unpruned model, the blanked picture, and every method at every budget.
 
     Args:
-        methods: in one word each, "adafv" or "adafv:objective=split". Beside the method's own options, `text` and `positions`
-            of `Pruner` are known: "adafv:text=turn".
+        methods: in one word each, "adafv" or "adafv:objective=split". Beside the method's own options, `text`, `positions`
+            and `crops` of `Pruner` are known: "adafv:text=turn".
 
     Raises:
         OptionError: there is no such method, or option.
@@ -96,7 +97,9 @@ def _read_way(word: str) -> tuple[Method, str, tuple[tuple[str, str], ...]]:
     for option in options:
         key, _, value = (part.strip() for part in option.partition("="))
         known = {"text": SCOPES, "positions": POSITIONS}.get(key)
-        if known is None:
+        if key == "crops":
+            pruning[key] = str(Crops.of(value))
+        elif known is None:
             own.append(option)
         elif value not in known:
             raise OptionError(f"{key}={shortened(value, 60)}; known are: {', '.join(known)}")
@@ -128,6 +131,9 @@ class Asker:
         scope: which text counts; see `adafv.prompts.text`. None: as for `Session.pruner`.
         options: of `Pruner`.
     """
+
+    generates = True
+    """Whether answers are generated, or read off the logits of one pass."""
 
     def __init__(
         self,
@@ -267,8 +273,14 @@ class Asker:
     def record(self, question: Question, way: Configuration) -> tuple[Record, Any]:
         """What is kept for a question, and the picture as the tower saw it ([C, 3, H, W] in 0..255); no answer is decoded."""
         inputs = self.session.inputs(question.picture.load(), question.asked + self.suffix)
-        with torch.no_grad(), self._pruner(way)(self.session.model) as pruned:
-            self.session.model(**inputs, logits_to_keep=1)
+        pruner = self._pruner(way)
+        with torch.no_grad(), pruner(self.session.model) as pruned:
+            if (
+                self.generates and pruner.settings.crops.certain is not None
+            ):  # which goes by the first token of an answer
+                self.session.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+            else:
+                self.session.model(**inputs, logits_to_keep=1)
         return pruned.last, self.session.tower_view(inputs)
 
     def _loaded(

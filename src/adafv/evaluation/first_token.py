@@ -35,6 +35,8 @@ class FirstTokenAsker(Asker):
         OptionError: two choices begin with the same token.
     """
 
+    generates = False
+
     def __init__(self, session: Session, *, choices: Sequence[str] | None = None, **options: Any) -> None:
         super().__init__(session, max_new_tokens=1, **options)
         self.choices = None if choices is None else tuple(choices)
