@@ -1,6 +1,6 @@
 """What crops are worth at a budget: all of them, the thumbnail alone, one or two, and "auto".
 
-    python -m benchmarks.crops [--questions 400] [--first 0] [--plain 300] [--keep 0.1 0.05] [--model DIR] [--json FILE]
+    python -m benchmarks.crops [--questions 400] [--first 0] [--plain 300] [--keep 0.1 0.05] [--numbers 1 2] [--model DIR] [--json FILE]
 
 Questions about scenes with details, which a crop alone can show, are asked of `--model` (default: the bundled twin); those
 about scenes without, of the bundled twin. "auto" is what `crops="auto"` does: the answer with the thumbnail where its first
@@ -29,11 +29,10 @@ from benchmarks.budgets import Answerer, held_out_questions
 from benchmarks.details import detailed_questions
 
 BATCH = 50
-CROPS = ("all", "thumbnail", "1", "2")
 
 
 def answered(
-    questions: list[tuple[Scene, Question]], answerer: Answerer, budgets: list[float]
+    questions: list[tuple[Scene, Question]], answerer: Answerer, budgets: list[float], among: list[str]
 ) -> dict[str, list[tuple[bool, float]]]:
     """ "crops @ budget" -> whether each question was answered rightly, and how probable the answer was."""
     found: dict[str, list[tuple[bool, float]]] = defaultdict(list)
@@ -45,7 +44,7 @@ def answered(
         inputs["images"] = adafv.encode(answerer.model, inputs)
         del inputs["pixel_values"]
         for keep in budgets:
-            for crops in CROPS:
+            for crops in among:
                 pruner = Pruner("adafv", keep, processor=processor, crops=crops)
                 chances, tokens = first_answer_logits(answerer.model, inputs, pruner).softmax(-1).max(-1)
                 said = [processor.decode([token]) for token in tokens.tolist()]
@@ -62,9 +61,10 @@ def report(
     table = Table(title=f"{title}: {len(questions)} questions, percent right, 95 % intervals")
     for heading in ("crops", "budget", "more than the thumbnail", "all kinds", *kinds):
         table.add_column(heading, justify="left" if heading == "crops" else "right")
+    among = [*dict.fromkeys(name.split(" @ ")[0] for name in found)]
     for keep in dict.fromkeys(name.split(" @ ")[1] for name in found):
         certain = [chance >= CERTAIN for _, chance in found[f"thumbnail @ {keep}"]]
-        rows = {crops: [right for right, _ in found[f"{crops} @ {keep}"]] for crops in CROPS}
+        rows = {crops: [right for right, _ in found[f"{crops} @ {keep}"]] for crops in among}
         pairs = zip(certain, rows["thumbnail"], rows["all"], strict=True)
         rows["auto"] = [alone if sure else whole for sure, alone, whole in pairs]
         again = {"auto": 1 - sum(certain) / len(certain), "thumbnail": 0.0}
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--plain", type=int, default=300, help="about scenes without")
     parser.add_argument("--first", type=int, default=0, help="leave out so many of the questions about details")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.1, 0.05])
+    parser.add_argument("--numbers", nargs="*", default=["1", "2"], help="of crops, beside all and the thumbnail")
     parser.add_argument("--model", type=Path, help="a folder with llava-next, asked about details")
     parser.add_argument("--no-photos", action="store_true", help="no photographic backgrounds; they need scikit-image")
     parser.add_argument("--json", type=Path, help="write every question and what was found")
@@ -102,7 +103,9 @@ def main() -> None:
         ("scenes without", held_out_questions(options.plain, photos=photos), None),
     ):
         if questions:
-            found = answered(questions, Answerer("llava-next", where), options.keep)
+            found = answered(
+                questions, Answerer("llava-next", where), options.keep, ["all", "thumbnail", *options.numbers]
+            )
             report(title, questions, found, console)
             kinds = [question.kind for _, question in questions]
             written[title] = {"kinds": kinds, "scenes": [scene.number for scene, _ in questions], "found": found}
