@@ -1,6 +1,6 @@
 """What crops are worth at a budget: all of them, the thumbnail alone, one or two, and "auto".
 
-    python -m benchmarks.crops [--questions 400] [--first 0] [--plain 300] [--keep 0.1 0.05] [--numbers 1 2] [--model DIR] [--json FILE]
+    python -m benchmarks.crops [--questions 400] [--first 0] [--plain 300] [--keep 0.1 0.05] [--numbers 1 2] [--model DIR]
 
 Questions about scenes with details, which a crop alone can show, are asked of `--model` (default: the bundled twin); those
 about scenes without, of the bundled twin. "auto" is what `crops="auto"` does: the answer with the thumbnail where its first
@@ -32,7 +32,11 @@ BATCH = 50
 
 
 def answered(
-    questions: list[tuple[Scene, Question]], answerer: Answerer, budgets: list[float], among: list[str]
+    questions: list[tuple[Scene, Question]],
+    answerer: Answerer,
+    budgets: list[float],
+    among: list[str],
+    file: Path | None,
 ) -> dict[str, list[tuple[bool, float]]]:
     """ "crops @ budget" -> whether each question was answered rightly, and how probable the answer was."""
     found: dict[str, list[tuple[bool, float]]] = defaultdict(list)
@@ -50,7 +54,11 @@ def answered(
                 said = [processor.decode([token]) for token in tokens.tolist()]
                 right = [word == question.answer for word, (_, question) in zip(said, batch, strict=True)]
                 found[f"{crops} @ {keep}"] += zip(right, chances.tolist(), strict=True)
-        print(f"{first + len(batch)} of {len(questions)}", flush=True)
+        done = questions[: first + len(batch)]
+        print(f"{len(done)} of {len(questions)}", flush=True)
+        if file is not None:  # as far as it is
+            entry = {"kinds": [question.kind for _, question in done], "scenes": [scene.number for scene, _ in done]}
+            file.write_text(json.dumps(entry | {"found": found}))
     return found
 
 
@@ -91,11 +99,11 @@ def main() -> None:
     parser.add_argument("--numbers", nargs="*", default=["1", "2"], help="of crops, beside all and the thumbnail")
     parser.add_argument("--model", type=Path, help="a folder with llava-next, asked about details")
     parser.add_argument("--no-photos", action="store_true", help="no photographic backgrounds; they need scikit-image")
-    parser.add_argument("--json", type=Path, help="write every question and what was found")
+    parser.add_argument("--json", type=Path, help="a folder for every question and what was found")
     options = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=190)
-    photos, written = not options.no_photos, {}
+    photos = not options.no_photos
     folder = None if options.model is None else options.model / "llava-next"
     detailed = detailed_questions(options.first + options.questions, photos=photos)[options.first :]
     for title, questions, where in (
@@ -103,14 +111,11 @@ def main() -> None:
         ("scenes without", held_out_questions(options.plain, photos=photos), None),
     ):
         if questions:
-            found = answered(
-                questions, Answerer("llava-next", where), options.keep, ["all", "thumbnail", *options.numbers]
+            among = ["all", "thumbnail", *options.numbers]
+            file = None if options.json is None else options.json / f"{title.replace(' ', '-')}.json"
+            report(
+                title, questions, answered(questions, Answerer("llava-next", where), options.keep, among, file), console
             )
-            report(title, questions, found, console)
-            kinds = [question.kind for _, question in questions]
-            written[title] = {"kinds": kinds, "scenes": [scene.number for scene, _ in questions], "found": found}
-            if options.json:
-                options.json.write_text(json.dumps(written))
 
 
 if __name__ == "__main__":
