@@ -230,12 +230,16 @@ def test_every_method_knows_nothing_of_other_crops() -> None:
     assert "downsample" in left_out
 
 
-def test_the_method_of_the_thumbnail_runs_the_tower_on_it_alone(seen: list[list[tuple[int, ...]]]) -> None:
+def test_the_method_of_the_thumbnail(seen: list[list[tuple[int, ...]]]) -> None:
+    """Its own plan leaves crops out; with the option the tower does, too, and what stays is the same."""
     with shared_model(ROWS["llava-next"]) as model:
         inputs = make_inputs(ROWS["llava-next"], model, [1, 1])
-        [*images] = compress(model, inputs, 5, method="thumbnail").record.images
+        whole = compress(model, inputs, 5, method="thumbnail").record.kept
+        assert not seen
+        few = compress(model, inputs, 5, method="thumbnail", crops=1).record
     assert seen == [[(0,), (0,)]]
-    assert [image.crops for image in images] == [(0,), (0,)]
+    assert [image.crops for image in few.images] == [(0,), (0,)]
+    assert [kept.tolist() for kept in few.kept] == [kept.tolist() for kept in whole]
 
 
 def test_where_the_scores_are() -> None:

@@ -13,8 +13,7 @@ class Thumbnail(Method):
     """Keep tokens of the thumbnail alone, those that [CLS] attends to most: what the other crops are worth is measured by it.
 
     A baseline. An image of one crop is its own thumbnail: there it is `saliency`. The budget ends at the tokens of the
-    thumbnail. Where crops can be chosen (docs/crops.md), the tower sees the thumbnail alone; elsewhere still every crop. The
-    option `crops="thumbnail"` is the same for any method.
+    thumbnail. The tower still sees every crop; the option `crops="thumbnail"` spares it that, with any method.
     """
 
     name = "thumbnail"

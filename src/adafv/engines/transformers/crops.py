@@ -47,15 +47,13 @@ def check_crops(crops: Crops, family: Family, model: Any) -> None:
 
 
 def chooses(call: Call, job: ImageJob) -> bool:
-    """Whether some crops of an image need not be encoded, because the caller says so or the method looks at others alone."""
+    """Whether some crops of an image need not be encoded."""
     layout, plan = job.image.layout, job.plan
     if not call.family.chooses_crops or job.image.modality != "image" or layout.crops == 1 or plan is None:
         return False
     crops = call.settings.crops_of(job.image.row)
     if not crops.chosen:
-        if plan.crops is None or plan.grid is not None or job.layout is not layout or call.encoded is not None:
-            return False
-        return plan.crops == (0,) or not mixes_crops(layout)
+        return False
     if plan.grid is not None or job.layout is not layout or job.method.may_repeat:
         raise MethodError(
             f"the method {job.method.name} sees the image at another resolution, or laid out in another way, and knows "

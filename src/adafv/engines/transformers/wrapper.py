@@ -267,8 +267,8 @@ class PrunedModel:
         output = self._generate_once(dict(twice), self.settings)
         if not output.logits:
             raise UnsupportedCallError(
-                "this way of generating gives no logits, so nothing says how certain an answer is; give crops='thumbnail' or a "
-                "number, or leave crops out"
+                "this way of generating gives no logits, so nothing says how certain an answer is; give crops='thumbnail' or "
+                "a number, or leave crops out"
             )
         record = self.last
         prompts = next(arguments[name] for name in ("input_ids", "inputs_embeds") if name in arguments)
