@@ -94,8 +94,8 @@ def _asked(layer: Any, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     normed = norm(hidden)
     query, key = attention.q_proj(normed[:, :1]), attention.k_proj(normed)
     size = attention.head_dim
-    by_head = [each.unflatten(-1, (-1, size)).transpose(1, 2) for each in (query, key)]
-    return class_attention(*by_head, size**-0.5), key[:, 1:]
+    queries, keys = (each.unflatten(-1, (-1, size)).transpose(1, 2) for each in (query, key))
+    return class_attention(queries, keys, size**-0.5), key[:, 1:]
 
 
 def _rows(values: Tensor, places: Tensor) -> Tensor:

@@ -69,9 +69,15 @@ def _text_attention_in_few_operations(
     """
     at_a_time = max(1, _COPIED // max(1, 4 * math.prod(visual.shape[1:])))
     if visual.dim() > 2 and len(visual) > at_a_time and len(text) == len(visual):
-        given = (text, visual, text_mask, visual_mask)
-        parts = (repeat(None) if each is None else each.split(at_a_time) for each in given)
-        return torch.cat([_text_attention_in_few_operations(*part, temperature) for part in zip(*parts, strict=False)])
+        masks = (repeat(None) if mask is None else mask.split(at_a_time) for mask in (text_mask, visual_mask))
+        return torch.cat(
+            [
+                _text_attention_in_few_operations(words, tokens, counted, shown, temperature)
+                for words, tokens, counted, shown in zip(
+                    text.split(at_a_time), visual.split(at_a_time), *masks, strict=False
+                )
+            ]
+        )
     text, visual = text.float(), visual.float()
     text_norms, visual_norms = (torch.linalg.vector_norm(tokens, dim=-1) for tokens in (text, visual))
     products = text @ visual.transpose(-1, -2)
