@@ -31,10 +31,9 @@ def prompts_of(found: Subject, questions: int) -> list[dict[str, Any]]:
     """One picture with questions of different words and lengths."""
     whole = found.inputs()
     ids, prompts = whole["input_ids"], []
-    known = min(1000, found.model.config.image_token_id - 10)
     for number in range(questions):
-        words = torch.randint(3, known, (1, 8 + number), generator=torch.Generator().manual_seed(number))
-        asked = torch.cat((ids[:, :-12], words.to(ids)), 1)
+        more = torch.randint(ids.shape[1] - 4, ids.shape[1], (number,), generator=torch.Generator().manual_seed(number))
+        asked = torch.cat((ids, ids[:, more.to(ids.device)]), 1)
         prompts.append({**whole, "input_ids": asked, "attention_mask": torch.ones_like(asked)})
     return prompts
 
@@ -93,7 +92,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llava-1.5-7b")
     parser.add_argument("--layers", type=int, default=None, help="decoder layers to build; all that memory allows")
     parser.add_argument("--keep", type=int, default=58)
-    parser.add_argument("--questions", type=int, default=8)
+    parser.add_argument("--questions", type=int, default=8, help="0: what remembering costs, alone")
     parser.add_argument("--tokens", type=int, default=8, help="of every answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
@@ -102,7 +101,7 @@ def main() -> None:
     found = subject(given.shape, given.device, given.dtype, layers=given.layers)
     prompts = prompts_of(found, given.questions)
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for number in range(given.rounds + 1):
+    for number in range(given.rounds + 1 if prompts else 0):
         for way in WAYS:
             seconds = asked(found, prompts, way, given.keep, given.tokens)
             if number:  # the first warms up
@@ -111,10 +110,11 @@ def main() -> None:
     medians = {
         way: {stage: round(statistics.median(each[stage] for each in rounds), 3) for stage in rounds[0]}
         for way, rounds in runs.items()
+        if rounds
     }
     result = {**vars(given), "notes": found.notes, "threads": torch.get_num_threads(), "seconds": medians}
     result["milliseconds"] = {
-        name: round(ms, 2) for name, ms in cost_of_remembering(found, 3 + 2 * given.rounds).items()
+        name: round(ms, 2) for name, ms in cost_of_remembering(found, 1 + 2 * given.rounds).items()
     }
     print(json.dumps(result, indent=1))
 
