@@ -101,8 +101,8 @@ def _table(result: Mapping[str, Any]) -> str:
         rows.append(f'<tr><th scope="row">{_text(first)}</th>{line}</tr>')
     return (
         f'<div class="adafv-wide"><table class="adafv-table"><thead><tr>{head}</tr></thead>'
-        f'<tbody>{"".join(rows)}</tbody></table></div><p class="adafv-small">In points. At most: the one-sided bound that is '
-        "tested.</p>"
+        f'<tbody>{"".join(rows)}</tbody></table></div><p class="adafv-small">Lost: points, of 100. At most: the one-sided '
+        "bound that is tested.</p>"
     )
 
 
