@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import struct
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -834,7 +835,7 @@ class TestInBrowser:
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
     def test_a_check_is_stopped(self, visitor: Visitor, server: Server, picture: Path, tmp_path: Path) -> None:
-        """While it works, the other tab answers; afterwards nothing of it is left."""
+        """While it works, the other tab answers; afterwards nothing of it is left. It ends with its visitor, too."""
         tab = visitor.tab
         visitor.upload(picture)
         visitor.wait_for_picture()
@@ -855,6 +856,14 @@ class TestInBrowser:
         tab.get_by_role("button", name="Stop").click()
         tab.get_by_text("Stopped. What was answered is deleted.").wait_for()
         assert not list(server.uploads.glob("check-*"))
+        tab.get_by_role("button", name="Check", exact=True).click()
+        tab.get_by_role("progressbar", name="Answers").wait_for()
+        assert list(server.uploads.glob("check-*"))
+        tab.close()
+        until = time.monotonic() + 60
+        while list(server.uploads.glob("check-*")):
+            assert time.monotonic() < until
+            time.sleep(0.1)
 
     def test_dark(self, server: Server, browser: Any) -> None:
         colours = []
