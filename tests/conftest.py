@@ -25,7 +25,7 @@ LONGEST = [
     "merging_methods",
     "quantised",
     "inside_methods",
-    "world",
+    "processors",
 ]
 """Files that take longest. They are begun first, so that no process is left with one of them when the others are done."""
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,8 @@ class TestCommand:
     def test_what_ends_a_process_ends_the_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """With its own message; what was answered stays for the next run."""
         monkeypatch.setattr(accuracy, "_process", broken_process)
+        # Spawned, as in the test above, each would import torch to say it.
+        monkeypatch.setattr(accuracy, "get_context", lambda _: multiprocessing.get_context("fork"))
         result = run(*WORLD, "--jobs", 2, "--to", tmp_path)
         refused(result, 1, "the disk is full; make room")
 

@@ -43,10 +43,7 @@ def engine(folder: Path, architecture: str | None, options: dict[str, Any] | Non
     """
     from vllm import LLM
 
-    # vLLM collects garbage five times for an engine, each time through all that was imported and is still there.
-    gc.unfreeze()
     gc.collect()
-    gc.freeze()
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "seed": 0, "max_num_seqs": 16}
     defaults["kv_cache_memory_bytes"] = (
         KV_CACHE  # the least that a variable can say is a gigabyte, to be written with zeros
