@@ -29,7 +29,17 @@ from adafv.errors import AdaFVError, BudgetError, ImageError
 from adafv.methods import known_methods, method_named
 from adafv.methods.options import method_from_text
 from adafv.page import render
-from adafv.page.answers import MAX_ANSWER, MAX_METHOD, MAX_QUESTION, UNPRUNED, Answers, Result, message
+from adafv.page.answers import (
+    MAX_ANSWER,
+    MAX_METHOD,
+    MAX_QUESTION,
+    METHOD_A,
+    METHOD_B,
+    UNPRUNED,
+    Answers,
+    Result,
+    message,
+)
 from adafv.page.render import problem_as_html, results_as_html
 from adafv.page.samples import MOST, Sample, SamplesError, bundled_samples, samples_in
 from adafv.page.uploads import MAX_BYTES, Uploads
@@ -511,7 +521,7 @@ class TestInBrowser:
         visitor.wait_for_picture()
         visitor.type(QUESTION)
         visitor.ask()
-        expected = Wish(picture, QUESTION, "10%", ("adafv", "saliency"), LONGEST).alone(served_session)
+        expected = Wish(picture, QUESTION, "10%", (METHOD_A, METHOD_B), LONGEST).alone(served_session)
         assert visitor.answers() == as_shown(expected)
         assert visitor.tab.locator("#results figure img").count() == 6
         for drawing in visitor.tab.locator("#results figure img").all():
@@ -565,7 +575,7 @@ class TestInBrowser:
         visitor.wait_for_picture()
         visitor.type(QUESTION)
         visitor.ask()
-        assert set(visitor.answers()) == {UNPRUNED, "adafv", "saliency"}
+        assert set(visitor.answers()) == {UNPRUNED, METHOD_A, METHOD_B}
         assert visitor.tab.locator("#notice [role=alert]").count() == 0
 
     def test_too_large_upload(self, visitor: Visitor, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def _form(samples: Sequence[Sample], options: str) -> _Fields:
             gradio.Textbox(
                 value=value,
                 label=f"Options of method {letter}",
-                placeholder="objective=split",
+                placeholder="blocks=0",
                 max_lines=1,
                 elem_id=f"options-{letter.lower()}",
             )
