@@ -64,7 +64,7 @@ class TestAnswer:
         assert f"kept 4 of {TOKENS} visual tokens (25 %)" in plain.stderr
 
     def test_json(self, ask: Ask, checkpoint: Path) -> None:
-        result = ask("--keep", "4", "--json")
+        result = ask("--keep", "4", "--json", "--method", "adafv")
         assert result.exit_code == 0
         assert result.stdout.count("\n") == 1
         said = json.loads(result.stdout)
@@ -94,7 +94,7 @@ class TestAnswer:
     def test_compare_in_json(self, ask: Ask) -> None:
         said = json.loads(ask("--keep", "25%", "--json", "--compare", "--repeats", "2").stdout)
         unpruned, ours, saliency = said["compare"]
-        assert [mode["method"] for mode in said["compare"]] == ["unpruned", "adafv", "saliency"]
+        assert [mode["method"] for mode in said["compare"]] == ["unpruned", "facet", "saliency"]
         assert [mode["tokens"] for mode in said["compare"]] == [TOKENS, 4, 4]
         assert unpruned["kv_mib"] > ours["kv_mib"] == saliency["kv_mib"] == said["kv_mib"]
         assert ours["answer"] == said["answer"]
@@ -110,9 +110,9 @@ class TestAnswer:
         assert result.stdout.count("saliency") == 1
 
     def test_compare_with_other_methods(self, ask: Ask) -> None:
-        rivals = "uniform,adafv:objective=split,random:seed=1,adafv"
+        rivals = "uniform,adafv:objective=split,random:seed=1,facet"
         said = json.loads(ask("--keep", "25%", "--json", "--compare-with", rivals, "--repeats", "1").stdout)
-        names = ["unpruned", "adafv", "uniform", "adafv:objective=split", "random:seed=1"]
+        names = ["unpruned", "facet", "uniform", "adafv:objective=split", "random:seed=1"]
         assert [mode["method"] for mode in said["compare"]] == names
         assert [mode["tokens"] for mode in said["compare"]] == [TOKENS, 4, 4, 4, 4]
         alone = json.loads(ask("--keep", "25%", "--method", "random", "--option", "seed=1", "--json").stdout)
@@ -137,7 +137,7 @@ class TestAnswer:
         "options",
         [
             ["--objective", "split"],
-            ["--option", "objective=split"],
+            ["--option", "blocks=2"],
             ["--variant", "published"],
             ["--text", "turn"],
             ["--text", "question"],
@@ -152,7 +152,7 @@ class TestAnswer:
     def test_only_the_question_counts(self, ask: Ask) -> None:
         """The template's own tokens are left out unless the user asks for them."""
         default, question, after = (
-            json.loads(ask("--keep", "4", "--json", *text, question="x").stdout)["objective"]
+            json.loads(ask("--keep", "4", "--json", "--method", "adafv", *text, question="x").stdout)["objective"]
             for text in ([], ["--text", "question"], ["--text", "after"])
         )
         assert default == question != after
@@ -377,10 +377,14 @@ class TestMistakes:
             (["--keep", "64.0"], "written without a point"),
             (["--method", "adfv"], "did you mean adafv?"),
             (["--method", "saliency", "--objective", "split"], "'saliency' has no option 'objective'; it has none"),
-            (["--option", "objective"], "not of the form name=value; such as objective=joint"),
-            (["--option", "objectve=split"], "no option 'objectve'; it has objective (text, such as joint), variant"),
+            (["--method", "adafv", "--option", "objective"], "not of the form name=value; such as objective=joint"),
+            (
+                ["--method", "adafv", "--option", "objectve=split"],
+                "no option 'objectve'; it has objective (text, such as joint), variant",
+            ),
+            (["--option", "objective=split"], "'facet' has no option 'objective'"),
             (["--option", "objective=split", "--objective", "joint"], "objective is given twice"),
-            (["--option", "objective=best"], "known are: joint, split"),
+            (["--method", "adafv", "--option", "objective=best"], "known are: joint, split"),
             (["--method", "random", "--option", "seed=one"], "seed=one; give a whole number, such as 0"),
             (["--compare-with", "uniform,adfv"], "did you mean adafv?"),
             (["--compare-with", "random:seed=x"], "give a whole number"),

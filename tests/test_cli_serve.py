@@ -82,7 +82,7 @@ class TestCommand:
         assert str(bundled_model()) in command
         assert overrides(command) == {
             "architectures": ["AdaFVLlavaForConditionalGeneration"],
-            "adafv": {"keep": 64, "method": "adafv", "max_keep": 64, "tower_cache_mb": 256.0},
+            "adafv": {"keep": 64, "method": "facet", "max_keep": 64, "tower_cache_mb": 256.0},
         }
         assert "--trust-request-mm-kwargs" not in command
 
@@ -117,13 +117,16 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "parameters"),
         [
-            (["--option", "objective=split"], {"objective": "split"}),
+            (["--option", "blocks=2"], {"blocks": 2}),
             (["--objective", "split", "--option", "variant=corrected"], {"objective": "split", "variant": "corrected"}),
             (["--method", "random", "--option", "seed=7"], {"seed": 7}),
         ],
     )
     def test_options_of_the_method(self, options: list[str], parameters: dict[str, Any]) -> None:
         assert overrides(printed("bundled", "--keep", "8", *options))["adafv"]["parameters"] == parameters
+
+    def test_an_option_of_the_paper_means_its_method(self) -> None:
+        assert overrides(printed("bundled", "--keep", "8", "--objective", "split"))["adafv"]["method"] == "adafv"
 
     def test_address_and_further_options_reach_vllm_in_order(self) -> None:
         further = ["--tensor-parallel-size", "2", "--served-model-name", "photos"]

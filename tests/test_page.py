@@ -39,6 +39,7 @@ from adafv.page.answers import (
     MAX_METHOD,
     MAX_QUESTION,
     MAX_WAYS,
+    METHODS,
     ROUNDS,
     UNPRUNED,
     Answers,
@@ -608,7 +609,7 @@ class TestInBrowser:
         visitor.wait_for_picture()
         visitor.type(QUESTION)
         visitor.ask()
-        expected = Wish(picture, QUESTION, "10%", ("adafv", "saliency"), LONGEST).alone(served_session)
+        expected = Wish(picture, QUESTION, "10%", METHODS, LONGEST).alone(served_session)
         assert visitor.answers() == as_shown(expected)
         assert visitor.tab.locator("#results figure img").count() == 6
         for drawing in visitor.tab.locator("#results figure img").all():
@@ -659,7 +660,7 @@ class TestInBrowser:
         visitor.wait_for_picture()
         visitor.type(QUESTION)
         visitor.ask()
-        assert set(visitor.answers()) == {UNPRUNED, "adafv", "saliency"}
+        assert set(visitor.answers()) == {UNPRUNED, *METHODS}
         assert visitor.tab.locator("#notice [role=alert]").count() == 0
 
     def test_too_large_upload(self, visitor: Visitor, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(adafv.__file__).parent
 LAYERS = (
     # Foundations: they know nothing of pruning. `asking.models` says which checkpoint is meant, before anything is loaded.
     (
-        *("errors", "printable", "extras", "registry", "web", "images", "bundled"),
+        *("errors", "defaults", "printable", "extras", "registry", "web", "images", "bundled"),
         *("asking", "asking.failures", "asking.models"),
     ),
     ("core",),

@@ -21,6 +21,7 @@ import transformers
 from PIL.Image import Image
 from torch import Tensor
 
+from adafv import defaults
 from adafv.asking.failures import LoadError, UsageError, check_text
 from adafv.asking.models import folder_or_id, hub_options, within
 from adafv.asking.padding import Prompt, filling_of, in_one_batch, until_the_end
@@ -238,10 +239,10 @@ class Session:
 
     def encoded(self, inputs: Any, held: EncodedImages | None = None) -> EncodedImages:
         """What tower and projector make of the picture: `held`, where that is what they made of it before."""
-        method = method_named("adafv")  # the signals of every method that comes with adafv
-        if held is not None and held.holds(self.model, inputs, method):
+        methods = [method_named(name) for name in (defaults.PAPER, defaults.METHOD)]
+        if held is not None and all(held.holds(self.model, inputs, method) for method in methods):
             return held
-        return encode(self.model, inputs, method=method)
+        return encode(self.model, inputs, method=methods)
 
     def ask(
         self, inputs: Any, pruner: Pruner | None, max_new_tokens: int, encoded: EncodedImages | None = None

@@ -25,9 +25,9 @@ from adafv.cli.options import (
     DTYPES,
     METHOD,
     RUN,
+    DefaultMethodOption,
     DeviceOption,
     DtypeOption,
-    MethodOption,
     MethodOptions,
     ModelOption,
     ObjectiveOption,
@@ -36,6 +36,7 @@ from adafv.cli.options import (
     with_shorthands,
 )
 from adafv.core.budget import Budget
+from adafv.defaults import method_or_default
 from adafv.printable import printable, shortened
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def ask(
             help="Visual tokens to keep: a number (64), a share (0.1 or 10%), or all.", rich_help_panel=METHOD
         ),
     ] = "0.1",
-    method: MethodOption = "adafv",
+    method: DefaultMethodOption = None,
     option: MethodOptions = None,
     objective: ObjectiveOption = None,
     variant: Annotated[
@@ -127,6 +128,7 @@ def ask(
 
         adafv ask photo.jpg "How many cups are there?" --also "What colour are they?"
     """
+    method = method_or_default(method, objective, variant)
     wish = _Wish(**locals())
     with failures_as_messages():
         _answer(wish)

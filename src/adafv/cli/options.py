@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from adafv import defaults
 from adafv.asking.failures import UsageError
 from adafv.printable import shortened
 
@@ -23,6 +24,13 @@ METHOD = "Method"
 RUN = "How to run it"
 
 MethodOption = Annotated[str, typer.Option(help="How tokens are chosen; see `adafv methods`.", rich_help_panel=METHOD)]
+DefaultMethodOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How tokens are chosen; see `adafv methods`. Default: {defaults.METHOD}, with --objective {defaults.PAPER}.",
+        rich_help_panel=METHOD,
+    ),
+]
 MethodOptions = Annotated[
     list[str] | None,
     typer.Option(

@@ -54,7 +54,7 @@ def page(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="An option of adafv when the page opens, such as objective=split; may be given again.",
+            help="An option of the first method when the page opens, such as blocks=0; may be given again.",
         ),
     ] = None,
     dtype: DtypeOption = "auto",

@@ -8,8 +8,9 @@ import typer
 from adafv.asking.failures import UsageError
 from adafv.asking.models import folder_or_id
 from adafv.cli.failures import failures_as_messages
-from adafv.cli.options import METHOD, MethodOption, MethodOptions, ObjectiveOption, TextOption, with_shorthands
+from adafv.cli.options import METHOD, DefaultMethodOption, MethodOptions, ObjectiveOption, TextOption, with_shorthands
 from adafv.core.budget import Budget
+from adafv.defaults import method_or_default
 
 if TYPE_CHECKING:
     from adafv.engines.vllm.launch import Launch
@@ -42,7 +43,7 @@ def serve(
             rich_help_panel=METHOD,
         ),
     ],
-    method: MethodOption = "adafv",
+    method: DefaultMethodOption = None,
     option: MethodOptions = None,
     objective: ObjectiveOption = None,
     text: TextOption = None,
@@ -73,7 +74,8 @@ def serve(
     """
     with failures_as_messages():
         budget = Budget.of(keep)
-        settings = _settings(budget, method, with_shorthands(option, objective=objective), text, tower_cache_mb)
+        chosen = method_or_default(method, objective)
+        settings = _settings(budget, chosen, with_shorthands(option, objective=objective), text, tower_cache_mb)
         settings["max_keep"] = _max_keep(max_keep, budget, request_budgets).keep
         listening = _listening(host, port, request_budgets)
         launched = _checked(_checked_model(model), settings, [*listening, *(options or [])], not print_command)

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from adafv import defaults
 from adafv.asking.failures import UsageError, check_text, out_of_memory
 from adafv.asking.models import unknown_words, unknown_words_warning
 from adafv.asking.session import Answer, Session, Timing
@@ -29,7 +30,7 @@ from adafv.page.uploads import Uploads
 from adafv.picture import Panel, panels
 
 UNPRUNED = "unpruned"
-METHODS = ("adafv", "saliency")
+METHODS = (defaults.METHOD, "saliency")
 """What is compared when the page opens."""
 MAX_QUESTION = 500
 """Letters; a long text would take the memory and the time of everyone in the queue."""
