@@ -2,15 +2,20 @@
 
 from dataclasses import dataclass
 
-from adafv.core.facets import facet_rounds, facet_steps, worth
+from torch import Tensor
+
+from adafv.core import ImageLayout
+from adafv.core.facets import facet_rounds, facet_steps, fewest, worth
 from adafv.core.likeness import unit_vectors
-from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, VisualTokens
+from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, Plan, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods.base import Method
 from adafv.methods.scope import covering
 
 MOST_ROUNDS = 100
 """A slip of the finger is not to run for hours; a few rounds are enough."""
+LEAST = 1 / 36
+"""Share of an image's tokens that stay at least where they are counted."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,13 @@ class Facet(Method):
         cover: keep, one after the other, the token with the largest worth^2 * sum_j max(0, cos(j, i) - best_j) instead, where
             best_j is the largest cosine of j to a kept token, at first 0, of the tower's output. That is SCOPE's search with
             both scores in place of saliency alone: K steps of N x N. `rounds` does not apply.
+        share: below 1: as few tokens as hold this share of the image's worth squared, at least 1 of 36, and no more than the
+            budget says. How many that are in the mean depends on the model and on the pictures.
     """
 
     rounds: int = 3
     cover: bool = False
+    share: float = 1.0
 
     name = "facet"
     summary = "relevant to the text and striking, times how unlike what is kept"
@@ -45,8 +53,20 @@ class Facet(Method):
             raise OptionError(f"rounds={self.rounds!r}; give a whole number, 0 to {MOST_ROUNDS}")
         if not isinstance(self.cover, bool):
             raise OptionError(f"cover={self.cover!r}; give true or false")
+        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
+            raise OptionError(
+                f"share={self.share!r}; give a number above 0, up to 1, which keeps as many as the budget says"
+            )
         if self.cover:
             object.__setattr__(self, "needs", frozenset({WORDS, SALIENCY, HIDDEN}))
+
+    def plan(self, layout: ImageLayout, keep: int) -> Plan:
+        return Plan(keep if self.share == 1 else None)
+
+    def count(self, tokens: VisualTokens, keep: int) -> Tensor:
+        value = worth(tokens, unit_vectors(tokens.features.detach()))
+        least = min(keep, max(1, round(LEAST * value.shape[-1])))
+        return fewest(value, self.share, tokens.candidates).clamp(least, keep)
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         unit = unit_vectors(tokens.features.detach())
