@@ -851,7 +851,7 @@ class TestInBrowser:
         tab.get_by_role("progressbar", name="Answers").wait_for()
         tab.get_by_role("tab", name="Compare").click()
         visitor.ask()
-        assert set(visitor.answers()) == {UNPRUNED, "adafv", "saliency"}
+        assert set(visitor.answers()) == {UNPRUNED, *METHODS}
         tab.get_by_role("tab", name="Check").click()
         tab.get_by_text(re.compile(r"of 3,600 answers, about .* left")).wait_for()
         tab.get_by_role("button", name="Stop").click()

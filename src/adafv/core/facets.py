@@ -132,3 +132,18 @@ def _nearest_better(unit: Tensor, kept: Tensor, place: Tensor) -> Tensor:
         nearest = found if nearest is None else nearest.maximum(found)
     assert nearest is not None
     return nearest.clamp(0, 1)
+
+
+def fewest(worth: Tensor, share: float, candidates: Tensor) -> Tensor:
+    """[G] long, at least 1: the fewest tokens that hold this share of the image's worth, squared.
+
+    Worth that lies in few tokens says that few tokens show what counts. docs/evidence.md has what that is worth beside other
+    signs, and where it is worth nothing.
+
+    Args:
+        worth: [G, N], not negative.
+        share: above 0, up to 1.
+        candidates: [G, N] bool; others hold nothing.
+    """
+    held = worth.square().masked_fill(~candidates, 0.0).sort(dim=-1, descending=True).values.cumsum(-1)
+    return ((held < share * held[..., -1:]).sum(-1) + 1).clamp(max=worth.shape[-1])

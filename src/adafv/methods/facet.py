@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
-from adafv.core.facets import facet_rounds, facet_steps, of_views, two_scores, worth
+from torch import Tensor
+
+from adafv.core import ImageLayout
+from adafv.core.facets import facet_rounds, facet_steps, fewest, of_views, two_scores, worth
 from adafv.core.likeness import unit_vectors
-from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, VisualTokens
+from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, Plan, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods.base import Method
 from adafv.methods.checks import check_choice
@@ -13,6 +16,8 @@ from adafv.methods.scope import covering
 CROP_CHOICES = ("weighed", "alike")
 MOST_ROUNDS = 100
 """A slip of the finger is not to run for hours; a few rounds are enough."""
+LEAST = 1 / 36
+"""Share of an image's tokens that stay at least where they are counted."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,15 @@ class Facet(Method):
         crops: with `cover`, "weighed", or "alike": every token counts as much, wherever it is from.
         rounds: without `cover`, how often all tokens are judged anew, see `facet_rounds`; 0: one token after the other, K
             serial steps.
+        share: below 1: as few tokens as hold this share of the image's worth squared, at least 1 of 36, and no more than the
+            budget says. How many that are in the mean depends on the model and on the pictures.
     """
 
     rounds: int = 3
     cover: bool = True
     blocks: int = 6
     crops: str = "weighed"
+    share: float = 1.0
 
     name = "facet"
     summary = "relevant to the text and striking, times what a token adds to the coverage of all others"
@@ -55,8 +63,23 @@ class Facet(Method):
         check_choice("crops", self.crops, CROP_CHOICES)
         if not isinstance(self.cover, bool):
             raise OptionError(f"cover={self.cover!r}; give true or false")
+        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
+            raise OptionError(
+                f"share={self.share!r}; give a number above 0, up to 1, which keeps as many as the budget says"
+            )
         if not self.cover:
             object.__setattr__(self, "needs", frozenset({WORDS, SALIENCY}))
+
+    def plan(self, layout: ImageLayout, keep: int) -> Plan:
+        return Plan(keep if self.share == 1 else None)
+
+    def count(self, tokens: VisualTokens, keep: int) -> Tensor:
+        unit = unit_vectors(tokens.features.detach())
+        if self.cover and self.crops == "weighed":
+            tokens, _ = of_views(tokens)
+        value = worth(two_scores(tokens, unit), tokens.candidates)
+        least = min(keep, max(1, round(LEAST * value.shape[-1])))
+        return fewest(value, self.share, tokens.candidates).clamp(least, keep)
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         unit, shown, demand = unit_vectors(tokens.features.detach()), tokens.candidates, None
