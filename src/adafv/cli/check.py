@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from adafv import defaults
 from adafv.asking.failures import UsageError, check_text
 from adafv.asking.models import checked_model, folder_or_id, hub_options
 from adafv.cli.failures import OutputError, failures_as_messages, put, say, warnings_as_messages
@@ -54,7 +55,7 @@ def check(
         list[str] | None,
         typer.Option(
             metavar="METHOD,...",
-            help="Methods to try, with options as in adafv:objective=split; see `adafv methods`. Default: adafv.",
+            help=f"Methods to try, with options as in adafv:objective=split; see `adafv methods`. Default: {defaults.METHOD}.",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -152,7 +153,7 @@ class _Wish:
 
     @property
     def methods(self) -> list[str]:
-        return [part.strip() for each in self.method or ["adafv"] for part in each.split(",")]
+        return [part.strip() for each in self.method or [defaults.METHOD] for part in each.split(",")]
 
 
 def _check(wish: _Wish) -> None:

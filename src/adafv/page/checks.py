@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from adafv import defaults
 from adafv.asking.failures import UsageError, check_text
 from adafv.asking.session import Session
 from adafv.core import Budget
@@ -44,7 +45,7 @@ from adafv.page.uploads import KEPT_SECONDS, MEGABYTE, Uploads
 from adafv.printable import shortened
 
 KEEP = "50%, 25%, 10%, 5%"
-METHODS = ("adafv",)
+METHODS = (defaults.METHOD,)
 """What is tried when the page opens."""
 MAX_FILE = 4 * MEGABYTE
 """Bytes of a file of questions."""
