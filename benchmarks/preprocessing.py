@@ -13,6 +13,7 @@ camera's own. One thread. Processors as checkpoints set them up; both backends o
 """
 
 import argparse
+import importlib.util
 import io
 import statistics
 import time
@@ -71,6 +72,8 @@ def milliseconds(run: Callable[[], object], rounds: int) -> float:
 
 def processor_of(family: str, backend: str) -> Any:
     module, name, options = PROCESSORS[family]
+    if backend == "torchvision" and importlib.util.find_spec("torchvision") is None:
+        raise ImportError("not installed")
     place = f"transformers.models.{module}.image_processing_{'pil_' if backend == 'pil' else ''}{module}"
     made = getattr(__import__(place, fromlist=[name]), name + ("Pil" if backend == "pil" else ""))
     return made(**options)
