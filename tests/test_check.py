@@ -193,7 +193,7 @@ class TestResult:
     def test_goes_on_where_it_was(self, folder: Path, outcome: tuple[Path, Any], tmp_path: Path) -> None:
         """Another budget is asked, and what there is stays."""
         shutil.copy(outcome[0] / "answers.jsonl", tmp_path)
-        more = run("check", folder, *FAST, "--keep", "50%,25%,1", "--output", tmp_path)
+        more = run("check", folder, *FAST, "--keep", "50%,25%,1", "--method", "adafv", "--output", tmp_path)
         assert more.exit_code == 0, more.stderr
         assert "60 answers to give, 48 of them from the last run" in more.stderr
 

@@ -21,6 +21,7 @@ import adafv.asking.session
 from adafv.core import Budget
 from adafv.errors import BudgetError
 from adafv.methods import known_methods
+from adafv.printable import printable
 
 QUESTION = "What is in the picture?"
 Ask = Callable[..., Result]
@@ -60,7 +61,7 @@ class TestAnswer:
     def test_answer_alone_is_on_standard_output(self, ask: Ask) -> None:
         plain, as_json = ask("--keep", "4"), json.loads(ask("--keep", "4", "--json").stdout)
         assert plain.exit_code == 0
-        assert plain.stdout == as_json["answer"] + "\n"
+        assert plain.stdout == printable(as_json["answer"], kept="\n\t") + "\n"
         assert f"kept 4 of {TOKENS} visual tokens (25 %)" in plain.stderr
 
     def test_json(self, ask: Ask, checkpoint: Path) -> None:

@@ -55,7 +55,7 @@ def check(
         list[str] | None,
         typer.Option(
             metavar="METHOD,...",
-            help=f"Methods to try, with options as in adafv:objective=split; see `adafv methods`. Default: {defaults.METHOD}.",
+            help=f"Methods to try, as in adafv:objective=split; see `adafv methods`. Default: {defaults.METHOD}.",
             rich_help_panel=METHOD,
         ),
     ] = None,
