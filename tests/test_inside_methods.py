@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -23,6 +23,8 @@ from adafv.core.cuts import shrinking
 from adafv.core.select import cuts_of
 from adafv.core.tokens import LAST_ATTENTION, SALIENCY, WORD_ATTENTION, WORDS, Cut, Words
 from adafv.engines.serving.settings import ServerSettings
+from adafv.engines.transformers.encoded import _refuse_unwrapped
+from adafv.engines.transformers.layers import _Hook
 from adafv.engines.transformers.releases import CACHE, returned_cache
 from adafv.errors import (
     AdaFVError,
@@ -809,6 +811,15 @@ def test_two_threads() -> None:
         assert all(torch.equal(each, expected[number]) for each in answers)
     assert len(found) == 4
     assert not any(layer._forward_pre_hooks for layer in model.model.language_model.layers)
+
+
+@pytest.mark.parametrize("hook", [_Hook(cast(Any, None), 0), _refuse_unwrapped], ids=["layer", "encoded"])
+def test_a_hook_that_another_thread_is_adding(hook: Any) -> None:
+    """PyTorch notes that a hook wants named arguments after it has noted the hook, and forgets that last."""
+    layer = torch.nn.Linear(2, 2)
+    layer.register_forward_pre_hook(hook, with_kwargs=True)
+    layer._forward_pre_hooks_with_kwargs.clear()
+    assert layer(torch.ones(2)).shape == (2,)
 
 
 def test_calls_in_the_midst_of_one() -> None:

@@ -24,6 +24,7 @@ from PIL import Image
 from processors import photo, processor, speaking_model
 from typer.testing import CliRunner
 
+from adafv import defaults
 from adafv.asking.failures import UsageError
 from adafv.asking.session import Answer, Session, Timing
 from adafv.cli import app
@@ -820,8 +821,8 @@ class TestInBrowser:
         results.locator("tbody tr").first.wait_for()
         rows = [row.inner_text().split("\t")[:3] for row in results.locator("tbody tr").all()]
         assert rows[0] == ["unpruned", "all", "16"]
-        assert rows[2:] == [["adafv", "50 %", "8"], ["adafv", "25 %", "4"]]
-        assert results.locator("article").get_attribute("data-name") == "adafv"
+        assert rows[2:] == [[defaults.METHOD, "50 %", "8"], [defaults.METHOD, "25 %", "4"]]
+        assert results.locator("article").get_attribute("data-name") == defaults.METHOD
         assert "q.jsonl line 7" in results.inner_text()
         with tab.expect_download() as report:
             results.get_by_role("link", name="Report").click()

@@ -276,10 +276,11 @@ def refuse_training(model: Any) -> None:
                 )
 
 
-def _refuse_unwrapped(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _refuse_unwrapped(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
     from adafv.engines.transformers.wrapper import _HANDLE
 
-    if encoded_in(kwargs) is not None and _HANDLE not in model.__dict__:
+    # Without: another thread is just adding or removing this hook, so there are no encoded images yet, or no more.
+    if kwargs is not None and encoded_in(kwargs) is not None and _HANDLE not in model.__dict__:
         raise UnsupportedCallError(
             f"{ENCODED}= is read inside `with AdaFV(keep=...)(model):` and by compress() alone; the stock model would ignore "
             "it; pass the pixels, or wrap the model"

@@ -471,8 +471,10 @@ class _Hook:
     run: InsideRun
     index: int
 
-    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.run.before(self.index, layer, args, kwargs)
+    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        # PyTorch adds and removes a hook, and that it wants the named arguments, one after the other; a call of another
+        # thread in between gets there without them, and is none of this hook's business.
+        return None if kwargs is None else self.run.before(self.index, layer, args, kwargs)
 
     def __reduce__(self) -> Any:
         return _no_hook, ()  # a copy of the model that is made meanwhile is one of the stock model
@@ -482,7 +484,7 @@ def _no_hook() -> Any:
     return _nothing
 
 
-def _nothing(layer: Any, args: Any, kwargs: Any) -> None:
+def _nothing(layer: Any, args: Any, kwargs: Any = None) -> None:
     return None
 
 
