@@ -31,8 +31,8 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     image.save(photo)
 
     def ask(*asked: object, image: object = photo, **more: object) -> Result:
-        settings = ("--model", checkpoint, "--max-new-tokens", 4, "--device", "cpu", "--keep", 4, "--method", "adafv")
-        return run("ask", image, *asked, *settings, **more)
+        settings = ("--model", checkpoint, "--max-new-tokens", 4, "--device", "cpu", "--keep", 4)
+        return run("ask", image, "--method", "adafv", *asked, *settings, **more)
 
     return ask
 
