@@ -42,10 +42,10 @@ PLACES = {
 SELECTING = [name for name, method in known_methods().items() if method.stages == {TOKENS}]
 CHOSEN = [
     "adafv:objective=split",
-    "cdpruner:words=mean:sign=-1:crops=together",
+    "cdpruner:words=mean:sign=-1:views=together",
     "cenprune:on=cdpruner",
     "mmtok:words=content",
-    "scope:alpha=0.5:crops=together",
+    "scope:alpha=0.5:views=together",
 ]
 """Options that make a method read something else, or choose in another way."""
 SHARE = 0.4

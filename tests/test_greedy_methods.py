@@ -165,24 +165,24 @@ def plain_determinantal(
 
 
 def plain_cdpruner(
-    image: Plain, keep: int, words: str = "best", sign: int = 1, crops: str = "each", **options: Any
+    image: Plain, keep: int, words: str = "best", sign: int = 1, views: str = "each", **options: Any
 ) -> list[int]:
     quality = plain_relevance(image, words, sign)
-    return plain_determinantal(image.features, quality, image, keep, each=crops == "each")
+    return plain_determinantal(image.features, quality, image, keep, each=views == "each")
 
 
-def plain_scope(image: Plain, keep: int, alpha: float = 1.0, crops: str = "each") -> list[int]:
+def plain_scope(image: Plain, keep: int, alpha: float = 1.0, views: str = "each") -> list[int]:
     def gain(kept: list[int], token: int) -> float:
         total = 0.0
         for j in image.shown:
-            if crops == "each" and image.crop[j] != image.crop[token]:
+            if views == "each" and image.crop[j] != image.crop[token]:
                 continue
-            own = [i for i in kept if crops == "together" or image.crop[i] == image.crop[j]]
+            own = [i for i in kept if views == "together" or image.crop[i] == image.crop[j]]
             best = max([0.0] + [cosine(image.hidden[i], image.hidden[j]) for i in own])
             total += max(0.0, cosine(image.hidden[token], image.hidden[j]) - best)
         return image.saliency[token] ** alpha * total
 
-    return chosen_by(gain, image, keep, turns=crops == "each")
+    return chosen_by(gain, image, keep, turns=views == "each")
 
 
 def plain_mmtok(image: Plain, keep: int, image_weight: float = 0.5, counting: list[int] | None = None) -> list[int]:
@@ -291,10 +291,10 @@ def plain_blocks(gain: Callable[[list[int], int], float], image: Plain, keep: in
     return sorted(kept + rest[: keep - len(kept)])
 
 
-def plain_views(image: Plain, crops: str) -> tuple[dict[int, float], dict[int, float]]:
+def plain_views(image: Plain, views: str) -> tuple[dict[int, float], dict[int, float]]:
     """Saliency and demand of each token."""
     saliency, demand = {j: image.saliency[j] for j in image.shown}, dict.fromkeys(image.shown, 1.0)
-    if image.tiling is None or crops == "alike":
+    if image.tiling is None or views == "alike":
         return saliency, demand
     thumbnail = [j for j in image.shown if image.crop[j] == 0]
     lies = dict.fromkeys(range(image.crops), 0.0)
@@ -311,9 +311,9 @@ def plain_views(image: Plain, crops: str) -> tuple[dict[int, float], dict[int, f
 
 
 def plain_facet(
-    image: Plain, keep: int, rounds: int = 3, cover: bool = True, blocks: int = 6, crops: str = "weighed"
+    image: Plain, keep: int, rounds: int = 3, cover: bool = True, blocks: int = 6, views: str = "weighed"
 ) -> list[int]:
-    saliency, demand = plain_views(image, crops if cover else "alike")
+    saliency, demand = plain_views(image, views if cover else "alike")
     text, salient = plain_relevance(image), scaled({j: math.sqrt(saliency[j]) for j in image.shown})
     worth = {j: math.sqrt((text[j] + 0.05) * (salient[j] + 0.05)) for j in image.shown}
 
@@ -354,16 +354,16 @@ PLAIN: dict[str, Callable[..., list[int]]] = {
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("facet", {}),
     ("facet", {"blocks": 1}),
-    ("facet", {"blocks": 3, "crops": "alike"}),
+    ("facet", {"blocks": 3, "views": "alike"}),
     ("facet", {"blocks": 0}),
     ("facet", {"cover": False}),
     ("facet", {"cover": False, "rounds": 1}),
     ("facet", {"cover": False, "rounds": 0}),
     ("divprune", {}),
     ("cdpruner", {}),
-    ("cdpruner", {"words": "mean", "sign": -1, "crops": "together"}),
+    ("cdpruner", {"words": "mean", "sign": -1, "views": "together"}),
     ("scope", {}),
-    ("scope", {"alpha": 0.5, "crops": "together"}),
+    ("scope", {"alpha": 0.5, "views": "together"}),
     ("mmtok", {}),
     ("mmtok", {"image_weight": 2.0}),
     ("eadp", {}),
@@ -495,7 +495,7 @@ def test_what_a_device_runs(name: str, options: dict[str, Any], monkeypatch: pyt
         with Watched() as watched:
             method_named(name, **options).select(tokens, keep)
         made.append(len(watched.made))
-    each = options.get("crops", "each") == "each" and name in ("scope", "cdpruner")
+    each = options.get("views", "each") == "each" and name in ("scope", "cdpruner")
     serial = name != "facet" or 0 in (options.get("rounds"), options.get("blocks"))
     assert (made[1] - made[0]) / 4 <= STEP[options.get("on", name)] * serial + 10 * each
     pairs = 2 * tokens.source.shape[1] ** 2 * 4
@@ -579,12 +579,12 @@ STEP = {"facet": 7, "divprune": 5, "cenprune": 6, "cdpruner": 16, "scope": 7, "e
         ("facet", {"cover": 1}),
         ("facet", {"blocks": -1}),
         ("facet", {"blocks": True}),
-        ("facet", {"crops": "each"}),
+        ("facet", {"views": "each"}),
         ("cdpruner", {"words": "worst"}),
         ("cdpruner", {"sign": 0}),
-        ("cdpruner", {"crops": "some"}),
+        ("cdpruner", {"views": "some"}),
         ("scope", {"alpha": -1.0}),
-        ("scope", {"crops": ""}),
+        ("scope", {"views": ""}),
         ("mmtok", {"words": "best"}),
         ("mmtok", {"image_weight": -0.1}),
         ("eadp", {"sharpest": 1.1}),

@@ -1,5 +1,6 @@
 """One matrix over all methods: what holds for every one of them, then what each claims for itself."""
 
+import inspect
 from dataclasses import is_dataclass, replace
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from adafv.core import class_attention, text_to_image_attention, top_tokens
 from adafv.core.tokens import HIDDEN, KEYS, SALIENCY, Words
 from adafv.errors import BudgetError, OptionError
 from adafv.methods import known_methods, method_named
-from adafv.methods.base import LAYERS, TOKENS
+from adafv.methods.base import LAYERS, TAKEN, TOKENS
 
 METHODS = known_methods()
 SELECTING = [name for name, method in METHODS.items() if method.stages == {TOKENS}]
@@ -239,3 +240,7 @@ def test_class_attention_matches_a_sum_over_heads() -> None:
     query, key = torch.randn(8, 10, 4), torch.randn(8, 10, 4)
     halves = (class_attention(query[:4], key[:4], 0.5) + class_attention(query[4:], key[4:], 0.5)) / 2
     torch.testing.assert_close(class_attention(query, key, 0.5), halves)
+
+
+def test_no_option_has_the_name_of_one_of_pruners_own() -> None:
+    assert inspect.signature(Pruner).parameters.keys() - {"parameters"} == TAKEN

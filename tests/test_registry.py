@@ -135,6 +135,7 @@ class TestOtherDistributions:
                 METHOD.replace("    power: float = 1.0", "    def __init__(self, power): pass\n    power = 1"),
                 "takes power without fields of that name",
             ),
+            (METHOD.replace("power", "crops"), "has an option crops, which is one of Pruner's own"),
             (METHOD.replace('name = "outliers"', 'name = "inliers"'), "class is named 'inliers'"),
             (METHOD.replace('    name = "outliers"\n', ""), "has no name"),
             (METHOD.replace("    summary", "    other"), "has no summary"),

@@ -173,6 +173,10 @@ def method_named(name: str, **parameters: Any) -> Method:
     return method(**parameters)
 
 
+TAKEN = frozenset({"keep", "method", "positions", "text", "processor", "video", "logits", "crops", "remember"})
+"""Arguments of `Pruner` beside a method's options: one of the same name could not be given."""
+
+
 def _fault(method: type[Method]) -> str | None:
     """Why a class cannot be offered by name: its options must be known."""
     if "__dataclass_fields__" not in vars(method):
@@ -180,6 +184,8 @@ def _fault(method: type[Method]) -> str | None:
     options = {field.name for field in fields(method) if field.init}  # type: ignore[arg-type]
     if hidden := sorted(set(inspect.signature(method).parameters) - options):
         return f"takes {', '.join(hidden)} without fields of that name; every option is a field of the dataclass"
+    if taken := sorted(TAKEN & options):
+        return f"has an option {', '.join(taken)}, which is one of Pruner's own: rename it"
     if not isinstance(getattr(method, "summary", None), str):
         return "has no summary: set `summary`, one line"
     return None

@@ -11,7 +11,7 @@ from adafv.methods.base import Method
 from adafv.methods.checks import check_choice, check_sign
 
 WORD_CHOICES = ("best", "mean")
-CROP_CHOICES = ("each", "together")
+VIEW_CHOICES = ("each", "together")
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class CDPruner(Method):
     Args:
         words: "best": the largest cosine to any word; "mean": the mean over words.
         sign: 1, or -1 as published: tokens that are unlike the text are relevant.
-        crops: "each": the crops of an image share K alike and do not see each other; "together": one search over all.
+        views: "each": the crops of an image share K alike and do not see each other; "together": one search over all.
     """
 
     words: str = "best"
     sign: int = 1
-    crops: str = "each"
+    views: str = "each"
 
     name = "cdpruner"
     summary = "relevant to the text and unlike each other: determinantal point process"
@@ -44,12 +44,12 @@ class CDPruner(Method):
     def __post_init__(self) -> None:
         check_choice("words", self.words, WORD_CHOICES)
         check_sign(self.sign)
-        check_choice("crops", self.crops, CROP_CHOICES)
+        check_choice("views", self.views, VIEW_CHOICES)
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         unit = unit_vectors(tokens.features.detach())
         quality = relevance(tokens, unit, self.words, self.sign)
-        parts = parts_of(tokens, self.crops)
+        parts = parts_of(tokens, self.views)
         return Kept(determinantal_search(unit, keep, quality, tokens.candidates, parts).indices)
 
 
@@ -65,8 +65,8 @@ def relevance(tokens: VisualTokens, unit: Tensor, words: str, sign: int) -> Tens
     return min_max(best_word_cosines(sign * text, mask, unit), tokens.candidates)
 
 
-def parts_of(tokens: VisualTokens, crops: str) -> Parts | None:
+def parts_of(tokens: VisualTokens, views: str) -> Parts | None:
     """The crops as parts of the image; None where all are searched together."""
-    if crops == "together" or tokens.crops == 1:
+    if views == "together" or tokens.crops == 1:
         return None
     return Parts(crop_of(tokens.source, tokens.rows * tokens.columns), tokens.crops)

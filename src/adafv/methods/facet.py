@@ -13,7 +13,7 @@ from adafv.methods.base import Method
 from adafv.methods.checks import check_choice
 from adafv.methods.scope import covering
 
-CROP_CHOICES = ("weighed", "alike")
+VIEW_CHOICES = ("weighed", "alike")
 MOST_ROUNDS = 100
 """A slip of the finger is not to run for hours; a few rounds are enough."""
 LEAST = 1 / 36
@@ -36,7 +36,7 @@ class Facet(Method):
         cover: false: keep the tokens with the largest worth * (1 - largest cosine to a kept token of more worth) instead,
             of the projected tokens, without N x N cosines. See `adafv.core.facets`.
         blocks: with `cover`, steps of N x N, each of which takes several tokens; 0: K steps, one token each.
-        crops: with `cover`, "weighed", or "alike": every token counts as much, wherever it is from.
+        views: with `cover`, "weighed", or "alike": every token counts as much, wherever it is from.
         rounds: without `cover`, how often all tokens are judged anew, see `facet_rounds`; 0: one token after the other, K
             serial steps.
         share: below 1: as few tokens as hold this share of the image's worth squared, at least 1 of 36, and no more than the
@@ -46,7 +46,7 @@ class Facet(Method):
     rounds: int = 3
     cover: bool = True
     blocks: int = 6
-    crops: str = "weighed"
+    views: str = "weighed"
     share: float = 1.0
 
     name = "facet"
@@ -60,7 +60,7 @@ class Facet(Method):
             raise OptionError(f"rounds={self.rounds!r}; give a whole number, 0 to {MOST_ROUNDS}")
         if isinstance(self.blocks, bool) or not isinstance(self.blocks, int) or self.blocks < 0:
             raise OptionError(f"blocks={self.blocks!r}; give a whole number, 0 or more")
-        check_choice("crops", self.crops, CROP_CHOICES)
+        check_choice("views", self.views, VIEW_CHOICES)
         if not isinstance(self.cover, bool):
             raise OptionError(f"cover={self.cover!r}; give true or false")
         if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
@@ -75,7 +75,7 @@ class Facet(Method):
 
     def count(self, tokens: VisualTokens, keep: int) -> Tensor:
         unit = unit_vectors(tokens.features.detach())
-        if self.cover and self.crops == "weighed":
+        if self.cover and self.views == "weighed":
             tokens, _ = of_views(tokens)
         value = worth(two_scores(tokens, unit), tokens.candidates)
         least = min(keep, max(1, round(LEAST * value.shape[-1])))
@@ -83,7 +83,7 @@ class Facet(Method):
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         unit, shown, demand = unit_vectors(tokens.features.detach()), tokens.candidates, None
-        if self.cover and self.crops == "weighed":
+        if self.cover and self.views == "weighed":
             tokens, demand = of_views(tokens)
         scores = two_scores(tokens, unit).detach()
         value = worth(scores, shown)

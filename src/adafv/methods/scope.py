@@ -9,7 +9,7 @@ from adafv.core.likeness import self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, Kept, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods.base import Method
-from adafv.methods.cdpruner import CROP_CHOICES, parts_of
+from adafv.methods.cdpruner import VIEW_CHOICES, parts_of
 from adafv.methods.checks import check_choice
 
 
@@ -26,12 +26,12 @@ class Scope(Method):
 
     Args:
         alpha: power of the saliency; 0: coverage alone.
-        crops: "each": the crops of an image share K alike and do not see each other, as published; "together": one search
+        views: "each": the crops of an image share K alike and do not see each other, as published; "together": one search
             over all.
     """
 
     alpha: float = 1.0
-    crops: str = "each"
+    views: str = "each"
 
     name = "scope"
     summary = "saliency times what a token adds to the coverage of all others"
@@ -42,10 +42,10 @@ class Scope(Method):
     def __post_init__(self) -> None:
         if not self.alpha >= 0:
             raise OptionError(f"alpha={self.alpha!r}; give 0 or more")
-        check_choice("crops", self.crops, CROP_CHOICES)
+        check_choice("views", self.views, VIEW_CHOICES)
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
-        return covering(tokens, keep, tokens.saliency.detach().float() ** self.alpha, parts_of(tokens, self.crops))
+        return covering(tokens, keep, tokens.saliency.detach().float() ** self.alpha, parts_of(tokens, self.views))
 
 
 def covering(
