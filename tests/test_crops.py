@@ -307,3 +307,21 @@ def test_refused() -> None:
     model.train()
     with AdaFV(keep=8, crops=1)(model), pytest.raises(UnsupportedCallError, match="to train, leave crops out"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("how", ["FSDPModule", "FullyShardedDataParallel", "ds_id"])
+def test_a_sharded_model_is_refused(how: str) -> None:
+    """Processes would wait for each other: one runs the tower once, another twice."""
+    model = ROWS["llava-next"].build()
+    inputs = make_inputs(ROWS["llava-next"], model, [1])
+    tower = model.model.vision_tower
+    if how == "ds_id":  # as ZeRO-3 marks a weight whose parts lie elsewhere
+        next(tower.parameters()).ds_id = 0
+    else:
+        tower.__class__ = type(how, (type(tower),), {})
+    with (
+        torch.no_grad(),
+        AdaFV(keep=4, crops=1)(model),
+        pytest.raises(UnsupportedCallError, match="wait for each other"),
+    ):
+        model(**inputs)

@@ -20,7 +20,7 @@ from adafv.core.select import words_of
 from adafv.core.sending import sent
 from adafv.core.tokens import SALIENCY, Signal
 from adafv.engines.transformers.call import Call, ImageJob
-from adafv.engines.transformers.devices import is_sharded
+from adafv.engines.transformers.devices import spread_over_processes
 from adafv.engines.transformers.encoded import encoded_part
 from adafv.engines.transformers.families.base import Family
 from adafv.engines.transformers.record import ImageRecord
@@ -80,7 +80,7 @@ def check_training(call: Call) -> None:
             f"crops={str(call.settings.crops)!r} runs the tower once or twice, by the picture, which processes that train "
             f"together would wait for in vain, and crops that were left out teach nothing; to train, {MEND}"
         )
-    if call.settings.crops.chosen and any(is_sharded(part) for part in call.model.modules()):
+    if call.settings.crops.chosen and any(spread_over_processes(part) for part in call.model.modules()):
         raise UnsupportedCallError(
             f"crops={str(call.settings.crops)!r} runs the tower once or twice, by the picture, and processes that share the "
             f"weights of a sharded model would wait for each other in vain; {MEND}"

@@ -31,7 +31,7 @@ def sharded_parts_ready(model: Any) -> Iterator[None]:
             those of the projector come later where the part is not the whole model.
     """
     base = model.model
-    around: list[Any] = [part for part in (model, base, getattr(base, "language_model", None)) if is_sharded(part)]
+    around: list[Any] = [part for part in (model, base, getattr(base, "language_model", None)) if _is_sharded(part)]
     if around:
         trained = any(p.requires_grad for name, p in base.named_parameters() if not name.startswith("language_model."))
         if base in around and torch.is_grad_enabled() and trained:
@@ -49,9 +49,9 @@ def sharded_parts_ready(model: Any) -> Iterator[None]:
 def spread_over_processes(module: Any) -> bool:
     """Whether several processes must call this very module together: its weights are gathered from all of them."""
     wrapped = any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
-    return wrapped or is_sharded(module) or any(hasattr(weight, "ds_id") for weight in module._parameters.values())
+    return wrapped or _is_sharded(module) or any(hasattr(weight, "ds_id") for weight in module._parameters.values())
 
 
-def is_sharded(module: Any) -> bool:
+def _is_sharded(module: Any) -> bool:
     """Whether `fully_shard` was called on this very module."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

@@ -84,14 +84,30 @@ class LlavaNext(Llava):
         return Encoded(packed(crops, newline), tower.read(lambda patches: packed(by_crops(patches, layouts))))
 
     def encode_crops(
-        self,
+        self: Llava,
         model: Any,
         visuals: Mapping[str, Any],
         layouts: list[ImageLayout],
         wanted: list[tuple[int, ...]],
         signals: Signals,
     ) -> Encoded:
-        return encode_crops(self, model, visuals, layouts, wanted, signals)
+        """Of models whose projector makes a token of each patch: LLaVA-OneVision's, too.
+
+        As the stock `get_image_features`, which counts crops by the sizes of images, and so cannot leave any out.
+        """
+        layers, reading = self.reads(model, visuals)
+        tower = TappedTower(model.model.vision_tower, layers, signals)
+        states = tower(some_crops(visuals["pixel_values"], layouts, wanted)).hidden_states
+        assert states is not None
+        read = torch.cat([states[index] for index in ([layers] if isinstance(layers, int) else layers)], dim=-1)
+        if reading["vision_feature_select_strategy"] == "default":
+            read = read[:, 1:]
+        features = model.model.multi_modal_projector(read).flatten(0, 1)
+
+        def placed(patches: Tensor) -> list[Tensor]:
+            return of_some_crops(patches, layouts, wanted)
+
+        return Encoded(placed(features), tower.read(placed))
 
     def encode_smaller(
         self, model: Any, visuals: Mapping[str, Any], layouts: list[ImageLayout], grid: tuple[int, int]
@@ -103,33 +119,6 @@ class LlavaNext(Llava):
         assert states is not None
         read = [states[index][:, 1:] for index in ([layers] if isinstance(layers, int) else layers)]
         return list(model.model.multi_modal_projector(torch.cat(read, dim=-1)))
-
-
-def encode_crops(
-    family: Llava,
-    model: Any,
-    visuals: Mapping[str, Any],
-    layouts: list[ImageLayout],
-    wanted: list[tuple[int, ...]],
-    signals: Signals,
-) -> Encoded:
-    """Of models whose projector makes a token of each patch.
-
-    As the stock `get_image_features`, which counts crops by the sizes of images, and so cannot leave any out.
-    """
-    layers, reading = family.reads(model, visuals)
-    tower = TappedTower(model.model.vision_tower, layers, signals)
-    states = tower(some_crops(visuals["pixel_values"], layouts, wanted)).hidden_states
-    assert states is not None
-    read = torch.cat([states[index] for index in ([layers] if isinstance(layers, int) else layers)], dim=-1)
-    if reading["vision_feature_select_strategy"] == "default":
-        read = read[:, 1:]
-    features = model.model.multi_modal_projector(read).flatten(0, 1)
-
-    def placed(patches: Tensor) -> list[Tensor]:
-        return of_some_crops(patches, layouts, wanted)
-
-    return Encoded(placed(features), tower.read(placed))
 
 
 def some_crops(pixel_values: Tensor, layouts: list[ImageLayout], wanted: list[tuple[int, ...]]) -> Tensor:

@@ -17,7 +17,7 @@ from adafv.core import ImageLayout, anyres_layout, anyres_places
 from adafv.core.patches import by_crops, of_images
 from adafv.engines.transformers.families.base import Encoded, Signals
 from adafv.engines.transformers.families.llava import Llava, feature_options
-from adafv.engines.transformers.families.llava_next import encode_crops, newline_of
+from adafv.engines.transformers.families.llava_next import LlavaNext, newline_of
 from adafv.engines.transformers.towers import TappedTower, patch_grid, with_tower
 from adafv.errors import UnsupportedCallError
 from adafv.prompts.prompt import Run
@@ -38,6 +38,7 @@ class LlavaOnevision(Llava):
     saliency = "received"
     downsamples = False
     chooses_crops = True
+    encode_crops = LlavaNext.encode_crops
     as_tensor = ("video",)
 
     def take(
@@ -89,16 +90,6 @@ class LlavaOnevision(Llava):
             return [self._packed(model, visuals, part, size) for part, size in zip(crops, sizes, strict=True)]
 
         return Encoded(list(features), tower.read(packed))
-
-    def encode_crops(
-        self,
-        model: Any,
-        visuals: Mapping[str, Any],
-        layouts: list[ImageLayout],
-        wanted: list[tuple[int, ...]],
-        signals: Signals,
-    ) -> Encoded:
-        return encode_crops(self, model, visuals, layouts, wanted, signals)
 
     def _layout(self, model: Any, visuals: Mapping[str, Any], size: list[int], in_crops: bool) -> ImageLayout:
         stock = sys.modules[type(model.model).__module__]
