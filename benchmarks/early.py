@@ -14,31 +14,26 @@ save.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from adafv.asking.models import checked_model
-from adafv.asking.session import Session
 from adafv.core import Budget, class_attention
 from adafv.core.encoded import EncodedImage
 from adafv.core.tokens import SALIENCY, Kept, VisualTokens
 from adafv.engines.transformers.families.base import family_of
 from adafv.engines.transformers.towers import shape_of
-from adafv.evaluation.accuracy import PARTS, file_data, ways_of, world_data
-from adafv.evaluation.accuracy_report import AccuracyReport, Scores
+from adafv.evaluation.accuracy import ways_of
 from adafv.evaluation.answers import Configuration
-from adafv.evaluation.drawn import side_for
 from adafv.evaluation.first_token import FirstTokenAsker
-from adafv.evaluation.questions import Questions
-from adafv.evaluation.store import Store
 from adafv.methods.adafv import GeometricMean
+from benchmarks.choosing import answer, loaded, options_of
 
 WAYS = [f"{how}:{layer}:{share}" for share in (0.5, 0.25) for layer in (1, 2, 3, 4) for how in ("drop", "merge")]
 GONE = -1.0
@@ -211,38 +206,18 @@ def saved() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("questions", type=Path, nargs="*", help="as for `adafv bench accuracy`; none: drawn scenes")
-    parser.add_argument("--saved", action="store_true", help="count what true shapes would save, and ask nothing")
-    parser.add_argument("--store", type=Path, default=Path("early.jsonl"))
-    parser.add_argument("--part", choices=PARTS, default="choose")
-    parser.add_argument("--count", type=int, default=600, help="of questions")
-    parser.add_argument("--keep", default="10%")
-    parser.add_argument("--ways", nargs="+", default=WAYS)
-    parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--model", default="")
-    parser.add_argument("--choices", help="read the answer off the logits of these: Yes,No")
-    parser.add_argument("--suffix", default="")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.saved:
+    if sys.argv[1:] == ["--saved"]:
         saved()
         return
-    session = Session.load(checked_model(options.model), "float32", torch.device("cpu"))
-    choices = options.choices.split(",") if options.choices else None
-    asker = EarlyAsker(session, choices=choices, suffix=options.suffix)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", default="10%")
+    parser.add_argument("--ways", nargs="+", default=WAYS)
+    options = options_of(parser, 600)
     budget = Budget.of(options.keep)
     asked = [*ways_of(["adafv"], [budget])]
     asked += [Configuration(word, budget, AmongThoseLeft(way=Way.of(word))) for word in options.ways]
-    if options.questions:
-        data = file_data(options.questions, options.part, options.count)
-    else:
-        data = world_data(options.count, side_for(session.model), options.part)
-    with Store(options.store, asker.fingerprint()) as store:
-        _, keys = asker.run(Questions(data.questions, []), asked, store, batch=options.batch)
-        scores = Scores(data, asked, store, keys, rule=data.rule or "auto")
-        report = AccuracyReport("early", [scores], ["adafv"], options.part, False, {}, {"keep": options.keep})
-        print(report.markdown({}))
+    asker = EarlyAsker(loaded(options), choices=options.choices, suffix=options.suffix)
+    answer(asker, asked, options, ["adafv"])
 
 
 if __name__ == "__main__":
