@@ -23,7 +23,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from adafv import AdaFV, compress
+from adafv import AdaFV, Pruner, compress
 from adafv.engines.transformers.releases import CACHE, returned_cache
 from adafv.errors import CacheError, OptionError, UnsupportedCallError
 
@@ -117,6 +117,19 @@ def test_the_lists_of_generate_pass_for_what_they_hold(family: FamilyRow, model:
     assert seen["longest"] == 4
     assert seen["ends"]
     assert not seen["copies"].any()
+
+
+@pytest.mark.parametrize("options", [{"eos_token_id": None}, {"repetition_penalty": None}], ids=str)
+def test_a_setting_that_is_switched_off(family: FamilyRow, model: Any, options: dict[str, Any]) -> None:
+    """None as an argument overrules the model's own configuration."""
+    inputs, own = make_inputs(family, model, [1]), model.generation_config
+    model.generation_config = copy.deepcopy(own)
+    model.generation_config.repetition_penalty = 3.0
+    try:
+        pruned = same_answers(model, inputs, sequence_bias={(END,): 80.0}, **options)
+    finally:
+        model.generation_config = own
+    assert pruned.sequences.shape[1] - inputs["input_ids"].shape[1] == (5 if "eos_token_id" in options else 1)
 
 
 @pytest.mark.parametrize("options", [{"num_return_sequences": 2, "do_sample": True}, {"num_beams": 3}], ids=str)
@@ -283,6 +296,70 @@ def test_a_reset_cache_starts_anew(family: FamilyRow, model: Any) -> None:
         one = first_turn(model, text, **{CACHE: cache})
         assert one.sequences.tolist() == stock.sequences.tolist()
         assert second_turn(model, one.sequences, cache).sequences.tolist() == two.sequences.tolist()
+
+
+def test_a_pruned_cache_is_refused_outside(family: FamilyRow, model: Any) -> None:
+    """The stock model would take what it holds for the first columns of the prompt."""
+    inputs, more = make_inputs(family, model, [1]), torch.tensor([words(2, 5)])
+    text = {"input_ids": torch.tensor([[1, *words(30, 4)]])}
+    with AdaFV(keep=KEEP)(model):
+        one = first_turn(model, inputs)
+        cache = copy.deepcopy(returned_cache(one))
+        with pytest.raises(CacheError, match="inside `with"):  # not by a part of the model, either
+            model.model.language_model(inputs_embeds=torch.zeros(1, 1, 48), **{CACHE: cache})
+        expected = second_turn(model, one.sequences, copy.deepcopy(cache))
+    for held in (cache, pickle.loads(pickle.dumps(cache))):
+        with pytest.raises(CacheError, match="inside `with"):
+            second_turn(model, one.sequences, held)
+        with pytest.raises(CacheError, match="inside `with"):
+            model(input_ids=more, **{CACHE: held})
+    with Pruner("saliency", keep=2)(model):
+        assert second_turn(model, one.sequences, cache).sequences.tolist() == expected.sequences.tolist()
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=200)
+    with AdaFV(keep=KEEP)(model):
+        first_turn(model, inputs, **{CACHE: cache})
+    cache.reset()
+    assert first_turn(model, text, **{CACHE: cache}).sequences.tolist() == first_turn(model, text).sequences.tolist()
+
+
+class Stopped(Exception):
+    """What stops an answer in the midst of it: a reader who has gone, an interrupt."""
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_an_answer_that_was_stopped_goes_on(family: FamilyRow, model: Any, turn: int, tokens: int) -> None:
+    """What is cached of it is known, though `generate` never returned."""
+    inputs = make_inputs(family, model, [1])
+    length, said = inputs["input_ids"].shape[1], []
+    visuals = {name: value for name, value in inputs.items() if name in VISUAL_INPUTS}
+
+    def stop(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        said[:] = ids[0].tolist()
+        if ids.shape[1] - length >= tokens:
+            raise Stopped
+        return scores
+
+    with Pruner("saliency", keep=KEEP)(model):
+        cache = DynamicCache(config=model.config.get_text_config())
+        if turn == 2:
+            one = first_turn(model, inputs, **{CACHE: cache})
+            inputs = {"input_ids": torch.cat((one.sequences, torch.tensor([words(4, 50)])), 1)}
+            length = inputs["input_ids"].shape[1]
+        with pytest.raises(Stopped):
+            model.generate(**inputs, **OPTIONS, logits_processor=[stop], **{CACHE: cache})
+        assert len(said) == length + tokens
+        ids = torch.tensor([[*said, *words(3, 60)]])
+        then = model.generate(input_ids=ids, **OPTIONS, **{CACHE: copy.deepcopy(cache)})
+        whole = model.generate(input_ids=ids, **visuals, **OPTIONS)
+        assert then.sequences.tolist() == whole.sequences.tolist()
+        torch.testing.assert_close(then.scores, whole.scores, **TOLERANCE)
+        other = ids.clone()
+        other[0, 1] += 1
+        with pytest.raises(CacheError, match="from another prompt"):
+            model.generate(input_ids=other, **OPTIONS, **{CACHE: cache})
+    with pytest.raises(CacheError, match="inside `with"):
+        model.generate(input_ids=ids, **OPTIONS, **{CACHE: cache})
 
 
 def test_a_cropped_cache_of_rows_that_begin_with_an_image(family: FamilyRow, model: Any) -> None:

@@ -9,7 +9,8 @@ its stock class, that does the same to what is written on it, as an enabled mode
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from adafv.engines.transformers.compaction import Compaction, nothing_removed
 from adafv.errors import CacheError
 
 _ATTRIBUTE = "_adafv_contents"
+_GUARD = "_adafv_guard"
+"""Set where the stock model by itself would read the cache wrongly, see `opened`."""
 _MEND = "pass the conversation that this cache was made from, continued, or start without a cache"
 
 
@@ -61,11 +64,17 @@ class CacheContents:
         return self.compaction.columns.shape[0]
 
 
-def remember(cache: Any, contents: CacheContents) -> None:
-    """Write on `cache` what it holds; repeated, where it holds several answers to each prompt."""
+def remember(cache: Any, contents: CacheContents, guarded: bool = False) -> None:
+    """Write on `cache` what it holds; repeated, where it holds several answers to each prompt.
+
+    Args:
+        guarded: whether it is refused from then on wherever it is not `opened`. A caller of `compress` runs the stock model
+            on shortened inputs, and so on a cache that is not guarded.
+    """
     if cache is None:
         return
     setattr(cache, _ATTRIBUTE, _for_rows(contents, _rows_held(cache)))
+    setattr(cache, _GUARD, guarded and (contents.compaction.changed or contents.inside is not None))
     if not isinstance(cache, _Followed):
         stock_class: Any = type(cache)
         cache.__class__ = _followed_class(stock_class)
@@ -74,7 +83,21 @@ def remember(cache: Any, contents: CacheContents) -> None:
 def forget(cache: Any) -> None:
     """Take off `cache` what was written on it: it was emptied, and will be filled anew."""
     if cache is not None:
-        cache.__dict__.pop(_ATTRIBUTE, None)
+        for name in (_ATTRIBUTE, _GUARD):
+            cache.__dict__.pop(name, None)
+
+
+@contextmanager
+def opened(cache: Any) -> Iterator[None]:
+    """Within, the stock model may go on with `cache`: what it is called with was brought in line with what is cached."""
+    guarded = getattr(cache, _GUARD, False)
+    if guarded:
+        setattr(cache, _GUARD, False)
+    try:
+        yield
+    finally:
+        if guarded:
+            setattr(cache, _GUARD, True)
 
 
 def _rows_held(cache: Any) -> int | None:
@@ -88,6 +111,17 @@ def _rows_held(cache: Any) -> int | None:
 
 class _Followed:
     """Of a cache on which something is written: what is done to its rows is done to that too."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, _GUARD, False):
+            if cached_length(self) > 0:
+                raise CacheError(
+                    "this cache lacks visual tokens that adafv dropped, and the model by itself would read and extend it as "
+                    "if they were there; go on with `generate` or `forward` inside `with AdaFV(keep=...)(model):`, or start "
+                    "without a cache"
+                )
+            forget(self)  # it was emptied
+        return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         contents = _written(self)

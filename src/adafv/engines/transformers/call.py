@@ -32,7 +32,7 @@ from adafv.engines.transformers.packing import Packing, read_packing
 from adafv.engines.transformers.reading import check_mask, given_prompt, read_prompt
 from adafv.engines.transformers.record import Record
 from adafv.engines.transformers.releases import cache_of
-from adafv.engines.transformers.settings import Settings
+from adafv.engines.transformers.settings import Settings, said
 from adafv.errors import CacheError, PromptError, UnsupportedCallError
 from adafv.methods import Method
 from adafv.prompts.prompt import PlacedImage, Prompt, frames_of, place_images
@@ -172,7 +172,7 @@ def read_call(
     model: Any, family: Family, settings: Settings, inputs: Mapping[str, Any], whole_conversation: bool
 ) -> Call | CompressedInputs:
     """Read a call; where it has nothing to do with pruning, its inputs as they were."""
-    result = CompressedInputs({name: value for name, value in inputs.items() if value is not None})
+    result = CompressedInputs(said(inputs))
     encoded = encoded_in(result)
     visuals, taken = visuals_of(family, result)
     cache = cache_of(result)

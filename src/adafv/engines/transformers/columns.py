@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from adafv.core.sending import sent
 from adafv.engines.transformers.call import Call
 from adafv.engines.transformers.compaction import Compaction, nothing_removed
 from adafv.engines.transformers.packing import BORDERS, LONGEST
 from adafv.engines.transformers.releases import NEWEST_TESTED, OLDEST_TESTED
+from adafv.engines.transformers.settings import GENERATION_SETTINGS
 from adafv.errors import PromptError, UnsupportedCallError
 
 _IGNORED_LABEL = -100
@@ -36,7 +36,6 @@ _KNOWN = {
     *BORDERS,
     *LONGEST,
 }
-_GENERATION_SETTINGS = frozenset(vars(GenerationConfig()))
 
 
 def take_out(call: Call) -> None:
@@ -95,7 +94,7 @@ def refuse_unknown_columns(inputs: Mapping[str, Any], lengths: tuple[int, int]) 
     silently wrong.
     """
     for name, value in inputs.items():
-        if name in _KNOWN or name in _GENERATION_SETTINGS or not isinstance(value, Tensor) or value.dim() == 0:
+        if name in _KNOWN or name in GENERATION_SETTINGS or not isinstance(value, Tensor) or value.dim() == 0:
             continue
         if any(sound in name for sound in ("audio", "feature")):  # of models that hear too
             continue

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from transformers import GenerationConfig
+
 from adafv.core import Budget
 from adafv.core.crops import ALL_CROPS, Crops
 from adafv.engines.transformers.remembered import ImageStore
@@ -17,6 +19,7 @@ from adafv.prompts.text import ChatTemplate, resolve_scope
 POSITIONS = ("compact", "original")
 LOGITS = ("prompt", "kept")
 VIDEO_BUDGETS = ("clip", "frame")
+GENERATION_SETTINGS = frozenset(vars(GenerationConfig()))
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,13 @@ class Settings:
 
 def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
     """A generation setting, by `generate`'s own precedence: argument, generation_config, the model's default."""
-    for source in (arguments.get(name), getattr(arguments.get("generation_config"), name, None)):
-        if source is not None:
-            return source
-    return getattr(model.generation_config, name, None)
+    if name in arguments:
+        return arguments[name]
+    chosen = getattr(arguments.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if chosen is None else chosen
+
+
+def said(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a call's arguments that say something: a generation setting says something as None too, it switches off what
+    the model's own configuration asks for."""
+    return {name: value for name, value in arguments.items() if value is not None or name in GENERATION_SETTINGS}

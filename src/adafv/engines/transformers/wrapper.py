@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from adafv.core import Budget
 from adafv.core.crops import Crops
-from adafv.engines.transformers.cache import holds_pruned, remember
+from adafv.engines.transformers.cache import cached_length, holds_pruned, opened, remember
 from adafv.engines.transformers.call import CompressedInputs
 from adafv.engines.transformers.compress import compress_call
 from adafv.engines.transformers.crops import check_auto, check_crops, check_twice, unsure_rows
@@ -53,7 +53,7 @@ from adafv.engines.transformers.releases import (
     warn_if_untested,
 )
 from adafv.engines.transformers.remembered import ImageStore
-from adafv.engines.transformers.settings import Settings, setting
+from adafv.engines.transformers.settings import Settings, said, setting
 from adafv.errors import AlreadyEnabledError, NoRecordError, UnsupportedCallError
 from adafv.methods import Method
 
@@ -312,10 +312,10 @@ class PrunedModel:
                     output.sequences = restore(output.sequences)
                 elif isinstance(output, torch.Tensor):
                     output = restore(output)
-            if self.settings.logits == "prompt" and call.contents is not None and isinstance(output, ModelOutput):
-                of_generate(output, call)
             one_answer = not own_loop and (setting(self.model, arguments, "num_beams") or 1) == 1
             self._remember(call, output, cache_of(arguments), one_answer)
+            if self.settings.logits == "prompt" and call.contents is not None and isinstance(output, ModelOutput):
+                of_generate(output, call)
         return output
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -338,9 +338,9 @@ class PrunedModel:
             call.compaction = call.new = call.inside.compaction
             call.dropped = call.inside.dropped
         with host_by_default():
+            self._remember(call, output, cache_of(arguments), one_answer=True)
             if self.settings.logits == "prompt" and call.compaction.changed:
                 in_the_callers_columns(output, call, asked)
-            self._remember(call, output, cache_of(arguments), one_answer=True)
         return output.to_tuple() if as_tuple else output
 
     def _concerned(self, arguments: dict[str, Any]) -> bool:
@@ -365,6 +365,15 @@ class PrunedModel:
         return any(value is not None and self.family.named(name) in pixels for name, value in arguments.items())
 
     def _run(self, call: CompressedInputs, function: Callable[..., Any]) -> Any:
+        cache = cache_of(call)
+        with opened(cache):
+            try:
+                return self._run_on_cache(call, function)
+            except BaseException:  # whoever stops an answer goes on with what is cached of it
+                self._remember_interrupted(call, cache)
+                raise
+
+    def _run_on_cache(self, call: CompressedInputs, function: Callable[..., Any]) -> Any:
         record, inside = call.record, call.inside
         if record is None:
             with nullcontext() if inside is None else inside.hooked():
@@ -397,7 +406,17 @@ class PrunedModel:
             contents = contents.rows(torch.arange(len(tokens)).repeat_interleave(len(sequences) // len(tokens)))
             contents = replace(contents, tokens=sequences.cpu())  # with the answer
         for cache in (given_cache, returned_cache(output)):
-            remember(cache, contents)
+            remember(cache, contents, guarded=True)
+
+    @staticmethod
+    def _remember_interrupted(call: CompressedInputs, cache: Any) -> None:
+        """Write on the caller's cache what it holds after an exception."""
+        contents, inside = call.contents, call.inside
+        if contents is None or cached_length(cache) <= call.compaction.columns.shape[1] - call.new.columns.shape[1]:
+            return  # nothing of this call is cached
+        if inside is not None and inside.images:
+            contents = replace(contents, inside=inside.columns_held)
+        remember(cache, contents, guarded=True)
 
 
 _enabling = threading.Lock()
@@ -409,18 +428,13 @@ def _blank(cls: Any) -> Any:
 
 
 def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name, without those that are None."""
+    """All arguments of a call by name, without those that say nothing."""
     if not args:
-        return _present(kwargs)
+        return said(kwargs)
     names = list(inspect.signature(function).parameters)
     if len(args) > len(names):
         raise TypeError(f"{len(args)} positional arguments were given, at most {len(names)} are possible")
-    return _present({**dict(zip(names, args, strict=False)), **kwargs})
-
-
-def _present(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those that are not None."""
-    return {name: value for name, value in arguments.items() if value is not None}
+    return said({**dict(zip(names, args, strict=False)), **kwargs})
 
 
 class _Entry:
