@@ -264,6 +264,9 @@ def test_what_a_crop_enlarges() -> None:
     assert tokens_of_crops(lower) == [16, 0, 0, 16, 16]
     assert Crops.of(1).tokens(lower) == 16  # a crop of which nothing is left may be chosen
     assert Crops.of(3).tokens(lower) == 32
+    # Of a picture of 1 x 900 pixels nothing is left but the thumbnail.
+    line = anyres_layout(places[0], (2, 2), 4, 4)
+    assert enlarged_in(line).view(4, 4).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
 
 
 def test_tokens_that_are_mixed_of_crops() -> None:

@@ -9,6 +9,7 @@ import transformers
 from models import DEEP, FAMILIES, FamilyRow, image_lengths, llava, llava_next, llava_next_images, make_inputs
 from oracle import equal
 from packaging.version import Version
+from sharing import shared_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adafv import AdaFV, Pruner
@@ -241,6 +242,19 @@ def test_videos_are_refused_where_there_is_no_support(any_family: FamilyRow, any
         elif any_family.videos is not None:  # more frames than the prompt has placeholders for
             with pytest.raises((PromptError, UnsupportedCallError)):
                 any_model(**inputs, **any_family.videos(any_model, [[any_family.clips[0]]], 0)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "two"),
+    [("llava-onevision", "image_sizes", "batch_num_images"), ("video-llama3", "image_grid_thw", "image_merge_sizes")],
+)
+def test_inputs_that_speak_of_different_numbers_of_images(name: str, one: str, two: str) -> None:
+    row = next(row for row in FAMILIES if row.name == name)
+    with shared_model(row) as model, AdaFV(keep=3)(model):
+        inputs = make_inputs(row, model, [1, 1])
+        for short in (one, two):
+            with pytest.raises(PromptError, match=f"{one} speaks of . and {two} of ."):
+                model(**{**inputs, short: inputs[short][:1]})
 
 
 def test_a_replaced_forward_inside_the_tower_is_refused() -> None:

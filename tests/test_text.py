@@ -119,6 +119,12 @@ def test_processors_without_a_usable_template() -> None:
             warnings.simplefilter("error")
             assert AdaFV(keep=0.1, processor=made, text="turn").settings.scope == "turn"
             assert AdaFV(keep=0.1, processor=made, variant="published").settings.scope == "after"
+    alone = made.tokenizer
+    alone.chat_template = made.chat_template
+    with pytest.raises(OptionError, match="AutoProcessor"):
+        AdaFV(keep=0.1, processor=alone, text="question")
+    with pytest.warns(UserWarning, match="a tokenizer alone.*text='turn'"):
+        assert AdaFV(keep=0.1, processor=alone).settings.scope == "turn"
 
 
 def test_the_default_scope() -> None:

@@ -107,11 +107,13 @@ def enlarged_in(layout: ImageLayout) -> Tensor:
     source = layout.source.numpy()
     own = source[(source >= 0) & (source < layout.rows * layout.columns)]
 
-    def tile(index: Any, count: int, there: Any) -> Any:
-        first, size = there.min(), there.max() + 1 - there.min()
-        return (first + (2 * index + 1) * size // (2 * count)) // count
+    def tile(index: Any, count: int, tiles: int, there: Any) -> Any:
+        # An image as thin as a line is cut off as a whole, padding and all: then no crop shows more than another.
+        first, end = (there.min(), there.max() + 1) if there.size else (0, count * tiles)
+        return (first + (2 * index + 1) * (end - first) // (2 * count)) // count
 
-    rows, columns = tile(own // layout.columns, layout.rows, down), tile(own % layout.columns, layout.columns, across)
+    rows = tile(own // layout.columns, layout.rows, layout.tiling[0], down)
+    columns = tile(own % layout.columns, layout.columns, layout.tiling[1], across)
     return torch.from_numpy(1 + rows * layout.tiling[1] + columns)
 
 

@@ -66,6 +66,11 @@ class ChatTemplate:
         """
         if getattr(processor, "chat_template", None) is None:
             raise OptionError("text='question' needs a processor with a chat template; use text='turn' or 'after'")
+        if not hasattr(processor, "tokenizer"):
+            raise OptionError(
+                f"text='question' needs the processor, and a {type(processor).__name__} is a tokenizer alone; pass "
+                "AutoProcessor.from_pretrained(...)"
+            )
         renderer = _Renderer.of(processor)
         shown = renderer.written("image user")
         if shown is None or IMAGE not in shown.text.letters:

@@ -1,7 +1,7 @@
 """The interface of a model family, and how a model finds its family."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from adafv.core.select import MIX_TOKENS
 from adafv.core.tokens import READ, SALIENCY, Signal
 from adafv.engines.transformers.releases import one_by_one
 from adafv.engines.transformers.towers import TowerShape, shape_of
-from adafv.errors import UnsupportedModelError
+from adafv.errors import PromptError, UnsupportedModelError
 from adafv.prompts.prompt import Run
 from adafv.registry import Found, cause, find
 
@@ -273,6 +273,20 @@ class Family(ABC):
             return BaseModelOutputWithPooling(pooler_output=torch.stack(features))  # type: ignore[arg-type]
         # A tensor has one length: then every token goes as an image of its own. They are read one after the other.
         return BaseModelOutputWithPooling(pooler_output=one_by_one(torch.cat(features)))  # type: ignore[arg-type]
+
+
+def paired(one: str, of_one: Sequence[Any], two: str, of_two: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """What two inputs say of each image.
+
+    Raises:
+        PromptError: they speak of different numbers of images.
+    """
+    if len(of_one) != len(of_two):
+        raise PromptError(
+            f"{one} speaks of {len(of_one)} and {two} of {len(of_two)}; pass both as the processor returned them for these "
+            "prompts"
+        )
+    return list(zip(of_one, of_two, strict=True))
 
 
 def in_order(patches: Tensor, layout: ImageLayout, filler: Tensor | None = None) -> Tensor:

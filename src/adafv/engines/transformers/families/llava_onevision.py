@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from adafv.core import ImageLayout, anyres_layout, anyres_places
 from adafv.core.patches import by_crops, of_images
-from adafv.engines.transformers.families.base import Encoded, Signals
+from adafv.engines.transformers.families.base import Encoded, Signals, paired
 from adafv.engines.transformers.families.llava import Llava, feature_options
 from adafv.engines.transformers.families.llava_next import LlavaNext, newline_of
 from adafv.engines.transformers.towers import TappedTower, patch_grid, with_tower
@@ -66,8 +66,8 @@ class LlavaOnevision(Llava):
     def layouts(self, model: Any, modality: str, visuals: Mapping[str, Any], runs: list[Run]) -> list[ImageLayout]:
         if modality == "video":
             return self._video_layouts(model, visuals)
-        sizes = map(tuple, torch.as_tensor(visuals["image_sizes"]).tolist())
-        shown = list(zip(sizes, _in_crops(visuals), strict=True))
+        sizes = list(map(tuple, torch.as_tensor(visuals["image_sizes"]).tolist()))
+        shown = paired("image_sizes", sizes, "batch_num_images", _in_crops(visuals))
         known = {each: self._layout(model, visuals, list(each[0]), each[1]) for each in set(shown)}  # once per size
         return [known[each] for each in shown]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.core.patches import of_images
-from adafv.engines.transformers.families.base import Encoded, Family, Signals
+from adafv.engines.transformers.families.base import Encoded, Family, Signals, paired
 from adafv.engines.transformers.towers import TowerShape, with_tap
 from adafv.prompts.prompt import Run
 
@@ -67,7 +67,7 @@ class VideoLlama3(Family):
     def _grids(self, modality: str, visuals: Mapping[str, Any]) -> list[tuple[int, int, int]]:
         """(frames, rows, columns) of tokens of every image or video, before any is left out."""
         _, grid, merge, *_ = self.inputs(modality)
-        sizes = zip(visuals[grid].tolist(), visuals[merge].tolist(), strict=True)
+        sizes = paired(grid, visuals[grid].tolist(), merge, visuals[merge].tolist())
         return [(frames, rows // side, columns // side) for (frames, rows, columns), side in sizes]
 
     def _kept(self, modality: str, visuals: Mapping[str, Any]) -> list[Tensor]:
