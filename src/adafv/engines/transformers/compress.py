@@ -182,6 +182,8 @@ def write(call: Call) -> None:
     # The stock model counts placeholders, masked or not, as in a row that fills up a distributed batch.
     visual = prompt.is_visual
     result.dropped = ~stays
+    if (prompt.arrays.is_visual & ~prompt.arrays.attended).any():  # what is masked is padding, which becomes no NaN
+        result.dropped &= sent(prompt.attended, stays.device)
     result.new = compact(prompt.attended | visual, dropped, stays, visual.any(1), needs_guard(call))
     result.compaction = call.prefix.then(result.new)
     delta = attended = None
