@@ -476,7 +476,9 @@ def _question(record: Any, where: str, place: str, picture: Any) -> Question:
         letters = [letter_of(number) for number in range(len(choices))]
         for letter, choice in zip(letters, choices, strict=True):
             if choice in answers and choice.upper() in letters and choice.upper() != letter:
-                raise ValueError(f"has the answer {choice}, which is one choice and the letter of another; give its letter")
+                raise ValueError(
+                    f"has the answer {choice}, which is one choice and the letter of another; give its letter"
+                )
     name, group = values["name"], values["group"]
     if group is not None and not (isinstance(group, (str, int)) and str(group).strip()):
         raise ValueError("has a group that is neither text nor a number; give another")
