@@ -224,8 +224,8 @@ class Store:
             if there.get(name) != now.get(name):
                 raise StoreError(
                     f"{self._shown} holds answers with another {name.replace('_', ' ')} "
-                    f"({shortened(there.get(name), 60)}, now {shortened(now.get(name), 60)}); choose another place, or remove "
-                    "the file"
+                    f"({shortened(there.get(name), 60)}, now {shortened(now.get(name), 60)}); choose another place, or "
+                    "remove the file"
                 )
 
 
