@@ -87,7 +87,7 @@ def test_in_several_batches(
 
 def test_one_a_line(ask: Ask, alone: list[dict[str, Any]], stores: list[ImageStore]) -> None:
     lines = f"{QUESTIONS[0]}\r\n\n  \n{QUESTIONS[1]}\n{QUESTIONS[2]}"
-    same(ask("-", "--json", input=lines), alone, 1)
+    same(ask("-", "--json", input=b"\xef\xbb\xbf" + lines.encode()), alone, 1)
     assert (stores[0].misses, stores[0].hits) == (1, 2)
 
 

@@ -208,6 +208,7 @@ class TestRefusals:
             (b"just some text", "give a JPEG"),
             (b"<!DOCTYPE html><html></html>", "web page"),
             (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+            (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is HEIC"),
             (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "give a JPEG"),
             (b"%PDF-1.7", "give a JPEG"),
         ],

@@ -1,6 +1,7 @@
 """Questions from files: what is read, what is wrong with a record and on which line, and when an answer is right."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,33 @@ class TestReading:
         assert (one.text, one.answers, one.name) == ("what, then?", ("cat", "a cat"), "q1")
         assert (other.text, other.answers) == ("two\nlines", None)
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "image;question;answer\r\ncat.png;what, then?;cat|a cat\r\n",
+            "image\tquestion\tlabel\ncat.png\twhat, then?\tcat|a cat\n",
+            'Image, Question, Answer\ncat.png, "what, then?", cat|a cat\n',
+        ],
+    )
+    def test_csv_as_spreadsheets_write_it(self, folder: Path, text: str) -> None:
+        path = folder / "table.csv"
+        path.write_text(text, "utf-8-sig", newline="")
+        [one] = read_questions(path).checked("refuse").questions
+        assert (one.picture.name, one.text, one.answers) == ("cat.png", "what, then?", ("cat", "a cat"))
+
+    @pytest.mark.parametrize(
+        ("first", "said"),
+        [
+            ("cat.png,what?,cat", "has no column image; its first line names cat.png, what?, cat"),
+            ("image,answer", "has no column question"),
+            ("image,question,answer,Answer", "has the column answer twice"),
+        ],
+    )
+    def test_csv_without_names_of_columns(self, folder: Path, first: str, said: str) -> None:
+        (folder / "table.csv").write_text(f"{first}\ncat.png,what?,cat\n")
+        with pytest.raises(QuestionsError, match=re.escape(said)):
+            read_questions(folder / "table.csv")
+
     def test_vqas_annotations_and_truth_values(self, folder: Path) -> None:
         path = written(folder, {**CAT, "answers": [{"answer": "red"}, {"answer": "blue"}]}, {**CAT, "answer": True})
         assert [each.answers for each in read_questions(path).questions] == [("red", "blue"), ("yes",)]
@@ -95,6 +123,8 @@ class TestBadRecords:
             ({**CAT, "boxes": [0, 0, 10**400, 5]}, "has boxes that are none"),
             ({**CAT, "answer": 1, "choices": ["a dog", "a bird"]}, "none of its choices"),
             ({**CAT, "choices": ["one"]}, "give 2 to 26"),
+            ({**CAT, "choices": ["one", "two", "one "]}, "has a choice twice"),
+            ({**CAT, "answer": "A", "choices": ["B", "C", "A"]}, "the letter of another"),
             ({**CAT, "boxes": [3, 2, 1, 4]}, "has boxes that are none"),
             ({**CAT, "boxes": "left"}, "has boxes that are none"),
             ({**CAT, "id": []}, "has an id"),
@@ -227,6 +257,24 @@ class TestMatching:
     @pytest.mark.parametrize("right", ["B", "dog"])
     def test_choices(self, answer: str, expected: float, right: str) -> None:
         assert score(answer, question(right, choices=("a cat", "a dog"))) == expected
+
+    @pytest.mark.parametrize(
+        ("choices", "right", "answer", "expected"),
+        [
+            (("+", "-"), "-", "-", 1),
+            (("+", "-"), "-", "+", 0),
+            (("+", "-"), "-", "B", 1),
+            (("+", "-"), "-", "A", 0),
+            (("It's", "Its"), "Its", "Its", 1),
+            (("It's", "Its"), "Its", "It's", 0),
+            (("the", "a"), "A", "A", 1),
+            (("the", "a"), "A", "a", 0),
+        ],
+    )
+    def test_choices_that_normalising_would_make_the_same(
+        self, choices: tuple[str, ...], right: str, answer: str, expected: float
+    ) -> None:
+        assert score(answer, question(right, choices=choices)) == expected
 
     def test_nobody_said_what_is_right(self) -> None:
         assert score("x", question()) is None

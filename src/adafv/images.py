@@ -38,6 +38,7 @@ MAX_SCALED_PIXELS = 32_000_000
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000")
 """What is opened, by Pillow's names."""
 _WELL_KNOWN = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP"}
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 _BAND = 64
 """Rows."""
 _TILE_TAGS = (322, 323)
@@ -178,6 +179,8 @@ def _opened(data: bytes, name: str, formats: Sequence[str]) -> Image.Image:
             mend = "it is an SVG drawing: export it as PNG first"
         elif start.startswith((b"<!doctype html", b"<html")):
             mend = "it is a web page: give the address of the picture itself"
+        elif data[4:8] == b"ftyp" and data[8:12] in _HEIC:
+            mend = "it is HEIC, as telephones write it: save it as JPEG first"
         else:
             mend = _use(formats)
         raise ImageError(f"{name} is not an image that can be read, or its header is damaged; {mend}") from error

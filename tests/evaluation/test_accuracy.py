@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,15 @@ class TestReport:
         assert float(same["minus adafv"]) == rows["random", "0.1"]["minus"]["adafv"]["mean"]
         assert {row["kind"] for row in listed} == {"all", "colour", "count", FAINT}
 
+    def test_one_picture_is_no_certainty(self, tmp_path: Path) -> None:
+        """Nothing can vary between pictures, whatever the answers to its questions."""
+        report = self.made(tmp_path)
+        [scores] = report.scores
+        scores.questions = {name: replace(each, group="one") for name, each in scores.questions.items()}
+        for row in report.rows():
+            assert row["right"]["half_of_95"] == 1.0
+            assert all(minus["half_of_95"] == 1.0 for minus in row.get("minus", {}).values())
+
     def test_figure(self, tmp_path: Path) -> None:
         report = self.made(tmp_path)
         figure = report.figure(report.scores[0])
@@ -360,6 +370,18 @@ class TestCommand:
         assert {row["method"] for row in rows} == {UNPRUNED, BLANK, GUESS, "random", "adafv", "adafv:text=turn"}
         sure = run("bench", "accuracy", folder, *options, "--sure")
         assert all(0 < row["sure"]["mean"] < 1 for row in json.loads(sure.stdout)["rows"])
+
+    def test_files_of_one_name_and_copies_of_one_picture(self, tmp_path: Path) -> None:
+        """Each question on its own picture; a picture under two names is one, and what is broken is counted."""
+        one = photos(tmp_path / "one", [("a.png", "yes"), ("b.png", "no")])
+        other = photos(tmp_path / "other", [("b.png", "no"), ("c.png", "no")])
+        (other / "images" / "b.png").write_bytes((one / "images" / "a.png").read_bytes())
+        (other / "images" / "c.png").write_bytes(b"broken")
+        options = ["--keep", "50%", "--methods", "random", "--against", "random", "--bad-records", "skip", "--json"]
+        result = run("bench", "accuracy", one, other, *options, "--store", tmp_path / "store")
+        assert result.exit_code == 0, result.output
+        [data] = json.loads(result.stdout)["data"]
+        assert (data["questions"], data["pictures"], data["bad"]) == (3, 2, 1)
 
     @pytest.mark.slow
     def test_processes_and_shares_answer_as_one_process(self, tmp_path: Path) -> None:

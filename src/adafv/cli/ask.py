@@ -1,5 +1,6 @@
 """`adafv ask`: questions about one image, and what pruning did."""
 
+import codecs
 import io
 import itertools
 import json
@@ -430,6 +431,7 @@ def _at_a_terminal() -> bool:
 def _lines(terminal: bool) -> Iterator[tuple[int, str]]:
     """(number, text) of the lines of standard input; bytes that are not UTF-8 are left for `check_text` to name."""
     stream = getattr(sys.stdin, "buffer", sys.stdin)
+    bom = codecs.BOM_UTF8  # which some shells put in front of what they pipe
     for place in itertools.count(1):
         if terminal:
             sys.stderr.write("question> ")
@@ -443,7 +445,9 @@ def _lines(terminal: bool) -> Iterator[tuple[int, str]]:
             raise UsageError(
                 f"line {place} of standard input has more than {LONGEST_LINE - 1} bytes; shorten the question"
             )
-        yield place, line if isinstance(line, str) else line.decode("utf-8", "surrogateescape")
+        if isinstance(line, bytes):
+            line = (line.removeprefix(bom) if place == 1 else line).decode("utf-8", "surrogateescape")
+        yield place, line
 
 
 def _result(

@@ -379,7 +379,7 @@ def _answered(
         ways = [way for way in ways if way not in refusals]
         scores = []
         for each in data:
-            keys = _filled(wish, asker, model, each, ways, store, settings, share)
+            each, keys = _filled(wish, asker, model, each, ways, store, settings, share)
             _tell_of_nothing_pruned(each.name, ways, store, keys)
             rule = wish.rule or each.rule or "auto"
             scores.append(Scores(each, ways, store, keys, what=SURE if wish.sure else RIGHT, rule=rule))
@@ -424,8 +424,10 @@ def _filled(
     store: "Store",
     settings: dict[str, Any],
     share: tuple[int, int],
-) -> dict[str, str]:
-    """Ask what the store lacks; keys of the questions in the store, by name."""
+) -> "tuple[Data, dict[str, str]]":
+    """Ask what the store lacks. What was answered, grouped by pictures, and the keys in the store by name."""
+    from dataclasses import replace
+
     from adafv.evaluation.accuracy import Job, run_in_processes, share_of
     from adafv.evaluation.answers import Progress
     from adafv.evaluation.questions import Question, Questions
@@ -445,5 +447,5 @@ def _filled(
     elif share[1] > 1:
         listed = Questions(share_of(data.questions, *share, wish.batch), [])
     listed = asker.check(listed, wish.bad_records)
-    _, keys = asker.run(listed, ways, store, batch=wish.batch, policy=wish.bad_records, progress=progress)
-    return keys
+    answered, keys = asker.run(listed, ways, store, batch=wish.batch, policy=wish.bad_records, progress=progress)
+    return replace(data, questions=answered.questions, bad=data.bad + len(answered.bad)), keys

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from adafv.cli.failures import failures_as_messages
+from adafv.cli.failures import failures_as_messages, put
 
 
 def env(
@@ -19,4 +19,4 @@ def env(
         from adafv.environment import as_text, environment
 
         facts = environment()
-        typer.echo(json.dumps(facts) if as_json else as_text(facts))
+        put(json.dumps(facts) if as_json else as_text(facts))

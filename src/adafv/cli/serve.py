@@ -7,7 +7,7 @@ import typer
 
 from adafv.asking.failures import UsageError
 from adafv.asking.models import folder_or_id
-from adafv.cli.failures import failures_as_messages
+from adafv.cli.failures import failures_as_messages, put
 from adafv.cli.options import METHOD, DefaultMethodOption, MethodOptions, ObjectiveOption, TextOption, with_shorthands
 from adafv.core.budget import Budget
 from adafv.defaults import method_or_default
@@ -104,8 +104,10 @@ def _listening(host: str | None, port: int | None, request_budgets: bool) -> lis
 
 def _run(launched: "Launch", print_command: bool) -> None:
     """Run it, or only say what would be."""
-    typer.echo(launched.shown, err=not print_command)
-    if not print_command:
+    if print_command:
+        put(launched.shown)
+    else:
+        typer.echo(launched.shown, err=True)
         launched.run()
 
 

@@ -77,10 +77,12 @@ def file_data(sources: Sequence[Path], part: str = ALL, most: int = 0, policy: s
     """
     found: list[Question] = []
     bad = 0
-    for source in sources:
+    names = [source.name for source in sources]
+    for source in dict.fromkeys(sources):
         read = read_questions(source).checked(policy)
         bad += len(read.bad)
-        several = len(sources) > 1
+        # Two files may have the same name in two folders, and a question is known by its name.
+        called = str(source) if names.count(source.name) > 1 else source.name
         for each in read.questions:
             if each.answers is None:
                 raise QuestionsError(
@@ -88,7 +90,7 @@ def file_data(sources: Sequence[Path], part: str = ALL, most: int = 0, policy: s
                     "check`, which compares with the unpruned model"
                 )
             if belongs(each.cluster, part):
-                found.append(_renamed(each, f"{source.name}: {each.name}") if several else each)
+                found.append(_renamed(each, f"{called}: {each.name}") if len(sources) > 1 else each)
     if most and found:
         by_picture: dict[str, list[Question]] = defaultdict(list)
         for each in found:

@@ -130,7 +130,7 @@ class Scores:
         values = [mine[name] - (other[name] if minus else 0.0) for name in names]
         clusters = [self.questions[name].cluster for name in names]
         mean, half = interval(values, clusters)
-        if len(set(values)) == 1:  # nothing varied, which is no certainty: the rule of three
+        if half < 1e-9:  # nothing varied from picture to picture, which is no certainty: the rule of three
             half = min(1.0, 3 / len(set(clusters)))
         return Mean(mean, half, len(names))
 

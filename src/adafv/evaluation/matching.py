@@ -56,8 +56,8 @@ def score(answer: str, question: Question, rule: str = "auto") -> float | None:
     """
     if question.answers is None:
         return None
-    right = [normalised(each) or each.strip().lower() for each in question.answers]
-    said = normalised(answer) or answer.strip().lower()
+    right = [_compared(each) for each in question.answers]
+    said = _compared(answer)
     if question.choices and rule == "auto":
         return float(_chosen(answer, question.choices) in right_choices(question.answers, question.choices))
     counts = Counter(right)
@@ -70,22 +70,28 @@ def score(answer: str, question: Question, rule: str = "auto") -> float | None:
 
 def _chosen(answer: str, choices: Sequence[str]) -> int | None:
     """The place of the choice that an answer names."""
-    texts = [normalised(choice) for choice in choices]
-    said = normalised(answer)
-    if said in texts:
-        return texts.index(said)
-    found = _LETTER.match(answer.strip())
-    if found is not None:
+    place = place_of(answer, choices)
+    if place is None and (found := _LETTER.match(answer.strip())):
         place = ord(found[1].upper()) - ord("A")
-        return place if place < len(choices) else None
-    return None
+    return place if place is not None and place < len(choices) else None
+
+
+def place_of(answer: str, choices: Sequence[str]) -> int | None:
+    """The place of the choice whose text or letter an answer is: its text to the last sign, its letter, or else its text
+    as answers are compared. "A" is a letter, though it would be an article, and "-" a text, though it would be a sign."""
+    said = answer.strip()
+    if said in choices:
+        return list(choices).index(said)
+    if (letter := said.upper()) in (letters := [letter_of(place) for place in range(len(choices))]):
+        return letters.index(letter)
+    texts = [_compared(choice) for choice in choices]
+    return texts.index(_compared(answer)) if _compared(answer) in texts else None
+
+
+def _compared(text: str) -> str:
+    return normalised(text) or text.strip().lower()
 
 
 def right_choices(answers: Sequence[str], choices: Sequence[str]) -> set[int | None]:
     """Places of the choices that are right, by their texts or letters; empty where an answer is none of them."""
-    texts = [normalised(choice) for choice in choices]
-    places: set[int | None] = set()
-    for answer in answers:
-        letters = [place for place in range(len(choices)) if answer.strip().upper() == letter_of(place)]
-        places.update(letters or [place for place, text in enumerate(texts) if text == normalised(answer)])
-    return places
+    return {place for answer in answers if (place := place_of(answer, choices)) is not None}

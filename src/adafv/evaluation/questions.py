@@ -253,7 +253,9 @@ def read_questions(source: str | Path, *, within: Path | None = None) -> Questio
             )
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise QuestionsError(f"{shown} is not UTF-8 (byte {error.start:,}); save it as UTF-8") from error
+        raise QuestionsError(
+            f"{shown} is not UTF-8 (byte {error.start:,}); save it as UTF-8 (spreadsheets: as CSV UTF-8)"
+        ) from error
     except (OSError, ValueError) as error:
         if isinstance(error, QuestionsError):
             raise
@@ -332,23 +334,46 @@ def _json_lines(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(text: str, shown: str) -> Iterator[tuple[str, Any]]:
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    first = text.lstrip("\r\n").partition("\n")[0]
+    # Spreadsheets write semicolons where the comma stands in numbers.
+    separator = max(",;\t", key=first.count)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
+    known = {name.lower(): name for names in NAMES.values() for name in names}
+    several = {*NAMES["answers"], *NAMES["choices"]}
     try:
+        columns = [known.get(name.strip().lower(), name.strip()) for name in rows.fieldnames or ()]
+        if columns:
+            _check_columns(columns, shown)
+            rows.fieldnames = columns
         for row in rows:
-            record = {name: value for name, value in row.items() if name is not None and value}
+            record: dict[str, Any] = {name: value for name, value in row.items() if name is not None and value}
             where = f"line {rows.line_num}"
             if None in row:
-                yield where, BadRecord(where, "has more fields than the first line; put quotes around commas")
+                yield where, BadRecord(where, f"has more fields than the first line; put quotes around {separator!r}")
                 continue
-            for several in ("answers", "choices", "options"):
-                if several in record:
-                    record[several] = [part.strip() for part in record[several].split("|")]
+            for name in several & record.keys():
+                record[name] = [part.strip() for part in record[name].split("|")]
             if record:
                 yield where, record
     except csv.Error as error:
         raise QuestionsError(
-            f"{shown} is not CSV (line {rows.line_num}: {shortened(error)}); check its quotes"
+            f"{shown} is not CSV (line {rows.reader.line_num}: {shortened(error)}); check its quotes"
         ) from error
+
+
+def _check_columns(columns: Sequence[str], shown: str) -> None:
+    """Refuse a first line that names no columns of questions, or one twice, of which the last alone would count."""
+    for part in ("image", "text"):
+        if not set(NAMES[part]) & set(columns):
+            raise QuestionsError(
+                f"{shown} has no column {NAMES[part][0]}; its first line names {shortened(', '.join(columns))}, and should "
+                "be as in: image,question,answer"
+            )
+    twice = [name for place, name in enumerate(columns) if name and name in columns[:place]]
+    if twice:
+        raise QuestionsError(
+            f"{shown} has the column {shortened(twice[0])} twice; put several answers into one, with | between them"
+        )
 
 
 def _checked_path(value: Any) -> str:
@@ -440,12 +465,20 @@ def _question(record: Any, where: str, place: str, picture: Any) -> Question:
     choices = _texts(values["choices"], "choices")
     if choices is not None and not 2 <= len(choices) <= 26:
         raise ValueError(f"has {len(choices)} choices; give 2 to 26")
+    if choices and len(set(choices)) < len(choices):
+        raise ValueError("has a choice twice; give each once")
     answers = _texts(values["answers"], "answers")
     if choices and answers:
         from adafv.evaluation.matching import right_choices  # which knows questions
 
         if not right_choices(answers, choices):
             raise ValueError("has an answer that is none of its choices; give the text of one, or its letter")
+        letters = [letter_of(number) for number in range(len(choices))]
+        for letter, choice in zip(letters, choices, strict=True):
+            if choice in answers and choice.upper() in letters and choice.upper() != letter:
+                raise ValueError(
+                    f"has the answer {choice}, which is one choice and the letter of another; give its letter"
+                )
     name, group = values["name"], values["group"]
     if group is not None and not (isinstance(group, (str, int)) and str(group).strip()):
         raise ValueError("has a group that is neither text nor a number; give another")

@@ -219,14 +219,22 @@ class Store:
                 f"{self._shown} was written by another version of adafv (store {shortened(head['store'])}); choose another "
                 "place, or remove the file"
             )
-        there = head["fingerprint"]
-        for name in sorted({*there, *self.fingerprint}):
-            if there.get(name) != self.fingerprint.get(name):
+        there, now = _flat(head["fingerprint"]), _flat(self.fingerprint)
+        for name in sorted({*there, *now}):
+            if there.get(name) != now.get(name):
                 raise StoreError(
                     f"{self._shown} holds answers with another {name.replace('_', ' ')} "
-                    f"({shortened(there.get(name), 60)}, now {shortened(self.fingerprint.get(name), 60)}); choose another "
-                    "place, or remove the file"
+                    f"({shortened(there.get(name), 60)}, now {shortened(now.get(name), 60)}); choose another place, or "
+                    "remove the file"
                 )
+
+
+def _flat(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """With {"versions": {"torch": ...}} as "version of torch"."""
+    found = dict(fingerprint)
+    for name, release in dict(found.pop("versions", {})).items():
+        found[f"version of {name}"] = release
+    return found
 
 
 def _may_begin_a_store(path: Path) -> bool:

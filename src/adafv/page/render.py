@@ -21,7 +21,8 @@ def results_as_html(results: Sequence[Result]) -> str:
     return (
         f'<div class="adafv-cards">{cards}</div>'
         '<p class="adafv-small">First token: tower, selection, reading the prompt and one token; the median of three runs. '
-        "The tower runs once a picture, and its time counts in every figure. KV cache: keys and values of the prompt.</p>"
+        "The tower is timed once a picture, which counts in every figure, and the unpruned model once a question. "
+        "KV cache: keys and values of the prompt.</p>"
         f'<div class="adafv-methods">{methods}</div>'
         '<p class="adafv-small adafv-legend">less <span class="adafv-scale" role="img" '
         'aria-label="from dark violet to yellow"></span> more; colours follow the square root of the score.</p>'
