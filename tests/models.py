@@ -192,6 +192,8 @@ class FamilyRow:
     """Way of calling (see test_oracle.py) -> how it is refused, because the stock model cannot do it either."""
     continued_with_images: bool = True
     """Whether the stock model, in this release, can be shown an image behind what is cached."""
+    offloads: bool = True
+    """Whether the stock model runs with its weights offloaded; some ask one that is not there for its device or type."""
     deep: bool = False
     """Whether the tests of the wrapper itself, which do not depend on the family, run over it too."""
 

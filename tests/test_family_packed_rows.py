@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, PATCH, FamilyRow, make_inputs
+from rows import cosmos3_edge
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from adafv import AdaFV, compress
 from adafv.core.tokens import SALIENCY
+from adafv.engines.transformers import releases
 from adafv.engines.transformers.families import family_of
 from adafv.errors import PromptError, UnsupportedModelError
 
@@ -17,6 +19,7 @@ ROWS = {row.name: row for row in FAMILIES}
 PACKED = [
     (name, modality) for name in ("muse-glimmer", "dots3-note") if name in ROWS for modality in ("image", "video")
 ]
+EDGE = [name for name in ("cosmos3-edge",) if name in ROWS]
 MERGE = 2
 
 
@@ -134,7 +137,7 @@ def test_a_patch_changes_the_token_that_the_layout_names(name: str, number: int)
     assert (1, *place) == places_of_patches(row, visuals["image_grid_thw"].tolist())[number]
 
 
-@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in PACKED))
+@pytest.mark.parametrize("name", dict.fromkeys([*(name for name, _ in PACKED), *EDGE]))
 def test_the_image_is_shown_as_it_is(name: str) -> None:
     """Patches as the processor would write them, put together again."""
     model = ROWS[name].build()
@@ -144,10 +147,17 @@ def test_the_image_is_shown_as_it_is(name: str) -> None:
         patches = patches.unsqueeze(2).expand(-1, -1, 2, -1, -1, -1)
     else:
         patches = picture.view(3, 2, MERGE, PATCH, 3, MERGE, PATCH).permute(1, 4, 2, 5, 0, 3, 6)
+        patches = patches.permute(0, 1, 2, 3, 5, 6, 4) if name == "cosmos3-edge" else patches  # colours last
     visuals = {"pixel_values": patches.reshape(24, -1), "image_grid_thw": torch.tensor([[1, 4, 6]])}
     family = family_of(model)
     layouts = family.layouts(model, "image", visuals, [])
     assert torch.equal(family.view(model, visuals, layouts)[0], picture)
+
+
+def test_a_release_that_fails_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(releases, "COUNTS_ALONG_COSMOS_PROMPTS", False)
+    with pytest.raises(UnsupportedModelError, match="beside those in time, height and width; run: pip install"):
+        family_of(cosmos3_edge.build())
 
 
 def test_a_tower_of_windows_alone_is_refused() -> None:

@@ -10,7 +10,7 @@ from models import DEEP, FamilyRow, make_inputs
 
 from adafv import AdaFV, Kept, Method, Pruner, VisualTokens, compress
 from adafv.core import class_attention, text_to_image_attention, top_tokens
-from adafv.core.tokens import HIDDEN, KEYS, SALIENCY, Words
+from adafv.core.tokens import HIDDEN, KEYS, SALIENCY, Signal, Words
 from adafv.errors import BudgetError, OptionError
 from adafv.methods import known_methods, method_named
 from adafv.methods.base import LAYERS, TAKEN, TOKENS
@@ -18,6 +18,13 @@ from adafv.methods.base import LAYERS, TAKEN, TOKENS
 METHODS = known_methods()
 SELECTING = [name for name, method in METHODS.items() if method.stages == {TOKENS}]
 """Those between tower and language model; test_inside_methods.py is about those inside it."""
+
+
+class Signals(dict[Signal, torch.Tensor]):
+    """Those of the layer that the projector reads, and the same for any other."""
+
+    def __missing__(self, signal: Signal) -> torch.Tensor:
+        return self[Signal(signal.kind)]
 
 
 def tokens(groups: int = 2, rows: int = 6, columns: int = 8, newlines: bool = False, seed: int = 0) -> VisualTokens:
@@ -34,15 +41,18 @@ def tokens(groups: int = 2, rows: int = 6, columns: int = 8, newlines: bool = Fa
         crops=1,
         rows=rows,
         columns=columns,
-        signals={
-            SALIENCY: saliency / saliency.sum(-1, keepdim=True),
-            HIDDEN: torch.randn(groups, count, 10, generator=generator) * (source >= 0).unsqueeze(-1),
-            KEYS: torch.randn(groups, count, 2, 6, generator=generator) * (source >= 0).view(-1, 1, 1),
-        },
+        signals=Signals(
+            {
+                SALIENCY: saliency / saliency.sum(-1, keepdim=True),
+                HIDDEN: torch.randn(groups, count, 10, generator=generator) * (source >= 0).unsqueeze(-1),
+                KEYS: torch.randn(groups, count, 2, 6, generator=generator) * (source >= 0).view(-1, 1, 1),
+            }
+        ),
         words=Words(
             torch.randn(groups, 5, 12, generator=generator),
             torch.arange(5).expand(groups, 5) < 4,
             torch.arange(5).expand(groups, 5),
+            [["\u0120is", "\u0120it", "\u0120a", "\u0120cat"]] * groups,
         ),
     )
 
@@ -55,8 +65,14 @@ def one_of(image: VisualTokens, place: int) -> VisualTokens:
         features=image.features[part],
         candidates=image.candidates[part],
         source=image.source[part],
-        signals={signal: values[part] for signal, values in image.signals.items()},
-        words=Words(image.text.embeddings[part], image.text.mask[part], image.text.ids[part]),
+        signals=Signals({signal: values[part] for signal, values in image.signals.items()}),
+        words=replace(
+            image.text,
+            embeddings=image.text.embeddings[part],
+            mask=image.text.mask[part],
+            ids=image.text.ids[part],
+            strings=image.text.strings and image.text.strings[part],
+        ),
     )
 
 

@@ -76,4 +76,5 @@ ROW = FamilyRow(
     [(84, 112), (112, 84), (56, 168), (56, 112)],
     token_types={"mm_token_type_ids": {IMAGE: 1}},
     needs_ids=True,
+    offloads=False,
 )

@@ -66,4 +66,4 @@ OPTIONS = {
     "mixes_up_images": True,
     "one_placeholder": True,
 }
-ROW = FamilyRow("glm-4v", build, images, SIZES, videos, clips=(6, 4), **OPTIONS)
+ROW = FamilyRow("glm-4v", build, images, SIZES, videos, clips=(6, 4), offloads=False, **OPTIONS)

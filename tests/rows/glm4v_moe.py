@@ -16,4 +16,4 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> 
     return finish(Glm4vMoeForConditionalGeneration(config), seed, dtype)
 
 
-ROW = FamilyRow("glm-moe-4v", build, images, SIZES, videos, clips=(6, 4), **OPTIONS)
+ROW = FamilyRow("glm-moe-4v", build, images, SIZES, videos, clips=(6, 4), offloads=False, **OPTIONS)

@@ -82,4 +82,5 @@ ROW = FamilyRow(
     [(90, 130), (56, 150), (100, 100), (40, 50)],
     joined=joined,
     needs_ids=True,
+    offloads=False,
 )

@@ -124,7 +124,14 @@ class ServerSettings:
         if "keep" not in options:
             return self.budget
         budget = Budget.of(options["keep"])
-        if not budget.within(self.most):
+        try:
+            within = budget.within(self.most)
+        except BudgetError as error:  # who asks can change one of the two alone
+            kind = "a share" if isinstance(self.most.keep, float) else "a number of tokens"
+            raise BudgetError(
+                f"keep={budget} and this server's max_keep={self.most} do not compare; ask for {kind}"
+            ) from error
+        if not within:
             raise BudgetError(f"keep={budget}, but this server keeps at most max_keep={self.most}; ask for less")
         return budget
 

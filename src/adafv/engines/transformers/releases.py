@@ -55,6 +55,9 @@ prompt: then tokens of one prompt look ahead where an image of another stands.""
 KEEPS_PACKED_PREFIXES_APART = _RELEASE >= (5, 24)
 """PaliGemma: older releases let packed prompts look at each other, as all of a prompt may."""
 
+COUNTS_ALONG_COSMOS_PROMPTS = _RELEASE >= (5, 24)
+"""Cosmos 3 Edge: whether positions in three axes may come with one along the prompt. 5.18 fails; between, nobody looked."""
+
 
 def one_by_one(tokens: Tensor) -> Tensor:
     """Visual tokens [N, D] as N images of one token each, for models that read their images as one tensor.
@@ -84,6 +87,15 @@ def check_tower_in_base(base: torch.nn.Module, name: str) -> None:
     if not hasattr(base, "get_image_features"):
         raise UnsupportedModelError(
             f"{name} has its tower elsewhere in this release of transformers; install a newer one"
+        )
+
+
+def check_counts_along_prompt(name: str) -> None:
+    """Raise UnsupportedModelError for releases in which Cosmos 3 Edge takes positions in three axes alone."""
+    if not COUNTS_ALONG_COSMOS_PROMPTS:
+        raise UnsupportedModelError(
+            f"this release of transformers gives {name} no position along the prompt beside those in time, height and "
+            "width; run: pip install --upgrade transformers"
         )
 
 
