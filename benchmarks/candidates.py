@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adafv.core import joint_search, top_tokens
-from adafv.core.facets import facet_rounds, facet_steps, of_views, two_scores, worth
+from adafv.core.facets import facet_rounds, facet_steps, of_views, places, two_scores, worth
+from adafv.core.greedy import Near, coverage_in_blocks
 from adafv.core.likeness import crop_of, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, Signal, VisualTokens, saliency_of
 from adafv.methods import Method
@@ -318,6 +319,79 @@ class Covering(Method):
 
 
 @dataclass(frozen=True)
+class Phased(Method):
+    """`facet`, one token a step, whose worth counts the less the more tokens are kept already."""
+
+    gain: str = "cover"
+    """What worth is multiplied with: "cover", what a token adds to the coverage of all others; "novel", one minus its
+    largest cosine to a kept one; "both"."""
+    space: str = "hidden"
+    """Of the cosines."""
+    power: float = 2.0
+    """Of the worth, for the first token."""
+    half: float = 0.0
+    """Share of the image at which that power has fallen by half; 0: it never falls."""
+    after: float = 1.0
+    """Share of the image after which novelty takes the place of coverage."""
+    demand: float = 0.0
+    """Power of the worth in what is to be covered."""
+    words: str = "max"
+    """"max"; "contrast": of every word's cosines less their mean over the image; "each": within 0 to 1."""
+    share: float = 0.5
+    """Of the text in the worth."""
+    local: float = 0.0
+    """How much less alike two tokens are that lie far from each other: 0 not at all, 1 wholly."""
+    reach: float = 0.15
+    """Of the side of the image, the distance at which that is most of it."""
+
+    name = "phased"
+    summary = "facet, coverage in the end"
+    needs = frozenset({WORDS, SALIENCY, HIDDEN})
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        unit, shown = normalize(tokens.features.detach().float(), dim=-1), tokens.candidates
+        text, salient = two_scores(tokens, unit)
+        if self.words != "max":
+            each, mask = word_cosines(tokens), tokens.text.mask.unsqueeze(-1)
+            if self.words == "contrast":
+                each = each - (each * shown.unsqueeze(1)).sum(-1, keepdim=True) / shown.sum(-1).view(-1, 1, 1)
+            else:
+                each = within(each, shown.unsqueeze(1))
+            text = within(each.masked_fill(~mask, float("-inf")).amax(1), shown)
+        value = (text + 0.05) ** self.share * (salient + 0.05) ** (1 - self.share)
+        value = value.masked_fill(~shown, 0.0)
+        similar = cosines_of(tokens, self.space, False).clamp_min(0) * shown.unsqueeze(1)
+        if self.local:
+            own = tokens.source.clamp_min(0) % (tokens.rows * tokens.columns)
+            row = (own // tokens.columns).float() / tokens.rows
+            column = (own % tokens.columns).float() / tokens.columns
+            squared = (row.unsqueeze(1) - row.unsqueeze(2)) ** 2 + (column.unsqueeze(1) - column.unsqueeze(2)) ** 2
+            similar = similar * (1 - self.local + self.local * (-squared / (2 * self.reach**2)).exp())
+        wanted = value**self.demand * shown
+        images, number = shown.shape
+        best = torch.zeros(images, number, device=value.device)
+        near, taken, picked = torch.zeros_like(best), ~shown, []
+        count = shown.sum(-1, keepdim=True)
+        for step in range(keep):
+            power = self.power / (1 + step / (self.half * count)) if self.half else self.power
+            gain = value**power
+            late = step >= self.after * count
+            cover = (wanted.unsqueeze(1) * (similar - best.unsqueeze(1)).clamp_min(0)).sum(-1)
+            if self.gain != "novel":
+                gain = gain * torch.where(late, 1.0, cover)
+            if self.gain != "cover":
+                gain = gain * (1 - near)
+            elif self.after < 1:
+                gain = gain * torch.where(late, 1 - near, 1.0)
+            pick = gain.masked_fill(taken, float("-inf")).argmax(-1, keepdim=True)
+            picked.append(pick)
+            taken = taken.scatter(1, pick, True)
+            row = similar.gather(1, pick.unsqueeze(-1).expand(-1, -1, number)).squeeze(1)
+            best, near = torch.maximum(best, row), torch.maximum(near, row)
+        return Kept(torch.cat(picked, 1).sort(-1).values)
+
+
+@dataclass(frozen=True)
 class Views(Method):
     """`facet`, one token a step, and something said about the thumbnail and the crops of an image."""
 
@@ -329,6 +403,10 @@ class Views(Method):
     """Whether thumbnail and crops are covered for the same weight together, not each token alike."""
     blocks: int = 0
     """Steps; 0: as many as tokens are kept."""
+    reach: float = 0.0
+    """How far tokens are alike, in sides of the image; 0: wherever they lie. Steps are needed for it."""
+    power: float = 2.0
+    """Of the worth."""
 
     name = "views"
     summary = "facet by views"
@@ -337,10 +415,14 @@ class Views(Method):
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         weighed, demand = of_views(tokens)
         unit = unit_vectors(tokens.features.detach())
-        value = worth(two_scores(weighed if self.chain else tokens, unit), tokens.candidates).square()
+        value = worth(two_scores(weighed if self.chain else tokens, unit), tokens.candidates) ** self.power
         demand = demand if self.demand else tokens.candidates.float()
+        if self.blocks:
+            hidden = unit_vectors(tokens.signals[HIDDEN].detach())
+            near = Near(places(tokens), self.reach) if self.reach else None
+            return Kept(coverage_in_blocks(hidden, keep, self.blocks, value, demand, tokens.candidates, near))
         if not self.half or tokens.tiling is None:
-            return covering(tokens, keep, value, demand=demand, blocks=self.blocks)
+            return covering(tokens, keep, value, demand=demand)
         small = tokens.candidates & (crop_of(tokens.source, tokens.rows * tokens.columns) == 0)
         views = (small, tokens.candidates & ~small)
         first = min(keep // 2, int(small.sum(-1).min()))
@@ -537,6 +619,46 @@ CANDIDATES: dict[str, Method] = {
     "d3-plain": Dense(plain=True),
     "d3-half": Dense(dense=0.5),
     "f3-p2": Dense(power=2.0, dense=0.0),
+    # worth that counts less and less
+    "p-1": Phased(power=1.0),
+    "p-1.5": Phased(power=1.5),
+    "p-2-h.03": Phased(half=0.03),
+    "p-2-h.05": Phased(half=0.05),
+    "p-2-h.1": Phased(half=0.1),
+    "p-3-h.05": Phased(power=3.0, half=0.05),
+    "p-2-both": Phased(gain="both"),
+    "p-2-both-h.05": Phased(gain="both", half=0.05),
+    "p-2-both-h.1": Phased(gain="both", half=0.1),
+    "p-1-novel-h.05": Phased(gain="novel", power=1.0, half=0.05),
+    "p-1-novel-tokens-h.05": Phased(gain="novel", space="tokens", power=1.0, half=0.05),
+    "p-2-switch.05": Phased(half=0.05, after=0.05),
+    "p-2-switch.1": Phased(half=0.05, after=0.1),
+    "p-2-demand1": Phased(demand=1.0),
+    "p-1-demand1": Phased(power=1.0, demand=1.0),
+    "p-2-h.05-contrast": Phased(half=0.05, words="contrast"),
+    "p-2-h.05-each": Phased(half=0.05, words="each"),
+    "p-2-contrast": Phased(words="contrast"),
+    "p-1.5-both-h.1": Phased(gain="both", power=1.5, half=0.1),
+    "p-1.5-both-h.2": Phased(gain="both", power=1.5, half=0.2),
+    "p-2-both-h.2": Phased(gain="both", half=0.2),
+    "p-3-both-h.05": Phased(gain="both", power=3.0, half=0.05),
+    "p-2-both-h.1-demand1": Phased(gain="both", half=0.1, demand=1.0),
+    "p-2-both-h.1-contrast": Phased(gain="both", half=0.1, words="contrast"),
+    "p-1.5-both-h.1-contrast": Phased(gain="both", power=1.5, half=0.1, words="contrast"),
+    # the same twice is two things, where it lies apart
+    "l-2-.5": Phased(local=0.5),
+    "l-2-1": Phased(local=1.0),
+    "l-2-1-r.3": Phased(local=1.0, reach=0.3),
+    "l-2-.5-r.3": Phased(local=0.5, reach=0.3),
+    "l-1-1": Phased(local=1.0, power=1.0),
+    "l-1-1-r.3": Phased(local=1.0, power=1.0, reach=0.3),
+    "l-1-.5": Phased(local=0.5, power=1.0),
+    "l-2-both-h.1-.5": Phased(gain="both", half=0.1, local=0.5),
+    "l-2-both-h.1-1": Phased(gain="both", half=0.1, local=1.0),
+    "l-2-.5-r.1": Phased(local=0.5, reach=0.1),
+    "l-1-both-1": Phased(gain="both", power=1.0, local=1.0),
+    "l-1.5-both-h.2-1": Phased(gain="both", power=1.5, half=0.2, local=1.0),
+    "l-2-both-h.1-1-r.25": Phased(gain="both", half=0.1, local=1.0, reach=0.25),
     # crops
     "views-chain": Views(chain=True),
     "views-demand": Views(demand=True),
@@ -547,6 +669,17 @@ CANDIDATES: dict[str, Method] = {
     "blocks-4": Views(chain=True, demand=True, blocks=4),
     "blocks-6": Views(chain=True, demand=True, blocks=6),
     "blocks-8": Views(chain=True, demand=True, blocks=8),
+    "n-1": Views(chain=True, demand=True, blocks=6, reach=0.15, power=1.0),
+    "n-1-r.1": Views(chain=True, demand=True, blocks=6, reach=0.1, power=1.0),
+    "n-1-r.2": Views(chain=True, demand=True, blocks=6, reach=0.2, power=1.0),
+    "n-1.5": Views(chain=True, demand=True, blocks=6, reach=0.15, power=1.5),
+    "n-2": Views(chain=True, demand=True, blocks=6, reach=0.15),
+    "n-1-r.07": Views(chain=True, demand=True, blocks=6, reach=0.07, power=1.0),
+    "n-1-r.05": Views(chain=True, demand=True, blocks=6, reach=0.05, power=1.0),
+    "n-1.5-r.1": Views(chain=True, demand=True, blocks=6, reach=0.1, power=1.5),
+    "n-1.5-r.07": Views(chain=True, demand=True, blocks=6, reach=0.07, power=1.5),
+    "n-2-r.1": Views(chain=True, demand=True, blocks=6, reach=0.1),
+    "n-1-b10": Views(chain=True, demand=True, blocks=10, reach=0.15, power=1.0),
     # without serial steps
     "t3-product-p.5": Rounds(quality="product", space="tokens", rounds=3, first="top", power=0.5),
     "r3-top-product": Rounds(quality="product", rounds=3, first="top"),

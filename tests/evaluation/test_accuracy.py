@@ -85,6 +85,13 @@ class TestQuestions:
         assert min(map(len, groups)) > 5
         assert belongs("anything", "all")
 
+    @pytest.mark.parametrize("detailed", [False, True])
+    def test_fresh_ones_are_those_behind_the_first(self, detailed: bool) -> None:
+        fresh = drawn_questions(6, 144, photos=False, detailed=detailed, skip=5)
+        assert fresh == drawn_questions(11, 144, photos=False, detailed=detailed)[5:]
+        [faint] = world_data(30, 48, photos=False, skip=200).marks.values()
+        assert faint & {each.name for each in drawn_questions(30, 48, photos=False, skip=200)}
+
     def test_answers_by_turns(self) -> None:
         asked = [question(str(n), "yes" if n < 3 else "no") for n in range(5)]
         assert [each.name for each in mixed(asked)] == ["0", "3", "1", "4", "2"]
@@ -313,6 +320,25 @@ class TestReport:
             assert row["right"]["half_of_95"] == 1.0
             assert all(minus["half_of_95"] == 1.0 for minus in row.get("minus", {}).values())
 
+    def test_two_stars_count_all_rows(self, tmp_path: Path) -> None:
+        """Three differences of 4 in 40 have 0.034 each, below 0.05 and above a third of it; one of 20 in 40 has far less."""
+        data = Data("toys", [question(str(n), "red", f"{n}.png") for n in range(40)])
+        ways = ways_of(["adafv", "text", "uniform", "saliency"], [0.1])
+        wrong = {"random at 10 %": 20, "text at 10 %": 4, "uniform at 10 %": 4, "saliency at 10 %": 4}
+        right = {str(way): [n >= wrong.get(str(way), 0) for n in range(40)] for way in ways}
+        store, keys = filled(tmp_path, data, ways, right)
+        with store:
+            report = AccuracyReport("m", [Scores(data, ways, store, keys)], ["adafv"], "all", False, {}, {})
+        _, (_, rows) = report.tables(report.scores[0])
+        assert [row[3] for row in rows if row[0] == "random"] == ["-50.0 ± 15.7**"]
+        assert {row[3] for row in rows if row[0] in ("text", "uniform", "saliency")} == {"-10.0 ± 9.4*"}
+        said = {
+            row["method"]: row["minus"]["adafv"]["among_all"]
+            for row in report.rows()
+            if "adafv" in row.get("minus", {})
+        }
+        assert said == {"random": True, "text": False, "uniform": False, "saliency": False}
+
     def test_figure(self, tmp_path: Path) -> None:
         report = self.made(tmp_path)
         figure = report.figure(report.scores[0])
@@ -425,6 +451,7 @@ class TestCommand:
             (["--part", "third"], 2, ["--part"]),
             (["--share", "3/2"], 2, ["--share", "I/N"]),
             (["--share", "1/2"], 2, ["--store"]),
+            (["--skip", "9", "nowhere.jsonl"], 2, ["--skip", "--world"]),
             (["--choices", "yes"], 2, ["--choices"]),
             (["--answers", "generate", "--sure"], 2, ["--answers generate"]),
             (["nowhere.jsonl"], 1, ["there is no file nowhere.jsonl"]),

@@ -64,6 +64,14 @@ def accuracy(
             rich_help_panel=_DATA,
         ),
     ] = None,
+    skip: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Drawn questions to leave out first: those that something was chosen on.",
+            rich_help_panel=_DATA,
+        ),
+    ] = 0,
     part: Annotated[
         str, typer.Option(help="Half of the pictures: choose or confirm; or all.", rich_help_panel=_DATA)
     ] = "all",
@@ -192,6 +200,7 @@ class _Wish:
     positions: str | None
     world: bool
     count: int | None
+    skip: int
     part: str
     no_photos: bool
     details: bool
@@ -288,6 +297,8 @@ def _run(wish: _Wish) -> None:
         from adafv.evaluation.world.backgrounds import check_photographs
 
         check_photographs()
+    if wish.skip and not wish.on_world:
+        raise UsageError("--skip counts drawn questions, and only files are asked here; leave it out, or add --world")
     data = []
     if wish.questions:
         data.append(file_data(wish.questions, wish.part, wish.count or 0, wish.bad_records))
@@ -327,8 +338,8 @@ def _ask(
                 f"--details are drawn {FINE // 2} pixels wide or a multiple of {FINE}, and {model} sees {side}; leave it "
                 "out, or use bundled-next"
             )
-        world = world_data(wish.count or 2000, side, wish.part, photos=not wish.no_photos, detailed=wish.details)
-        data.append(world)
+        photos, count = not wish.no_photos, wish.count or 2000
+        data.append(world_data(count, side, wish.part, photos=photos, detailed=wish.details, skip=wish.skip))
     given = [answer for each in data for question in each.questions for answer in question.answers or ()]
     how = wish.answers or (FIRST_TOKEN if choices or wish.sure or one_token_each(session, given) else GENERATE)
     settings: dict[str, Any] = {

@@ -57,13 +57,14 @@ class Data:
     """How answers are judged where the caller does not say; None: "auto"."""
 
 
-def world_data(count: int, side: int, part: str = ALL, *, photos: bool = True, detailed: bool = False) -> Data:
-    """The first `count` questions about test scenes (see `drawn_questions`), and of these the part."""
+def world_data(
+    count: int, side: int, part: str = ALL, *, photos: bool = True, detailed: bool = False, skip: int = 0
+) -> Data:
+    """`count` questions about test scenes behind the first `skip` (see `drawn_questions`), and of these the part."""
     options = {"photos": photos, "detailed": detailed}
-    asked = [each for each in drawn_questions(count, side, **options) if belongs(each.cluster, part)]
-    return Data(
-        f"{WORLD} with details" if detailed else WORLD, asked, 0, {FAINT: faint_ones(count, **options)}, "first"
-    )
+    asked = [each for each in drawn_questions(count, side, skip=skip, **options) if belongs(each.cluster, part)]
+    faint = faint_ones(skip + count, **options)
+    return Data(f"{WORLD} with details" if detailed else WORLD, asked, 0, {FAINT: faint}, "first")
 
 
 def file_data(sources: Sequence[Path], part: str = ALL, most: int = 0, policy: str = REFUSE) -> Data:

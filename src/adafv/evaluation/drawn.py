@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -87,14 +88,22 @@ def held_out_details(count: int, *, photos: bool = True) -> Iterator[tuple[int, 
         number += 1
 
 
-def drawn_questions(count: int, side: int, *, photos: bool = True, detailed: bool = False) -> list[Question]:
+def drawn_questions(
+    count: int, side: int, *, photos: bool = True, detailed: bool = False, skip: int = 0
+) -> list[Question]:
     """Questions about test scenes, which no training met, in pictures of `side` pixels.
 
     Args:
+        count: how many, of those that `skip` leaves.
+        skip: how many of the first are left out, as those that something was chosen on.
         detailed: scenes whose things bear tags, and questions about these among the others. `side` is then one that tags can
             be drawn at, see `world.details.render`.
     """
-    plain = ((scene.number, asked) for scene, asked in held_out(0 if detailed else count, photos=photos))
+    numbered: Iterator[tuple[int, Asked]] = (
+        held_out_details(skip + count, photos=photos)
+        if detailed
+        else ((scene.number, asked) for scene, asked in held_out(skip + count, photos=photos))
+    )
     return [
         Question(
             name=f"{number} {asked.text}",
@@ -105,7 +114,7 @@ def drawn_questions(count: int, side: int, *, photos: bool = True, detailed: boo
             group=str(number),
             where=f"scene {number}",
         )
-        for number, asked in (held_out_details(count, photos=photos) if detailed else plain)
+        for number, asked in islice(numbered, skip, None)
     ]
 
 
