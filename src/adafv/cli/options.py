@@ -41,7 +41,8 @@ MethodOptions = Annotated[
     ),
 ]
 ObjectiveOption = Annotated[
-    str | None, typer.Option(help="Short for --option objective=...: joint, split or frank-wolfe.", rich_help_panel=METHOD)
+    str | None,
+    typer.Option(help="Short for --option objective=...: joint, split or frank-wolfe.", rich_help_panel=METHOD),
 ]
 TextOption = Annotated[
     str | None,

@@ -68,9 +68,7 @@ class Facet(Method):
             or not isinstance(self.reach, (int, float))
             or not LEAST_REACH <= self.reach <= 1e6
         ):
-            raise OptionError(
-                f"reach={self.reach!r}; give sides of the image, such as 0.1, and at least {LEAST_REACH}"
-            )
+            raise OptionError(f"reach={self.reach!r}; give sides of the image, such as 0.1, and at least {LEAST_REACH}")
         check_choice("views", self.views, VIEW_CHOICES)
         if not isinstance(self.cover, bool):
             raise OptionError(f"cover={self.cover!r}; give true or false")
