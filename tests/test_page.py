@@ -29,6 +29,7 @@ from adafv.asking.failures import UsageError
 from adafv.asking.session import Answer, Session, Timing
 from adafv.cli import app
 from adafv.core import Budget, ImageLayout
+from adafv.engines.transformers.encoded import Fingerprint, digest_of
 from adafv.errors import AdaFVError, BudgetError, ImageError
 from adafv.evaluation.answers import weights_hash
 from adafv.evaluation.questions import BadRecord, Questions
@@ -273,6 +274,23 @@ class TestAnswers:
             assert more(paths[0], "10%", "saliency", question="What else?") == 0
         finally:
             hook.remove()
+
+    def test_a_held_picture_is_compared_once(
+        self, session: Session, picture: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With the model and the pixels of a question, for all methods that it is held for."""
+        inputs = session.inputs(Image.open(picture), QUESTION)
+        held = session.encoded(inputs)
+        looks: list[Any] = []
+        stock = Fingerprint.of
+        monkeypatch.setattr(Fingerprint, "of", lambda *args, **names: looks.append("model") or stock(*args, **names))
+        monkeypatch.setattr(
+            "adafv.engines.transformers.encoded.digest_of", lambda value: looks.append("pixels") or digest_of(value)
+        )
+        assert session.encoded(inputs, held) is held
+        assert sorted(looks) == ["model", *["pixels"] * len(held.pixels)]
+        others = session.inputs(Image.open(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT), QUESTION)
+        assert session.encoded(others, held) is not held
 
     def test_pictures_are_not_held_for_ever(
         self, session: Session, uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -100,15 +100,17 @@ class EncodedImages:
                     f"of the processor; leave it out, or {mend}"
                 )
 
-    def holds(self, model: Any, inputs: Mapping[str, Any], method: Method) -> bool:
-        """Whether these are the images of `inputs`, as the model would encode them now for a method."""
+    def holds(self, model: Any, inputs: Mapping[str, Any], *methods: Method) -> bool:
+        """Whether these are the images of `inputs`, as the model would encode them now for all of these methods."""
+        if not all(map(self.serves, methods)):
+            return False
         family = family_of(model)
         _, taken = _visuals_of(family, inputs)
         try:
             self.check(model, family, taken)
         except StaleImagesError:
             return False
-        return taken.keys() == self.pixels.keys() and self.serves(method)
+        return taken.keys() == self.pixels.keys()
 
     def serves(self, method: Method) -> bool:
         """Whether a method, and what chooses in its place without words, can do with what was read off the tower."""
