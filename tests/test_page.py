@@ -272,6 +272,10 @@ class TestAnswers:
             asked = more(paths[0], "25%", "adafv", question="What else?")
             assert asked == 1 + ROUNDS
             assert more(paths[0], "10%", "saliency", question="What else?") == 0
+            # What other methods need is read off the tower when they are first asked for.
+            assert more(paths[0], "25%", "visionzip", "hired") == ROUNDS
+            assert more(paths[0], "50%", "tome", "hired", "visionzip") == 0
+            assert more(paths[0], "25%", "prumerge", "fastv:layer=1") == 0
         finally:
             hook.remove()
 

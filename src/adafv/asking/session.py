@@ -28,7 +28,7 @@ from adafv.asking.padding import Prompt, filling_of, in_one_batch, until_the_end
 from adafv.asking.pictures import preparing_once
 from adafv.core import Budget
 from adafv.engines.transformers import EncodedImages, ImageRecord, Pruner, Record, encode
-from adafv.engines.transformers.encoded import ENCODED
+from adafv.engines.transformers.encoded import ENCODED, takes_encoded
 from adafv.engines.transformers.families.base import family_of, known_families, unsupported
 from adafv.engines.transformers.reading import read_prompt
 from adafv.engines.transformers.releases import returned_cache
@@ -250,11 +250,18 @@ class Session:
                     "this model has no chat template, so it cannot be shown earlier questions; leave --chat out"
                 )
             return family_of(self.model).prompt.format(image=image_text(self.processor), question=question)
+        if any(image_text(self.processor) in text for turn in before for text in turn):
+            raise UsageError(
+                f"an earlier answer holds {image_text(self.processor)}, which stands for an image; begin another chat"
+            )
         said = [(role, text) for turn in before for role, text in zip(("user", "assistant"), turn, strict=True)]
         chat = [
             {"role": role, "content": [{"type": "text", "text": text}]} for role, text in (*said, ("user", question))
         ]
-        chat[0]["content"].insert(0, {"type": "image"})
+        chat[0] = {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": before[0][0] if before else question}],
+        }
         return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
 
     def check_chat(self) -> None:
@@ -298,9 +305,14 @@ class Session:
         """A pruner for this model; `scope` is what `Pruner` calls `text`, and `options` are as it takes them."""
         return Pruner(method, keep, text=scope, processor=self.processor, **options)
 
-    def encoded(self, inputs: Any, held: EncodedImages | None = None) -> EncodedImages:
-        """What tower and projector make of the picture: `held`, where that is what they made of it before."""
-        methods = [method_named(name) for name in (defaults.PAPER, defaults.METHOD)]
+    def encoded(self, inputs: Any, held: EncodedImages | None = None, methods: Sequence[Method] = ()) -> EncodedImages:
+        """What tower and projector make of the picture: `held`, where that is what they made of it before.
+
+        Args:
+            methods: that will choose, beside the default and the paper's; those that need the pixels do not matter.
+        """
+        named = [method_named(name) for name in (defaults.PAPER, defaults.METHOD)]
+        methods = [*named, *filter(takes_encoded, methods)]
         if held is not None and held.holds(self.model, inputs, *methods):
             return held
         return encode(self.model, inputs, method=methods)
