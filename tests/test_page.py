@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -278,6 +279,24 @@ class TestAnswers:
             assert more(paths[0], "25%", "prumerge", "fastv:layer=1") == 0
         finally:
             hook.remove()
+
+    def test_threads_of_one_session(self, session: Session, picture: Path) -> None:
+        """The unpruned model is asked while another thread prunes it: it is not pruned as well."""
+        inputs = session.inputs(Image.open(picture), QUESTION)
+        stock = session.ask(inputs, None, 4)
+        found: list[Answer] = []
+        other = Thread(target=lambda: found.append(session.ask(inputs, None, 4)))
+
+        def meanwhile(*_: Any) -> None:
+            hook.remove()
+            other.start()
+            other.join(0.3)
+
+        hook = session.model.model.vision_tower.register_forward_pre_hook(meanwhile)
+        pruned = session.ask(inputs, session.pruner("adafv", 2), 4)
+        other.join()
+        assert found == [stock]
+        assert pruned.kv_mib < stock.kv_mib
 
     def test_a_held_picture_is_compared_once(
         self, session: Session, picture: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,10 +9,11 @@ import logging
 import os
 import statistics
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,14 @@ def check_device(name: str | None) -> torch.device:
 
 @dataclass(frozen=True)
 class Session:
-    """A stock model and its processor."""
+    """A stock model and its processor. Threads may share it: they are answered one after the other.
+
+    A model is pruned in one way at a time, so an answer beside another would be pruned as that one, or refused.
+    """
 
     model: Any
     processor: Any
+    _one_at_a_time: Any = field(default_factory=threading.RLock, repr=False, compare=False)
 
     @classmethod
     def load(cls, name: str, dtype: str, device: torch.device) -> "Session":
@@ -214,7 +219,8 @@ class Session:
         text, start = self.prompt(question, before), self.processor.tokenizer.bos_token
         # As transformers does: a template that writes the first token itself must not get a second one.
         written = bool(start) and text.startswith(start)
-        return self.processor(images=image, text=text, return_tensors="pt", add_special_tokens=not written)
+        with self._one_at_a_time:  # tokenizers are not for two threads at once
+            return self.processor(images=image, text=text, return_tensors="pt", add_special_tokens=not written)
 
     def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs on the device of the model, pixels in its precision."""
@@ -325,15 +331,9 @@ class Session:
         Args:
             encoded: the picture, which then does not go through the tower again, where the pruner can do with that.
         """
-        record = None
         if encoded is not None and pruner is not None and encoded.serves(pruner.settings.method):
             inputs = {**inputs, ENCODED: encoded}
-        if pruner is None:
-            output = self._generate(inputs, max_new_tokens)
-        else:
-            with pruner(self.model) as pruned:
-                output = self._generate(inputs, max_new_tokens)
-            record = pruned.last
+        output, record = self._run(inputs, pruner, max_new_tokens)
         prompt = inputs["input_ids"].shape[1]
         answer = self.processor.tokenizer.decode(output.sequences[0, prompt:], skip_special_tokens=True).strip()
         cached: int | list[int] = prompt
@@ -350,9 +350,9 @@ class Session:
         if len(questions) == 1:
             return [self.ask(self.inputs(image, questions[0]), pruner, max_new_tokens)]
         inputs = self.batch([image] * len(questions), questions)
-        with pruner(self.model) as pruned:
-            output = self._generate(inputs, max_new_tokens)
-        record, cache = pruned.last, returned_cache(output)
+        output, record = self._run(inputs, pruner, max_new_tokens)
+        assert record is not None
+        cache = returned_cache(output)
         own = (record.columns >= 0).sum(1).tolist()  # what fills up the shorter ones is nobody's
         return [
             Answer(
@@ -385,9 +385,9 @@ class Session:
 
     def answers(self, inputs: Any, pruner: Pruner, max_new_tokens: int) -> tuple[list[str], Record]:
         """Answer a batch (see `batch`) by greedy decoding, and what was pruned of it."""
-        with pruner(self.model) as pruned:
-            output = self._generate(inputs, max_new_tokens)
-        return self._texts(inputs, output), pruned.last
+        output, record = self._run(inputs, pruner, max_new_tokens)
+        assert record is not None
+        return self._texts(inputs, output), record
 
     def compare(
         self,
@@ -425,13 +425,17 @@ class Session:
     def _time_to_first_token(self, inputs: Any, pruner: Pruner | None) -> float:
         self._wait()
         start = time.perf_counter()
-        if pruner is None:
-            self._generate(inputs, 1)
-        else:
-            with pruner(self.model):
-                self._generate(inputs, 1)
+        self._run(inputs, pruner, 1)
         self._wait()
         return time.perf_counter() - start
+
+    def _run(self, inputs: Any, pruner: Pruner | None, max_new_tokens: int) -> tuple[Any, Record | None]:
+        """What `generate` returns, and what was pruned; without a pruner, by the stock model."""
+        with self._one_at_a_time:
+            if pruner is None:
+                return self._generate(inputs, max_new_tokens), None
+            with pruner(self.model) as pruned:
+                return self._generate(inputs, max_new_tokens), pruned.last
 
     def _generate(self, inputs: Any, max_new_tokens: int) -> Any:
         with warnings.catch_warnings():
