@@ -107,6 +107,22 @@ def test_one_a_line(ask: Ask, alone: list[dict[str, Any]], stores: list[ImageSto
     assert (stores[0].misses, stores[0].hits) == (1, 2)
 
 
+def test_certainty_and_crops_are_those_of_the_question(place: Place, tmp_path: Path) -> None:
+    """Not those of the first one in its batch."""
+    checkpoint = save_llava(tmp_path, anyres=True)
+
+    def found(question: str, *more: object) -> tuple[list[float], list[list[int]]]:
+        options = ("--model", checkpoint, "--max-new-tokens", 1, "--device", "cpu", "--keep", 4, "--crops", "auto")
+        lines = run("ask", place[1], question, "--json", *options, *more).stdout.splitlines()
+        return [json.loads(line)["certainty"] for line in lines], [json.loads(line)["crops_seen"] for line in lines]
+
+    certain, crops = found(QUESTIONS[0], "--also", QUESTIONS[1], "--also", QUESTIONS[2])
+    alone = [found(question) for question in QUESTIONS]
+    assert len(set(certain)) == 3
+    assert certain == pytest.approx([value for [value], _ in alone], rel=1e-3)
+    assert crops == [seen for _, [seen] in alone]
+
+
 class TestChat:
     def in_turns(self, checkpoint: Path, photo: Path, **options: Any) -> list[tuple[str, list[list[int]]]]:
         """What the library makes of the same chat, written by hand."""
