@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText
 from adafv.bundled import bundled_model
 from adafv.core import joint_search, split_search
 from adafv.engines.transformers.towers import patch_score
-from benchmarks import saliency, search
+from benchmarks import chat, saliency, search
 
 
 def test_the_search_keeps_what_is_promised(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,6 +24,15 @@ def test_another_search_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "joint_search", split_search)
     monkeypatch.setattr(search, "split_search", joint_search)
     assert search.main(["--cases", "30"]) == 1  # it is below the other somewhere
+
+
+@pytest.mark.release
+def test_second_questions(capsys: pytest.CaptureFixture[str]) -> None:
+    chat.main(["--pairs", "2", "--methods", "uniform", "--keep", "144"])
+    *_, row = capsys.readouterr().out.splitlines()
+    shares = [float(cell) for cell in row.split("|")[2:-1]]
+    assert shares[0] == shares[1]  # nothing is pruned, so what was chosen does not matter
+    assert shares[2] == shares[3]
 
 
 def test_areas_on_a_few_scenes() -> None:

@@ -289,6 +289,17 @@ def test_what_the_method_needs_was_not_read() -> None:
     agree(model, inputs, encoded, "uniform", 4)
 
 
+def test_what_choosing_crops_needs_was_not_read() -> None:
+    """The message names the method that it can be read for: the one that chooses tokens needs none."""
+    model = small("llava-next")
+    inputs = make_inputs(ROWS["llava-next"], model, [1])
+    text = {name: value for name, value in inputs.items() if name not in VISUAL_INPUTS}
+    with torch.no_grad(), Pruner("random", 4, crops=1)(model):
+        with pytest.raises(StaleImagesError, match=r"which choosing crops needs; .*method=\['random', 'saliency'\]"):
+            model(**text, images=adafv.encode(model, inputs, method="random"))
+        model(**text, images=adafv.encode(model, inputs, method=["random", "saliency"]))
+
+
 def test_lower_resolution() -> None:
     model = small("llava")
     inputs = make_inputs(ROWS["llava"], model, [1])

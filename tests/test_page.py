@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from adafv.asking.failures import UsageError
 from adafv.asking.session import Answer, Session, Timing
 from adafv.cli import app
 from adafv.core import Budget, ImageLayout
+from adafv.engines.transformers.encoded import Fingerprint, digest_of
 from adafv.errors import AdaFVError, BudgetError, ImageError
 from adafv.evaluation.answers import weights_hash
 from adafv.evaluation.questions import BadRecord, Questions
@@ -271,8 +273,47 @@ class TestAnswers:
             asked = more(paths[0], "25%", "adafv", question="What else?")
             assert asked == 1 + ROUNDS
             assert more(paths[0], "10%", "saliency", question="What else?") == 0
+            # What other methods need is read off the tower when they are first asked for.
+            assert more(paths[0], "25%", "visionzip", "hired") == ROUNDS
+            assert more(paths[0], "50%", "tome", "hired", "visionzip") == 0
+            assert more(paths[0], "25%", "prumerge", "fastv:layer=1") == 0
         finally:
             hook.remove()
+
+    def test_threads_of_one_session(self, session: Session, picture: Path) -> None:
+        """The unpruned model is asked while another thread prunes it: it is not pruned as well."""
+        inputs = session.inputs(Image.open(picture), QUESTION)
+        stock = session.ask(inputs, None, 4)
+        found: list[Answer] = []
+        other = Thread(target=lambda: found.append(session.ask(inputs, None, 4)))
+
+        def meanwhile(*_: Any) -> None:
+            hook.remove()
+            other.start()
+            other.join(0.3)
+
+        hook = session.model.model.vision_tower.register_forward_pre_hook(meanwhile)
+        pruned = session.ask(inputs, session.pruner("adafv", 2), 4)
+        other.join()
+        assert found == [stock]
+        assert pruned.kv_mib < stock.kv_mib
+
+    def test_a_held_picture_is_compared_once(
+        self, session: Session, picture: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With the model and the pixels of a question, for all methods that it is held for."""
+        inputs = session.inputs(Image.open(picture), QUESTION)
+        held = session.encoded(inputs)
+        looks: list[Any] = []
+        stock = Fingerprint.of
+        monkeypatch.setattr(Fingerprint, "of", lambda *args, **names: looks.append("model") or stock(*args, **names))
+        monkeypatch.setattr(
+            "adafv.engines.transformers.encoded.digest_of", lambda value: looks.append("pixels") or digest_of(value)
+        )
+        assert session.encoded(inputs, held) is held
+        assert sorted(looks) == ["model", *["pixels"] * len(held.pixels)]
+        others = session.inputs(Image.open(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT), QUESTION)
+        assert session.encoded(others, held) is not held
 
     def test_pictures_are_not_held_for_ever(
         self, session: Session, uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ that need torchvision too.
 
 import json
 import os
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -124,22 +125,41 @@ def test_batches(trio: tuple[FamilyRow, Any, Any]) -> None:
     assert others == pytest.approx(totals, abs=1e-4)
 
 
+class Counted:
+    """An image processor, and how often it was asked."""
+
+    def __init__(self, stock: Any) -> None:
+        self.stock, self.calls = stock, 0
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.calls += 1
+        return self.stock(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["stock"], name)
+
+
 def test_padding(trio: tuple[FamilyRow, Any, Any]) -> None:
     """Prompts that were read one by one stand in a batch as the processor would have put them, pictures of several sizes
-    included; and questions that are asked together are answered as they are alone."""
-    _, model, processor = trio
+    included; and questions that are asked together are answered as they are alone. Every picture is prepared once."""
+    _, model, stock = trio
+    processor = copy(stock)
+    processor.image_processor = counted = Counted(stock.image_processor)
     session = Session(model.eval(), processor)
-    photos, questions = [photo(1), photo(5, 200, 60)], ["is there a red key?", "what is it, and where?"]
+    photos, questions = [photo(1), photo(5, 200, 60)], ["is there a red key?", "what is it, and where?", "why?"]
+    shown = [*photos, photos[0]]
     prompts = [session.prompt(question) for question in questions]
     written = prompts[0].startswith(processor.tokenizer.bos_token)
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": not written}
-    expected = processor(images=[[each] for each in photos], text=prompts, **options)
-    found = session.batch(photos, questions)
+    expected = stock(images=[[each] for each in shown], text=prompts, **options)
+    found = session.batch(shown, questions)
+    assert counted.calls == 2
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], torch.as_tensor(value)), name
     pruner = session.pruner("adafv", 3, remember="100MB")
     together = session.ask_together(photos[0], questions, pruner, 4)
+    assert counted.calls == 3
     alone = [session.ask(session.inputs(photos[0], question), session.pruner("adafv", 3), 4) for question in questions]
     assert [each.answer for each in together] == [each.answer for each in alone]
     assert [each.kv_mib for each in together] == [each.kv_mib for each in alone]

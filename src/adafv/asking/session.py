@@ -9,10 +9,11 @@ import logging
 import os
 import statistics
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,17 @@ from adafv import defaults
 from adafv.asking.failures import LoadError, UsageError, check_text
 from adafv.asking.models import folder_or_id, hub_options, within
 from adafv.asking.padding import Prompt, filling_of, in_one_batch, until_the_end
+from adafv.asking.pictures import preparing_once
 from adafv.core import Budget
 from adafv.engines.transformers import EncodedImages, ImageRecord, Pruner, Record, encode
-from adafv.engines.transformers.encoded import ENCODED
+from adafv.engines.transformers.encoded import ENCODED, takes_encoded
 from adafv.engines.transformers.families.base import family_of, known_families, unsupported
 from adafv.engines.transformers.reading import read_prompt
 from adafv.engines.transformers.releases import returned_cache
 from adafv.errors import AdaFVError
 from adafv.images import check_shape
 from adafv.methods import Method, method_named
-from adafv.methods.base import LAYERS
+from adafv.methods.base import LAYERS, TOKENS
 from adafv.picture import tower_view
 from adafv.printable import shortened
 from adafv.prompts.text import image_text
@@ -43,6 +45,12 @@ MIB = 2**20
 
 TOGETHER, TOKENS_TOGETHER = 8, 4096
 """Questions in one batch, and visual tokens of all of them, at most."""
+
+Turn = tuple[str, str]
+"""A question and the answer that it got."""
+CHAT_SCOPE = "after"
+"""Which text counts in a chat where nobody says (see `adafv.prompts.text`): all that was said about the picture. So what is
+kept of it is chosen anew in every turn; under the other scopes the first question alone would choose for all of them."""
 
 SAFELY = {"trust_remote_code": False}
 """What every `from_pretrained` gets. Left out, transformers asks on standard input, and takes a "y" from a pipe."""
@@ -118,10 +126,14 @@ def check_device(name: str | None) -> torch.device:
 
 @dataclass(frozen=True)
 class Session:
-    """A stock model and its processor."""
+    """A stock model and its processor. Threads may share it: they are answered one after the other.
+
+    A model is pruned in one way at a time, so an answer beside another would be pruned as that one, or refused.
+    """
 
     model: Any
     processor: Any
+    _one_at_a_time: Any = field(default_factory=threading.RLock, repr=False, compare=False)
 
     @classmethod
     def load(cls, name: str, dtype: str, device: torch.device) -> "Session":
@@ -173,30 +185,42 @@ class Session:
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
-    def inputs(self, image: Image, question: str) -> Any:
+    def preparing_once(self) -> "Session":
+        """The same for a few pictures that are asked about again and again, and not changed meanwhile: each is prepared once.
+
+        All of them are held as long as it lives.
+        """
+        return replace(self, processor=preparing_once(self.processor))
+
+    def inputs(self, image: Image, question: str, before: Sequence[Turn] = ()) -> Any:
         """One image and one question, as the model takes them.
+
+        Args:
+            before: the turns of the chat in front of this question; the image stands in the first one.
 
         Raises:
             UsageError: the question is not text, or holds what stands for an image.
         """
-        return self._read(image, question).to(self.device, self.model.dtype)
+        return self._read(image, question, before).to(self.device, self.model.dtype)
 
     def batch(self, images: Sequence[Image], questions: Sequence[str]) -> Any:
-        """Questions about an image each, as one batch, padded on the left.
+        """Questions about an image each, as one batch, padded on the left. An image that stands there twice is prepared once.
 
         Raises:
             UsageError, ImageError: as `inputs`.
         """
-        read = [Prompt(self._read(image, question)) for image, question in zip(images, questions, strict=True)]
+        once = self.preparing_once()
+        read = [Prompt(once._read(image, question)) for image, question in zip(images, questions, strict=True)]
         return self.placed(in_one_batch(read, filling_of(self.processor.tokenizer)))
 
-    def _read(self, image: Image, question: str) -> Any:
+    def _read(self, image: Image, question: str, before: Sequence[Turn] = ()) -> Any:
         self.check_question(question)
         check_shape(image.size, "the image", self.processor.image_processor)
-        text, start = self.prompt(question), self.processor.tokenizer.bos_token
+        text, start = self.prompt(question, before), self.processor.tokenizer.bos_token
         # As transformers does: a template that writes the first token itself must not get a second one.
         written = bool(start) and text.startswith(start)
-        return self.processor(images=image, text=text, return_tensors="pt", add_special_tokens=not written)
+        with self._one_at_a_time:  # tokenizers are not for two threads at once
+            return self.processor(images=image, text=text, return_tensors="pt", add_special_tokens=not written)
 
     def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs on the device of the model, pixels in its precision."""
@@ -224,12 +248,62 @@ class Session:
             if tokens >= most:
                 raise UsageError(f"the question has {tokens} tokens, and the model has {most} positions; shorten it")
 
-    def prompt(self, question: str) -> str:
-        """The text of one image and one question, as the model's chat template writes it."""
+    def prompt(self, question: str, before: Sequence[Turn] = ()) -> str:
+        """The text of one image and one question, behind earlier turns, as the model's chat template writes it."""
         if getattr(self.processor, "chat_template", None) is None:
+            if before:
+                raise UsageError(
+                    "this model has no chat template, so it cannot be shown earlier questions; leave --chat out"
+                )
             return family_of(self.model).prompt.format(image=image_text(self.processor), question=question)
-        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        if any(image_text(self.processor) in text for turn in before for text in turn):
+            raise UsageError(
+                f"an earlier answer holds {image_text(self.processor)}, which stands for an image; begin another chat"
+            )
+        said = [(role, text) for turn in before for role, text in zip(("user", "assistant"), turn, strict=True)]
+        chat = [
+            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in (*said, ("user", question))
+        ]
+        chat[0] = {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": before[0][0] if before else question}],
+        }
         return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
+
+    def check_chat(self) -> None:
+        """Find out whether the model's chat template writes earlier turns.
+
+        Raises:
+            UsageError: it does not, or there is none.
+        """
+        words = ("zalpha", "kiwano", "xerox")
+        try:
+            written = self.prompt(words[2], [words[:2]])
+        except UsageError:
+            raise
+        except Exception as error:  # Jinja's, and whatever a template raises
+            raise UsageError(
+                f"this model's chat template takes one question alone ({shortened(error)}); leave --chat out"
+            ) from error
+        if not all(word in written for word in words):
+            raise UsageError("this model's chat template leaves earlier questions or answers out; leave --chat out")
+
+    def check_room(self, inputs: Any, pruner: Pruner, max_new_tokens: int) -> None:
+        """Find out whether a chat and its next answer fit the positions that the model has.
+
+        Raises:
+            UsageError: they do not.
+        """
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        settings, length = pruner.settings, int(inputs["input_ids"].shape[1])
+        if settings.positions == "compact" and settings.method.stages == {TOKENS}:
+            tokens = self._visual_tokens(inputs)
+            length -= tokens - settings.budget.tokens(tokens)
+        if most is not None and length + max_new_tokens > most:
+            raise UsageError(
+                f"the chat has {length} tokens, and the model has {most} positions for it and for an answer of "
+                f"{max_new_tokens}; begin another one"
+            )
 
     def pruner(
         self, method: str | Method, keep: Budget | int | float | str, scope: str | None = None, **options: Any
@@ -237,10 +311,15 @@ class Session:
         """A pruner for this model; `scope` is what `Pruner` calls `text`, and `options` are as it takes them."""
         return Pruner(method, keep, text=scope, processor=self.processor, **options)
 
-    def encoded(self, inputs: Any, held: EncodedImages | None = None) -> EncodedImages:
-        """What tower and projector make of the picture: `held`, where that is what they made of it before."""
-        methods = [method_named(name) for name in (defaults.PAPER, defaults.METHOD)]
-        if held is not None and all(held.holds(self.model, inputs, method) for method in methods):
+    def encoded(self, inputs: Any, held: EncodedImages | None = None, methods: Sequence[Method] = ()) -> EncodedImages:
+        """What tower and projector make of the picture: `held`, where that is what they made of it before.
+
+        Args:
+            methods: that will choose, beside the default and the paper's; those that need the pixels do not matter.
+        """
+        named = [method_named(name) for name in (defaults.PAPER, defaults.METHOD)]
+        methods = [*named, *filter(takes_encoded, methods)]
+        if held is not None and held.holds(self.model, inputs, *methods):
             return held
         return encode(self.model, inputs, method=methods)
 
@@ -252,15 +331,9 @@ class Session:
         Args:
             encoded: the picture, which then does not go through the tower again, where the pruner can do with that.
         """
-        record = None
         if encoded is not None and pruner is not None and encoded.serves(pruner.settings.method):
             inputs = {**inputs, ENCODED: encoded}
-        if pruner is None:
-            output = self._generate(inputs, max_new_tokens)
-        else:
-            with pruner(self.model) as pruned:
-                output = self._generate(inputs, max_new_tokens)
-            record = pruned.last
+        output, record = self._run(inputs, pruner, max_new_tokens)
         prompt = inputs["input_ids"].shape[1]
         answer = self.processor.tokenizer.decode(output.sequences[0, prompt:], skip_special_tokens=True).strip()
         cached: int | list[int] = prompt
@@ -277,9 +350,9 @@ class Session:
         if len(questions) == 1:
             return [self.ask(self.inputs(image, questions[0]), pruner, max_new_tokens)]
         inputs = self.batch([image] * len(questions), questions)
-        with pruner(self.model) as pruned:
-            output = self._generate(inputs, max_new_tokens)
-        record, cache = pruned.last, returned_cache(output)
+        output, record = self._run(inputs, pruner, max_new_tokens)
+        assert record is not None
+        cache = returned_cache(output)
         own = (record.columns >= 0).sum(1).tolist()  # what fills up the shorter ones is nobody's
         return [
             Answer(
@@ -298,9 +371,10 @@ class Session:
         settings = pruner.settings
         if LAYERS in settings.method.stages:
             return 1  # what acts inside the language model takes one prompt at a time
-        placeholder = family_of(self.model).placeholder(self.model, "image")
-        kept = settings.budget.tokens(int((inputs["input_ids"] == placeholder).sum()))
-        return max(1, min(TOGETHER, TOKENS_TOGETHER // kept))
+        return max(1, min(TOGETHER, TOKENS_TOGETHER // settings.budget.tokens(self._visual_tokens(inputs))))
+
+    def _visual_tokens(self, inputs: Any) -> int:
+        return int((inputs["input_ids"] == family_of(self.model).placeholder(self.model, "image")).sum())
 
     def _texts(self, inputs: Any, output: Any) -> list[str]:
         """The answers of a batch."""
@@ -311,9 +385,9 @@ class Session:
 
     def answers(self, inputs: Any, pruner: Pruner, max_new_tokens: int) -> tuple[list[str], Record]:
         """Answer a batch (see `batch`) by greedy decoding, and what was pruned of it."""
-        with pruner(self.model) as pruned:
-            output = self._generate(inputs, max_new_tokens)
-        return self._texts(inputs, output), pruned.last
+        output, record = self._run(inputs, pruner, max_new_tokens)
+        assert record is not None
+        return self._texts(inputs, output), record
 
     def compare(
         self,
@@ -331,8 +405,7 @@ class Session:
             known: answers that there are already.
         """
         answers = {name: known.get(name) or self.ask(inputs, pruner, max_new_tokens) for name, pruner in modes.items()}
-        placeholder = family_of(self.model).placeholder(self.model, "image")
-        tokens = int((inputs["input_ids"] == placeholder).sum())
+        tokens = self._visual_tokens(inputs)
         seconds: dict[str, list[float]] = {name: [] for name in modes}
         kv_mib = {name: self.ask(inputs, pruner, 1).kv_mib for name, pruner in modes.items()}
         for _ in range(repeats):
@@ -352,13 +425,17 @@ class Session:
     def _time_to_first_token(self, inputs: Any, pruner: Pruner | None) -> float:
         self._wait()
         start = time.perf_counter()
-        if pruner is None:
-            self._generate(inputs, 1)
-        else:
-            with pruner(self.model):
-                self._generate(inputs, 1)
+        self._run(inputs, pruner, 1)
         self._wait()
         return time.perf_counter() - start
+
+    def _run(self, inputs: Any, pruner: Pruner | None, max_new_tokens: int) -> tuple[Any, Record | None]:
+        """What `generate` returns, and what was pruned; without a pruner, by the stock model."""
+        with self._one_at_a_time:
+            if pruner is None:
+                return self._generate(inputs, max_new_tokens), None
+            with pruner(self.model) as pruned:
+                return self._generate(inputs, max_new_tokens), pruned.last
 
     def _generate(self, inputs: Any, max_new_tokens: int) -> Any:
         with warnings.catch_warnings():

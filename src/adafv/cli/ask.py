@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,7 +43,7 @@ from adafv.printable import printable, shortened
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from adafv.asking.session import Answer, Session, Timing
+    from adafv.asking.session import Answer, Session, Timing, Turn
     from adafv.core.crops import Crops
     from adafv.engines.transformers import Pruner, Record
     from adafv.methods import Method
@@ -55,6 +55,7 @@ _OUTPUT = "What to show"
 
 LINES = "-"
 """Questions, or the image, come from standard input."""
+QUIT = "/quit"
 LONGEST_LINE = 2**20
 ROOM = "1GB"
 """For the encoded image, where there are several questions about it. It is one image, so most of this is never taken."""
@@ -67,6 +68,12 @@ def ask(
         list[str] | None,
         typer.Option("--also", "-a", help="A further question about the image; several times, if need be."),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="The questions follow one another, and the model sees what was said before; /quit ends."
+        ),
+    ] = False,
     model: ModelOption = "",
     keep: Annotated[
         str,
@@ -128,6 +135,10 @@ def ask(
     Several questions are each answered for itself, with the tokens that it needs; the image is encoded once.
 
         adafv ask photo.jpg "How many cups are there?" --also "What colour are they?"
+
+    With --chat they follow one another; with - they are read from standard input.
+
+        adafv ask photo.jpg - --chat
     """
     method = method_or_default(method, objective, variant)
     wish = _Wish(**locals())
@@ -142,6 +153,7 @@ class _Wish:
     image: str
     question: str
     also: list[str] | None
+    chat: bool
     model: str
     keep: str
     method: str
@@ -179,6 +191,7 @@ class _Pruning:
 
     @classmethod
     def of(cls, wish: _Wish, budget: Budget) -> "_Pruning":
+        from adafv.asking.session import CHAT_SCOPE
         from adafv.core.crops import Crops
         from adafv.engines.transformers import Pruner
         from adafv.engines.transformers.settings import POSITIONS
@@ -199,7 +212,8 @@ class _Pruning:
                 rivals[its_name] = other
         for each in (method, *rivals.values()):
             Pruner(each, budget, positions=wish.positions, crops=wish.crops)  # finds what does not go together
-        return cls(budget, wish.text, wish.positions, Crops.of(wish.crops), name, method, parameters, rivals)
+        scope = CHAT_SCOPE if wish.chat and wish.text is None and method.scope is None else wish.text
+        return cls(budget, scope, wish.positions, Crops.of(wish.crops), name, method, parameters, rivals)
 
     def pruners(self, session: "Session", remember: str | None) -> "tuple[Pruner, dict[str, Pruner]]":
         """(the one that was asked for, its rivals) for the model."""
@@ -230,7 +244,7 @@ def _checked_questions(wish: _Wish) -> list[str]:
         questions = []
     else:
         questions = [_checked_question(question) for question in (wish.question, *(wish.also or ()))]
-    if len(questions) != 1:
+    if len(questions) != 1 or wish.chat:
         for name, given in (("--compare", wish.compare or wish.compare_with), ("--picture", wish.picture)):
             if given:
                 raise UsageError(f"{name} shows what becomes of one question; ask that one by itself")
@@ -309,10 +323,11 @@ def _answer(wish: _Wish) -> None:
     start = time.perf_counter()
     with _progress(f"loading {model}"):
         session = Session.load(model, wish.dtype, device)
-        pruner, rivals = pruning.pruners(session, None if len(questions) == 1 else ROOM)
+        several = len(questions) != 1 or wish.chat
+        pruner, rivals = pruning.pruners(session, ROOM if several else None)
     loaded = time.perf_counter() - start
-    if len(questions) != 1:
-        _Asking(wish, session, pruner, pruning, image, model, loaded).answer(questions)
+    if several:
+        _Asking(wish, session.preparing_once(), pruner, pruning, image, model, loaded).answer(questions)
         return
     [question] = questions
     inputs = session.inputs(image, question)
@@ -362,16 +377,23 @@ class _Asking:
     image: "Image"
     model: str
     loaded: float
+    said: "list[Turn]" = field(default_factory=list)
+    """The turns of a chat."""
 
     def answer(self, questions: list[str]) -> None:
-        """Answer these questions in as few batches as there is room for; where there are none, those that are asked."""
+        """Answer these questions in as few batches as there is room for, those of a chat one after the other; where there are
+        none, those that are asked."""
+        if self.wish.chat:
+            self.session.check_chat()
         if not questions:
             self._as_they_come()
             return
         for question in questions:
             self.session.check_question(question)  # of all of them, before the first answer
         while questions:
-            room = self.session.most_together(self.session.inputs(self.image, questions[0]), self.pruner)
+            room = 1
+            if not self.wish.chat:
+                room = self.session.most_together(self.session.inputs(self.image, questions[0]), self.pruner)
             self._together(questions[:room])
             questions = questions[room:]
         if not self.wish.as_json:
@@ -380,47 +402,69 @@ class _Asking:
     def _as_they_come(self) -> None:
         """Ask for questions until there are no more. At a terminal, one that cannot be asked ends nothing; elsewhere it does,
         or answers would no longer stand in the places of their questions."""
-        terminal, asked = _at_a_terminal(), 0
+        terminal, asked, ended = _at_a_terminal(), 0, False
         if terminal:
-            say(f"{about(self.model, self.session.processor.tokenizer)}; every question is one by itself; Ctrl-D ends")
-        for place, line in _lines(terminal):
-            try:
-                if not line.strip():
-                    continue
-                question = _checked_question(line)
-                self.session.check_question(question)
-            except UsageError as error:
-                if not terminal:
-                    raise UsageError(f"line {place} of standard input: {error}") from error
-                say(f"error: {error}")
-                continue
-            self._together([question])
-            asked += 1
-        if not asked and not terminal:
+            how = f"{QUIT} or Ctrl-D ends" if self.wish.chat else "every question is one by itself; Ctrl-D ends"
+            say(f"{about(self.model, self.session.processor.tokenizer)}; {how}")
+        try:
+            for place, line in _lines(terminal):
+                ended = self.wish.chat and line.strip() == QUIT
+                if ended:
+                    break
+                asked += self._asked(place, line, terminal)
+        except KeyboardInterrupt:
+            if not (terminal and self.wish.chat):
+                raise
+            sys.stderr.write("\n")
+        if not asked and not terminal and not ended:
             raise UsageError("no question came from standard input; write one a line, or name it behind the image")
         if not terminal and not self.wish.as_json:
             say(about(self.model, self.session.processor.tokenizer))
 
+    def _asked(self, place: int, line: str, terminal: bool) -> bool:
+        """Answer a line of standard input; whether it was a question."""
+        if not line.strip():
+            return False
+        try:
+            question = _checked_question(line)
+            self.session.check_question(question)
+            self._together([question])
+        except UsageError as error:
+            if not terminal:
+                raise UsageError(f"line {place} of standard input: {error}") from error
+            say(f"error: {error}")
+            return False
+        return True
+
     def _together(self, questions: list[str]) -> None:
         with _progress("answering"):
-            answers = self.session.ask_together(self.image, questions, self.pruner, self.wish.max_new_tokens)
+            if self.wish.chat:
+                answers = [self._in_the_chat(*questions)]
+            else:
+                answers = self.session.ask_together(self.image, questions, self.pruner, self.wish.max_new_tokens)
         tokenizer = self.session.processor.tokenizer
         for question, answered in zip(questions, answers, strict=True):
             unknown = unknown_words(tokenizer, question)
-            if len(questions) > 1 and not self.wish.as_json:
+            if (len(questions) > 1 or self.wish.also) and not self.wish.as_json:
                 say(f"question: {question}")
             if unknown:
                 say(f"warning: {unknown_words_warning(tokenizer, unknown)}")
             if answered.note:
                 say(f"note: {answered.note}")
             if self.wish.as_json:
-                result = _result(answered, self.model, question, unknown, self.pruning, self.session, self.loaded) | {
-                    "together": answered.together
-                }
+                result = _result(answered, self.model, question, unknown, self.pruning, self.session, self.loaded)
+                result |= {"turn": len(self.said)} if self.wish.chat else {"together": answered.together}
                 put(json.dumps(_without_nan(result), allow_nan=False))
             else:
                 put(printable(answered.answer, kept="\n\t"))
                 say(_summary(answered))
+
+    def _in_the_chat(self, question: str) -> "Answer":
+        inputs = self.session.inputs(self.image, question, self.said)
+        self.session.check_room(inputs, self.pruner, self.wish.max_new_tokens)
+        answered = self.session.ask(inputs, self.pruner, self.wish.max_new_tokens)
+        self.said.append((question, answered.answer))
+        return answered
 
 
 def _at_a_terminal() -> bool:
@@ -476,8 +520,8 @@ def _result(
         "unknown_words": unknown,
         "positions": pruning.positions,
         "crops": str(pruning.crops),
-        "crops_seen": list(record.images[0].crops or range(record.images[0].layout.crops)),
-        "certainty": None if record.certainty is None else record.certainty[0],
+        "crops_seen": list(images[0].crops or range(images[0].layout.crops)),
+        "certainty": None if record.certainty is None else record.certainty[pruned.row],
         "dtype": session.dtype,
         "device": str(session.device),
         "kv_mib": pruned.kv_mib,

@@ -21,6 +21,7 @@ from adafv.asking.models import unknown_words, unknown_words_warning
 from adafv.asking.session import Answer, Session, Timing
 from adafv.core import Budget
 from adafv.engines.transformers import EncodedImages, Pruner
+from adafv.engines.transformers.encoded import takes_encoded
 from adafv.errors import AdaFVError
 from adafv.images import read_image
 from adafv.methods import Method
@@ -81,8 +82,14 @@ class _Seen:
     encoded: EncodedImages
     tower: float
     """Seconds that tower and projector took, the median of `ROUNDS`."""
+    methods: list[Method]
+    """That what was read off the tower is for; the latest ones."""
     unpruned: "OrderedDict[tuple[str, int], Timing]" = field(default_factory=OrderedDict)
     """By question and longest answer."""
+
+    def serves(self, method: Method) -> bool:
+        """Whether the tower need not run for a method, or would have to in any case."""
+        return self.encoded.serves(method) or not takes_encoded(method)
 
 
 class Answers:
@@ -152,7 +159,7 @@ class Answers:
                 for name, method in chosen.items()
                 for budget in budgets
             }
-            seen = self._look(hashlib.sha256(data).digest(), inputs)
+            seen = self._look(hashlib.sha256(data).digest(), inputs, list(chosen.values()))
             timings, answers = self._timed(inputs, question, seen, pruners, int(longest))
             crops = session.tower_view(inputs)
             tokenizer = session.processor.tokenizer
@@ -163,19 +170,25 @@ class Answers:
         said = dict.fromkeys(text for text in (warning, *(answer.note for answer in answers.values())) if text)
         return Comparison(results, " ".join(as_sentence(text) for text in said))
 
-    def _look(self, name: bytes, inputs: Any) -> _Seen:
-        """The picture as the tower leaves it, which it goes through unless it is held."""
+    def _look(self, name: bytes, inputs: Any, methods: list[Method]) -> _Seen:
+        """The picture as the tower leaves it, which it goes through unless it is held with all that the methods need."""
         held = self._seen.pop(name, None)
-        if held is not None and self._session.encoded(inputs, held.encoded) is held.encoded:
+        if held is not None and not held.encoded.holds(self._session.model, inputs):
+            held = None
+        if held is not None and all(map(held.serves, methods)):
             seen = held
         else:
+            if held is not None:
+                methods = [*methods, *held.methods][:MAX_WAYS]
             seconds = []
             for _ in range(ROUNDS):
                 start = time.perf_counter()
-                encoded = self._session.encoded(inputs)
+                encoded = self._session.encoded(inputs, methods=methods)
                 encoded.images["image"][0].features[0, 0].item()  # waits for the device
                 seconds.append(time.perf_counter() - start)
-            seen = _Seen(encoded, statistics.median(seconds))
+            seen = _Seen(encoded, statistics.median(seconds), methods)
+            if held is not None:
+                seen.unpruned = held.unpruned
         if seen.encoded.bytes <= MAX_HELD:
             self._seen[name] = seen
         while sum(each.encoded.bytes for each in self._seen.values()) > MAX_HELD:

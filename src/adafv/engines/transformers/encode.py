@@ -88,9 +88,13 @@ def _encoded(
 
 def _encoded_before(call: Call, modality: str, signals: frozenset[Signal]) -> dict[int, EncodedImage]:
     assert call.encoded is not None
+    name, needed = call.settings.method.name, frozenset[Signal]().union(*(job.method.of_tower for job in call.jobs))
     for signal in sorted(signals - call.encoded.signals, key=str):
+        what, given = (
+            (f"the method {name}", repr(name)) if signal in needed else ("choosing crops", f"[{name!r}, 'saliency']")
+        )
         raise StaleImagesError(
-            f"these images were encoded without {signal}, which the method {call.settings.method.name} needs; encode them "
-            f"for it: adafv.encode(model, inputs, method={call.settings.method.name!r})"
+            f"these images were encoded without {signal}, which {what} needs; encode them for it: "
+            f"adafv.encode(model, inputs, method={given})"
         )
     return dict(enumerate(call.encoded.take(modality, call.numbers[modality], call.device)))

@@ -100,20 +100,22 @@ class EncodedImages:
                     f"of the processor; leave it out, or {mend}"
                 )
 
-    def holds(self, model: Any, inputs: Mapping[str, Any], method: Method) -> bool:
-        """Whether these are the images of `inputs`, as the model would encode them now for a method."""
+    def holds(self, model: Any, inputs: Mapping[str, Any], *methods: Method) -> bool:
+        """Whether these are the images of `inputs`, as the model would encode them now for all of these methods."""
+        if not all(map(self.serves, methods)):
+            return False
         family = family_of(model)
         _, taken = _visuals_of(family, inputs)
         try:
             self.check(model, family, taken)
         except StaleImagesError:
             return False
-        return taken.keys() == self.pixels.keys() and self.serves(method)
+        return taken.keys() == self.pixels.keys()
 
     def serves(self, method: Method) -> bool:
         """Whether a method, and what chooses in its place without words, can do with what was read off the tower."""
         needed = method.of_tower | method.without_text().of_tower
-        return method.stages in ({TOKENS}, {LAYERS}) and not method.may_repeat and needed <= self.signals
+        return takes_encoded(method) and needed <= self.signals
 
     def take(self, modality: str, numbers: Sequence[int], device: torch.device) -> list[EncodedImage]:
         """Some of the images of one modality, on the device of the model."""
@@ -214,6 +216,11 @@ def encode(
             described[modality] = {name: _described(name, value) for name, value in entries.items()}
     hashes = {name: digest_of(value) for name, value in taken.items()}
     return EncodedImages(images, described, signals, family.name, Fingerprint.of(model), hashes, _Guard.of(model))
+
+
+def takes_encoded(method: Method) -> bool:
+    """Whether a method can do with encoded images, if what it needs was read off the tower; others need the pixels."""
+    return method.stages in ({TOKENS}, {LAYERS}) and not method.may_repeat
 
 
 class _Guard:
