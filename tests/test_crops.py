@@ -13,7 +13,6 @@ import adafv
 from adafv import AdaFV, Pruner, compress
 from adafv.core.crops import AUTO, THUMBNAIL, Crops, chosen_crops, enlarged_in, mixes_crops, tokens_of_crops
 from adafv.core.layout import ImageLayout, anyres_layout, anyres_places
-from adafv.engines.serving.settings import ServerSettings
 from adafv.engines.transformers.families import family_of
 from adafv.errors import MethodError, OptionError, UnsupportedCallError, UnsupportedModelError
 from adafv.methods import known_methods, method_named
@@ -294,9 +293,6 @@ def test_refused() -> None:
         AdaFV(keep=8, crops="auto")(model)
     with pytest.raises(MethodError, match="repeats them"):
         AdaFV(keep=8, crops=1, variant="published")
-    with pytest.raises(OptionError, match="in vLLM all crops"):
-        ServerSettings.of({"keep": 8, "crops": 1})
-    assert ServerSettings.of({"keep": 8, "crops": "all"}) == ServerSettings.of({"keep": 8})
     with shared_model(ROWS["llava-onevision"]) as model:
         inputs = make_inputs(ROWS["llava-onevision"], model, [1, 1])
         with pytest.raises(UnsupportedCallError, match="scales their tokens down"):
