@@ -109,6 +109,7 @@ class TestCommand:
         assert "crops" not in overrides(printed(folder, "--keep", "8", "--crops", "all"))["adafv"]
         refused(
             run("bundled", "--keep", "8", "--crops", "thumbnail", "--print-command"),
+            1,
             "LlavaNextForConditionalGeneration",
         )
         refused(run(folder, "--keep", "8", "--crops", "auto", "--print-command"), 2, "ask again with crops='all'")

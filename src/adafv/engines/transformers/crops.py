@@ -44,17 +44,26 @@ def check_crops(crops: Crops, family: Family, model: Any) -> None:
     """
     if not crops.chosen:
         return
-    if not family.chooses_crops:
+    if family.knows_thumbnail and crops.most != 0:
         raise UnsupportedModelError(
-            f"crops={str(crops)!r}: in {family.name} images are not cut into a thumbnail and crops, or adafv cannot tell "
-            f"which crop lies where, or cannot encode one without the others; {MEND}"
+            f"crops={str(crops)!r}: in {family.name} nothing says which crop lies where, so the thumbnail cannot say which "
+            f"of them are worth it; give crops={THUMBNAIL!r} or {AUTO!r}, or {MEND}"
+        )
+    if not (family.chooses_crops or family.knows_thumbnail):
+        raise UnsupportedModelError(
+            f"crops={str(crops)!r}: in {family.name} images are not cut into a thumbnail and crops, or crops are images of "
+            f"their own; {MEND}"
         )
     family.check_signals(model, [SALIENCY])
 
 
 def chooses(call: Call, job: ImageJob) -> bool:
     """Whether some crops of an image need not be encoded."""
-    if not call.family.chooses_crops or job.image.modality != "image" or job.plan is None:
+    if (
+        not (call.family.chooses_crops or call.family.knows_thumbnail)
+        or job.image.modality != "image"
+        or job.plan is None
+    ):
         return False
     layout, crops = job.image.layout, call.settings.crops_of(job.image.row)
     return need_not_all(crops, layout, job.plan, job.method, arranged=job.layout is not layout)
@@ -93,6 +102,11 @@ def encode_chosen(
         images: by number; where they are encoded already, whole. The same crops are chosen then.
     """
     layouts = [job.image.layout for job in jobs]
+    if images is not None and call.family.knows_thumbnail:
+        raise UnsupportedCallError(
+            f"crops={str(call.settings.crops)!r}: in {call.family.name} pixels alone say whether a crop is a thumbnail, and "
+            f"these images are encoded already; pass the images themselves, or {MEND}"
+        )
 
     # Several prompts may show one image.
     known: dict[Any, Any] = {}
@@ -176,7 +190,7 @@ def check_auto(crops: Crops) -> None:
 def check_twice(arguments: Mapping[str, Any]) -> None:
     """Raise UnsupportedCallError for a call of `generate` that cannot be made a second time as it was made first."""
     for name, why in (
-        ("streamer", "has been told the first answer by then"),
+        ("streamer", "has been told the prompt by then"),
         ("custom_generate", "may give back anything"),
         ("assistant_model", "guesses tokens ahead"),
         ("prompt_lookup_num_tokens", "guesses tokens ahead"),
@@ -188,7 +202,7 @@ def check_twice(arguments: Mapping[str, Any]) -> None:
             )
     if cache_of(arguments) is not None:
         raise UnsupportedCallError(
-            f"crops={AUTO!r} may have to generate an answer twice, but the first one stays in the cache that was passed; "
+            f"crops={AUTO!r} may have to generate an answer twice, but the prompt stays in the cache that was passed; "
             f"pass the whole conversation without one, give crops={THUMBNAIL!r} or a number, or {MEND}"
         )
 
