@@ -22,7 +22,9 @@ QUESTIONS = (
     "Is there a key?",
     "What color is the background?",
 )
+SIDE = 144
 SHAPES = {"small": (90, 80), "wide": (290, 100), "large": (250, 240)}
+"""Pixels, of pictures for crops of `SIDE` pixels: one to four of them beside the thumbnail."""
 CROPS: tuple[str | int, ...] = ("thumbnail", 1, 2)
 
 
@@ -48,8 +50,10 @@ def forget(llm: Any) -> None:
     llm.apply_model(forget_images)
 
 
-def shown(name: str, shape: str) -> Any:
-    return picture(name).resize(SHAPES[shape])
+def shown(both: Both, name: str, shape: str) -> Any:
+    side = both.model.config.vision_config.image_size
+    width, height = SHAPES[shape]
+    return picture(name).resize((width * side // SIDE, height * side // SIDE))
 
 
 def crops_run(llm: Any) -> Any:
@@ -73,29 +77,31 @@ def asked(llm: Any, image: Any, question: str, keep: int | float, crops: str | i
 @pytest.mark.parametrize("crops", CROPS)
 def test_as_in_transformers(fresh: Both, crops: str | int) -> None:
     for (name, shape), keep in itertools.product([("bird", "wide"), ("cars", "large"), ("key", "small")], (12, 0.2)):
-        fresh.agree([shown(name, shape), QUESTIONS[0]], keep, crops=crops)
+        fresh.agree([shown(fresh, name, shape), QUESTIONS[0]], keep, crops=crops)
 
 
 def test_no_more_is_kept_than_there_is(fresh: Both) -> None:
-    image = shown("mushrooms", "large")
+    image = shown(fresh, "mushrooms", "large")
     for crops, keep in itertools.product(("thumbnail", 1), (layout_of(fresh, image).tokens - 1, 1.0)):
         fresh.agree([image, QUESTIONS[2]], keep, crops=crops)
 
 
 def test_two_pictures_with_different_numbers_of_crops(fresh: Both) -> None:
     for crops in ("thumbnail", 1):
-        fresh.agree([shown("bird", "wide"), QUESTIONS[0], shown("cars", "large"), QUESTIONS[1]], 12, crops=crops)
+        fresh.agree(
+            [shown(fresh, "bird", "wide"), QUESTIONS[0], shown(fresh, "cars", "large"), QUESTIONS[1]], 12, crops=crops
+        )
 
 
 def test_without_words_saliency_alone_ranks_crops(fresh: Both) -> None:
-    fresh.agree([shown("cars", "large")], 12, "saliency", crops=1)
+    fresh.agree([shown(fresh, "cars", "large")], 12, "saliency", crops=1)
 
 
 def test_the_same_in_batches_and_from_caches(fresh: Both) -> None:
     """Pictures, questions, budgets and crops in one step; then one by one, where everything was seen in parts before."""
     cases = list(
         itertools.product(
-            [shown("bird", "large"), shown("cars", "wide")],
+            [shown(fresh, "bird", "large"), shown(fresh, "cars", "wide")],
             QUESTIONS[:2],
             (8, 0.3),
             ("thumbnail", 1, "all"),
@@ -123,7 +129,7 @@ def test_the_same_in_batches_and_from_caches(fresh: Both) -> None:
 
 
 def test_the_tower_sees_no_crop_twice(fresh: Both) -> None:
-    image, llm = shown("cars", "large"), fresh.llm
+    image, llm = shown(fresh, "cars", "large"), fresh.llm
     with crops_run(llm) as runs, tower_runs(llm) as whole:
         answers(llm, [chat(image, QUESTIONS[0])], 8, crops="thumbnail")
         assert runs == [[0]]
@@ -150,7 +156,7 @@ def test_the_tower_sees_no_crop_twice(fresh: Both) -> None:
 
 
 def test_refused(fresh: Both) -> None:
-    question = chat(shown("bird", "large"), QUESTIONS[0])
+    question = chat(shown(fresh, "bird", "large"), QUESTIONS[0])
     with pytest.raises(OptionError, match="ask with crops='thumbnail' and logprobs"):
         answers(fresh.llm, [question], 8, crops="auto")
     with pytest.raises(OptionError, match="is no number of crops"):
@@ -166,7 +172,7 @@ def test_refused(fresh: Both) -> None:
 def test_two_workers_choose_the_same_crops(checkpoints: Path) -> None:
     folder, options = checkpoint("llava-next", checkpoints), {"keep": 12, "crops": 1}
     chats = [
-        chat(shown(name, shape), words)
+        chat(shown(fresh, name, shape), words)
         for (name, shape), words in zip((("bird", "large"), ("cars", "wide")), QUESTIONS)
     ]
     llm = engine(folder, NAMES["llava-next"], options)

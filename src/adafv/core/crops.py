@@ -150,8 +150,8 @@ def check_thumbnails(images: Sequence[Tensor]) -> None:
 
 
 _DIFFERS = 0.15
-"""32 photographs and drawings in four shapes, cut by a stock processor into tiles of 224 pixels, differed by 0.06 at most; of 864
-cases in which a tile was taken for the thumbnail, those of chessboards alone differed by less than this."""
+"""32 photographs and drawings in four shapes, cut by a stock processor into tiles of 224 pixels, differed by 0.06 at most; of
+864 cases in which a tile was taken for the thumbnail, those of chessboards alone differed by less than this."""
 _LIKE = 0.01
 """In units of normalised pixels; what two blank pictures may differ by."""
 
