@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from both import NAMES, Both, checkpoint
+from both import NAMES, Both
 from engines import alike, answers, chat, choices, engine, generate, picture, prompt, spied, tower_runs
 from vllm.distributed import cleanup_dist_env_and_memory
-from workers import kept_by_each, several_workers
+from workers import kept_by_each, llava, several_workers
 
 from adafv.core.encoded import TowerCache
 from adafv.core.layout import ImageLayout
@@ -170,11 +170,9 @@ def test_refused(fresh: Both) -> None:
 
 @pytest.mark.release
 def test_two_workers_choose_the_same_crops(checkpoints: Path) -> None:
-    folder, options = checkpoint("llava-next", checkpoints), {"keep": 12, "crops": 1}
-    chats = [
-        chat(shown(fresh, name, shape), words)
-        for (name, shape), words in zip((("bird", "large"), ("cars", "wide")), QUESTIONS)
-    ]
+    folder, options = llava("clip", checkpoints, crops=True), {"keep": 12, "crops": 1}
+    pictures = picture("bird").resize(SHAPES["large"]), picture("cars").resize(SHAPES["wide"])
+    chats = [chat(*pair) for pair in zip(pictures, QUESTIONS[:2], strict=True)]
     llm = engine(folder, NAMES["llava-next"], options)
     with choices(llm) as kept:
         expected = answers(llm, chats)
