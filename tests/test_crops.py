@@ -130,6 +130,49 @@ def test_encoded_images_are_chosen_from_alike(row: FamilyRow, crops: str | int, 
         assert one.kept.tolist() == two.kept.tolist()
 
 
+def test_crops_are_remembered(row: FamilyRow, seen: list[list[tuple[int, ...]]]) -> None:
+    """One by one: a question that wants others finds those that are there, and the whole picture serves every question."""
+    with shared_model(row) as model:
+        one, two = (make_inputs(row, model, [1], seed=seed) for seed in (0, 1))
+        two = {**one, "input_ids": two["input_ids"]} if two["input_ids"].shape == one["input_ids"].shape else one
+        ways = [(one, THUMBNAIL), (two, 1), (one, 1), (two, 2), (one, "all"), (two, 2), (two, 99)]
+        alone = [compress(model, inputs, KEEP, crops=crops) for inputs, crops in ways]
+        del seen[:]
+        store, ran = adafv.ImageStore("100MB"), []
+        for (inputs, crops), expected in zip(ways, alone, strict=True):
+            before = len(seen)
+            found = compress(model, inputs, KEEP, crops=crops, remember=store)
+            ran.append([crop for run in seen[before:] for crops in run for crop in crops])
+            [image], [wanted] = found.record.images, expected.record.images
+            assert image.crops == wanted.crops
+            assert image.kept.tolist() == wanted.kept.tolist()
+            assert image.remembered == (crops != "all" and not ran[-1])
+            for name, value in expected["mm_encoder_outputs"].items():
+                for mine, theirs in zip(
+                    found["mm_encoder_outputs"][name].pooler_output, value.pooler_output, strict=True
+                ):
+                    torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=2e-5)
+        assert ran[0] == [0]
+        everything = [crop for crops in ran for crop in crops]
+        assert len(everything) == len(set(everything))
+        assert ran[5] == ran[6] == []
+
+
+def test_remembered_crops_are_those_of_the_weights(seen: list[Any]) -> None:
+    model, store = ROWS["llava-next"].build(), adafv.ImageStore("100MB")
+    inputs = make_inputs(ROWS["llava-next"], model, [1, 1])
+    for runs in (1, 2):
+        for _ in range(2):
+            found = compress(model, inputs, KEEP, crops=THUMBNAIL, remember=store).record
+            assert len(seen) == runs
+        expected = compress(model, inputs, KEEP, crops=THUMBNAIL).record
+        assert [kept.tolist() for kept in found.kept] == [kept.tolist() for kept in expected.kept]
+        del seen[-1]
+        with torch.no_grad():
+            model.model.vision_tower.get_input_embeddings().weight.mul_(-2)
+    assert (store.hits, store.misses) == (4, 4)
+
+
 def test_all_crops_are_what_it_was(row: FamilyRow, seen: list[Any]) -> None:
     with shared_model(row) as model:
         inputs = make_inputs(row, model, [1])

@@ -246,7 +246,7 @@ def shares_of_crops(layout: ImageLayout, thumbnails: Sequence[EncodedImage], tex
 
 
 def joined(layout: ImageLayout, parts: Sequence[tuple[EncodedImage, Sequence[int]]], left: ImageLayout) -> EncodedImage:
-    """Parts of an image, each with the crops that it holds, in the order of its tokens; of the signals, those of the last.
+    """Parts of an image, each with the crops that it holds, in the order of its tokens; of the signals, those that all have.
 
     Args:
         layout: of the whole image.
@@ -262,5 +262,6 @@ def joined(layout: ImageLayout, parts: Sequence[tuple[EncodedImage, Sequence[int
         row = torch.cat(list(values))
         return row if ascending else row.index_select(0, sent(torch.from_numpy(order), row.device))
 
-    signals = {signal: together([image.signals[signal] for image, _ in parts]) for signal in parts[-1][0].signals}
+    common = [signal for signal in parts[0][0].signals if all(signal in image.signals for image, _ in parts)]
+    signals = {signal: together([image.signals[signal] for image, _ in parts]) for signal in common}
     return EncodedImage(together([image.features for image, _ in parts]), signals, left)

@@ -33,6 +33,7 @@ from adafv.engines.transformers.encoded import encoded_part
 from adafv.engines.transformers.families.base import Family
 from adafv.engines.transformers.record import ImageRecord
 from adafv.engines.transformers.releases import cache_of
+from adafv.engines.transformers.remembered import RememberedCrops
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
 
 
@@ -117,7 +118,12 @@ def encode_chosen(
             known[key] = make(*given), given  # which stay alive, and so their ids their own
         return known[key][0]
 
-    def encoded(wanted: list[tuple[int, ...]], asked: frozenset[Signal]) -> list[EncodedImage]:
+    store = call.settings.store if images is None else None
+    remembered = None if store is None else RememberedCrops(store, call.model, call.family, visuals, layouts)
+
+    def encoded(wanted: list[tuple[int, ...]], asked: frozenset[Signal]) -> Sequence[EncodedImage | None]:
+        if remembered is not None:
+            return remembered.encode(wanted, asked)
         parts = [once(of_some_crops, layout, crops) for layout, crops in zip(layouts, wanted, strict=True)]
         if images is not None:
             whole = [images[job.image.number] for job in jobs]
@@ -133,7 +139,7 @@ def encode_chosen(
     found = encoded(first, signals | {SALIENCY} if deciding else signals)
     others: list[tuple[int, ...]] = [()] * len(jobs)
     if deciding:
-        thumbnails = {id(job): image for job, image in zip(jobs, found, strict=True)}
+        thumbnails = {id(job): image for job, image in zip(jobs, found, strict=True) if image is not None}
         decided = decide(call, deciding, [thumbnails[id(job)] for job in deciding])
         chosen = {id(job): crops for job, crops in zip(deciding, decided, strict=True)}
         others = [chosen.get(id(job), ()) for job in jobs]
@@ -142,6 +148,9 @@ def encode_chosen(
         job.crops = (*crops, *rest)
         job.places, left = once(of_some_crops, layout, job.crops)
         job.encoded = one if two is None or not rest else once(_joined, layout, one, crops, two, rest, left)
+    if store is not None and remembered is not None:
+        store.count(len(jobs) - len(remembered.ran), len(remembered.ran))
+        call.remembered |= {("image", job.image.number) for i, job in enumerate(jobs) if i not in remembered.ran}
 
 
 def decide(call: Call, jobs: Sequence[ImageJob], thumbnails: Sequence[EncodedImage]) -> list[tuple[int, ...]]:
