@@ -103,6 +103,17 @@ class TestCommand:
         command = printed("bundled", "--keep", "64", "--request-budgets", "--max-keep", "128")
         assert overrides(command)["adafv"]["max_keep"] == 128
 
+    def test_crops(self, tmp_path: Path) -> None:
+        folder = checkpoint(tmp_path / "next", architectures=["LlavaNextForConditionalGeneration"])
+        assert overrides(printed(folder, "--keep", "8", "--crops", "1"))["adafv"]["crops"] == "1"
+        assert "crops" not in overrides(printed(folder, "--keep", "8", "--crops", "all"))["adafv"]
+        refused(
+            run("bundled", "--keep", "8", "--crops", "thumbnail", "--print-command"),
+            1,
+            "LlavaNextForConditionalGeneration",
+        )
+        refused(run(folder, "--keep", "8", "--crops", "auto", "--print-command"), 2, "ask again with crops='all'")
+
     def test_options(self) -> None:
         options = ["--method", "adafv", "--objective", "split", "--text", "turn", "--tower-cache-mb", "0"]
         assert overrides(printed("bundled", "--keep", "8", *options))["adafv"] == {

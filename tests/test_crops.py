@@ -1,24 +1,35 @@
 """Crops that are chosen by the scores of the thumbnail: what was encoded, what stays, and that the answer is right."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import FAMILIES, FamilyRow, make_inputs, words
 from oracle import masked_inputs, same_logits
+from PIL import Image
 from sharing import shared_model
 from transformers import DynamicCache
 
 import adafv
-from adafv import AdaFV, Pruner, compress
-from adafv.core.crops import AUTO, THUMBNAIL, Crops, chosen_crops, enlarged_in, mixes_crops, tokens_of_crops
+from adafv import AdaFV, Pruner, bundled, compress
+from adafv.core.crops import (
+    AUTO,
+    THUMBNAIL,
+    Crops,
+    check_thumbnails,
+    chosen_crops,
+    enlarged_in,
+    mixes_crops,
+    tokens_of_crops,
+)
 from adafv.core.layout import ImageLayout, anyres_layout, anyres_places
-from adafv.engines.serving.settings import ServerSettings
 from adafv.engines.transformers.families import family_of
 from adafv.errors import MethodError, OptionError, UnsupportedCallError, UnsupportedModelError
 from adafv.methods import known_methods, method_named
 from adafv.methods.base import TOKENS
 
+SAMPLES = Path(bundled.__file__).parent / "samples"
 KEEP = 0.2
 ROWS = {row.name: row for row in FAMILIES}
 CHOOSING = [
@@ -119,6 +130,49 @@ def test_encoded_images_are_chosen_from_alike(row: FamilyRow, crops: str | int, 
         assert one.kept.tolist() == two.kept.tolist()
 
 
+def test_crops_are_remembered(row: FamilyRow, seen: list[list[tuple[int, ...]]]) -> None:
+    """One by one: a question that wants others finds those that are there, and the whole picture serves every question."""
+    with shared_model(row) as model:
+        one, two = (make_inputs(row, model, [1], seed=seed) for seed in (0, 1))
+        two = {**one, "input_ids": two["input_ids"]} if two["input_ids"].shape == one["input_ids"].shape else one
+        ways = [(one, THUMBNAIL), (two, 1), (one, 1), (two, 2), (one, "all"), (two, 2), (two, 99)]
+        alone = [compress(model, inputs, KEEP, crops=crops) for inputs, crops in ways]
+        del seen[:]
+        store, ran = adafv.ImageStore("100MB"), []
+        for (inputs, crops), expected in zip(ways, alone, strict=True):
+            before = len(seen)
+            found = compress(model, inputs, KEEP, crops=crops, remember=store)
+            ran.append([crop for run in seen[before:] for crops in run for crop in crops])
+            [image], [wanted] = found.record.images, expected.record.images
+            assert image.crops == wanted.crops
+            assert image.kept.tolist() == wanted.kept.tolist()
+            assert image.remembered == (crops != "all" and not ran[-1])
+            for name, value in expected["mm_encoder_outputs"].items():
+                for mine, theirs in zip(
+                    found["mm_encoder_outputs"][name].pooler_output, value.pooler_output, strict=True
+                ):
+                    torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=2e-5)
+        assert ran[0] == [0]
+        everything = [crop for crops in ran for crop in crops]
+        assert len(everything) == len(set(everything))
+        assert ran[5] == ran[6] == []
+
+
+def test_remembered_crops_are_those_of_the_weights(seen: list[Any]) -> None:
+    model, store = ROWS["llava-next"].build(), adafv.ImageStore("100MB")
+    inputs = make_inputs(ROWS["llava-next"], model, [1, 1])
+    for runs in (1, 2):
+        for _ in range(2):
+            found = compress(model, inputs, KEEP, crops=THUMBNAIL, remember=store).record
+            assert len(seen) == runs
+        expected = compress(model, inputs, KEEP, crops=THUMBNAIL).record
+        assert [kept.tolist() for kept in found.kept] == [kept.tolist() for kept in expected.kept]
+        del seen[-1]
+        with torch.no_grad():
+            model.model.vision_tower.get_input_embeddings().weight.mul_(-2)
+    assert (store.hits, store.misses) == (4, 4)
+
+
 def test_all_crops_are_what_it_was(row: FamilyRow, seen: list[Any]) -> None:
     with shared_model(row) as model:
         inputs = make_inputs(row, model, [1])
@@ -171,10 +225,16 @@ def test_asks_again_where_the_answer_is_not_certain(
 
         monkeypatch.setattr(adafv.engines.transformers.wrapper, "unsure_rows", judged)
         del seen[:]
+        forwards: list[int] = []
+        hook = model.model.language_model.register_forward_hook(lambda *call: forwards.append(1))
+        processors, criteria = Counted(), Counted(torch.zeros(2, dtype=torch.bool))
         with AdaFV(keep=KEEP, crops=AUTO)(model) as pruned:
-            answers = model.generate(**inputs, **options)
+            answers = model.generate(**inputs, **options, logits_processor=[processors], stopping_criteria=[criteria])
+        hook.remove()
         record = pruned.last
     assert isinstance(answers, torch.Tensor)
+    assert len(forwards) == 3 + (len(sure) < 2)  # the first call ends at its first token
+    assert processors.calls == criteria.calls == 3  # and nobody hears of it
     assert told == [pytest.approx(first.tolist())]
     assert record.certainty == pytest.approx([0.9998 if row in sure else 1 / 3 for row in (0, 1)], abs=1e-3)
     for row, image in enumerate(record.images):
@@ -183,6 +243,33 @@ def test_asks_again_where_the_answer_is_not_certain(
         expected = by_thumbnail.sequences if row in sure else by_all
         assert answers[row].tolist() == expected[row].tolist()
     assert seen == [[(0,), (0,)], *([[(0,)]] if len(sure) == 1 else [])]
+
+
+class Counted:
+    """A logits processor, or with an answer a stopping criterion, that is counted."""
+
+    def __init__(self, answer: torch.Tensor | None = None) -> None:
+        self.calls, self._answer = 0, answer
+
+    def __call__(self, tokens: torch.Tensor, scores: Any) -> Any:
+        self.calls += 1
+        return scores if self._answer is None else self._answer
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 2, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str
+)
+def test_beams_and_draws_begin_anew(options: dict[str, Any]) -> None:
+    """What was asked again is what all crops give at once: nothing was drawn before."""
+    with shared_model(ROWS["llava-next"]) as model:
+        inputs = make_inputs(ROWS["llava-next"], model, [1, 1])
+        given = []
+        for crops in ("all", AUTO):
+            torch.manual_seed(0)
+            with AdaFV(keep=KEEP, crops=crops)(model) as pruned:
+                given.append(model.generate(**inputs, max_new_tokens=4, **options))
+        assert max(pruned.last.certainty) < 0.9
+    assert torch.equal(*given)
 
 
 def test_gives_back_what_was_asked_for() -> None:
@@ -292,14 +379,70 @@ def test_reads_what_it_writes() -> None:
     assert Crops.of("all").tokens(ImageLayout(torch.arange(12), 3, 2, 2, (1, 2))) == 12
 
 
+def with_thumbnails(row: FamilyRow, inputs: dict[str, Any], counts: list[int]) -> dict[str, Any]:
+    """The same inputs, whose thumbnails show what the tiles show, as stock processors make them."""
+    first, parts = row.name == "ovis2", []
+    for tiles in inputs["pixel_values"].split(counts):
+        if len(tiles) > 1:
+            others = tiles[1:] if first else tiles[:-1]
+            columns = 2 if len(others) % 2 == 0 else len(others)
+            raster = others.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+            whole = torch.nn.functional.interpolate(raster[None], tiles.shape[-2:], mode="bicubic", antialias=True)
+            tiles = torch.cat((whole, others) if first else (others, whole))
+        parts.append(tiles)
+    return {**inputs, "pixel_values": torch.cat(parts)}
+
+
+@pytest.mark.parametrize("name", ["internvl", "aya-vision", "cohere2-vision", "qianfan-ocr", "ovis2"])
+def test_the_thumbnail_where_nothing_says_how_crops_lie(name: str) -> None:
+    """By the pixels it is known that it is one; which crops it would ask for is not."""
+    row = ROWS[name]
+    with shared_model(row) as model, torch.no_grad():
+        inputs = make_inputs(row, model, [2, 0, 1])
+        with AdaFV(keep=KEEP)(model) as pruned:
+            model(**inputs)
+        counts = [image.layout.crops for image in pruned.last.images]
+        assert max(counts) > 1
+        shown = with_thumbnails(row, inputs, counts)
+        with AdaFV(keep=KEEP, crops=THUMBNAIL)(model) as pruned:
+            logits, record = model(**shown).logits, pruned.last
+            with pytest.raises(UnsupportedCallError, match="does not show what the others show together"):
+                model(**inputs)
+            with pytest.raises(UnsupportedCallError, match="encoded already"):
+                model(**{n: v for n, v in shown.items() if n != "pixel_values"}, images=adafv.encode(model, shown))
+        expected = model(**masked_inputs(shown, record.keep_mask, row=row, model=model)).logits
+        same_logits(logits, expected, shown["attention_mask"], record.keep_mask)
+        with pytest.raises(UnsupportedModelError, match="which crop lies where"):
+            AdaFV(keep=KEEP, crops=1)(model)
+        with AdaFV(keep=KEEP, crops=AUTO)(model) as pruned:
+            model.generate(**shown, max_new_tokens=1, do_sample=False)
+        assert len(pruned.last.certainty) == 3
+    assert [image.crops for image in record.images] == [(0,) if count > 1 else None for count in counts]
+
+
+@pytest.mark.parametrize("tiling", [(1, 2), (3, 4), (2, 6)])
+def test_what_is_a_thumbnail(tiling: tuple[int, int]) -> None:
+    """Of photographs, drawings and blank pictures, as a stock processor cuts them; no crop passes for one."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    rows, columns = tiling
+    cut = GotOcr2ImageProcessorPil(size={"height": 112, "width": 112}, crop_to_patches=True, max_patches=12)
+    for name in ("bird", "cars", "key"):
+        picture = Image.open(SAMPLES / f"{name}.png").convert("RGB").resize((112 * columns, 112 * rows))
+        tiles = cut(picture, return_tensors="pt")["pixel_values"]
+        assert len(tiles) == rows * columns + 1
+        check_thumbnails([tiles.roll(1, dims=0)])
+        for crop in range(rows * columns - 1):
+            with pytest.raises(UnsupportedCallError, match="does not show"):
+                check_thumbnails([tiles[:-1].roll(-crop, dims=0)])
+    check_thumbnails([torch.full((5, 3, 112, 112), 1.7)])
+
+
 def test_refused() -> None:
     with shared_model(ROWS["llava"]) as model, pytest.raises(UnsupportedModelError, match="not cut into a thumbnail"):
         AdaFV(keep=8, crops="auto")(model)
     with pytest.raises(MethodError, match="repeats them"):
         AdaFV(keep=8, crops=1, variant="published")
-    with pytest.raises(OptionError, match="in vLLM all crops"):
-        ServerSettings.of({"keep": 8, "crops": 1})
-    assert ServerSettings.of({"keep": 8, "crops": "all"}) == ServerSettings.of({"keep": 8})
     with shared_model(ROWS["llava-onevision"]) as model:
         inputs = make_inputs(ROWS["llava-onevision"], model, [1, 1])
         with pytest.raises(UnsupportedCallError, match="scales their tokens down"):

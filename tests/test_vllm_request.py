@@ -13,6 +13,7 @@ from transformers import AutoProcessor
 
 from adafv import bundled
 from adafv.core.budget import MOST_TOKENS, Budget
+from adafv.core.crops import Crops
 from adafv.engines.serving.request import Reader, Wish, budget_from, digest
 from adafv.engines.serving.settings import ServerSettings
 from adafv.errors import PromptError
@@ -20,31 +21,33 @@ from adafv.prompts.text import ChatTemplate
 
 KEEPS = st.integers(1, MOST_TOKENS) | st.floats(0.0, 1.0, exclude_min=True)
 TEXTS = st.lists(st.integers(0, 2**31 - 1), max_size=5).map(tuple)
-WISHES = st.builds(Wish, st.builds(Budget, KEEPS), TEXTS)
+CROPS = st.sampled_from(["all", "thumbnail", 1, 2, 10**9 - 1]).map(Crops.of)
+WISHES = st.builds(Wish, st.builds(Budget, KEEPS), TEXTS, CROPS)
 NAMES = st.text(max_size=5)
 IDENTITIES = st.sampled_from([ServerSettings.of({"keep": 1, "method": name}).identity for name in ("adafv", "text")])
 
 
 def exact(wish: Wish) -> tuple[Any, ...]:
     """Of which two are equal only if nothing differs; to Python 1 == 1.0 == True."""
-    return type(wish.budget.keep), wish.budget, wish.text
+    return type(wish.budget.keep), wish.budget, wish.text, wish.crops
 
 
 @given(WISHES)
 def test_a_wish_reaches_the_worker_as_it_is(wish: Wish) -> None:
     text, budget = wish.encoded()
-    kept = budget_from(budget)
+    kept, crops = budget_from(budget)
+    assert crops == wish.crops
     assert (kept.keep, type(kept.keep)) == (wish.budget.keep, type(wish.budget.keep))
     assert tuple(text.tolist()) == wish.text
     assert text.dtype == budget.dtype == torch.long  # vLLM converts floating-point inputs to the model's precision
-    assert budget.shape == (2,)
+    assert budget.shape == (3,)
     stacked = torch.stack([budget, Wish(Budget(1), ()).encoded()[1]])  # as those of several images are
-    assert budget_from(stacked[0]).keep == wish.budget.keep
+    assert budget_from(stacked[0])[0].keep == wish.budget.keep
 
 
 @given(WISHES, st.integers(1, 10_000))
 def test_the_worker_keeps_what_the_front_wrote_placeholders_for(wish: Wish, available: int) -> None:
-    assert budget_from(wish.encoded()[1]).tokens(available) == wish.budget.tokens(available)
+    assert budget_from(wish.encoded()[1])[0].tokens(available) == wish.budget.tokens(available)
 
 
 @given(WISHES, WISHES, NAMES, NAMES, IDENTITIES, IDENTITIES)

@@ -5,10 +5,14 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adafv.core.budget import MOST_TOKENS, Budget
+from adafv.core.crops import Crops
+from adafv.core.layout import ImageLayout
+from adafv.core.tokens import SALIENCY
 from adafv.engines.serving.settings import ServerSettings
 from adafv.errors import BudgetError, OptionError
 
@@ -81,6 +85,9 @@ def test_a_bad_budget_is_refused_wherever_it_stands(keep: Any) -> None:
         ({"keep": 64, "parameters": None}, "by name"),
         ({"keep": 64, "text": "all"}, "question, turn, after"),
         ({"keep": 64, "text": ["turn"]}, "question, turn, after"),
+        ({"keep": 64, "crops": "some"}, "no number of crops"),
+        ({"keep": 64, "crops": None}, "no number of crops"),
+        ({"keep": 64, "crops": "auto"}, "ask again with crops='all'"),
         ({"keep": 64, "tower_cache_mb": -1}, "MiB"),
         ({"keep": 64, "tower_cache_mb": "256"}, "MiB"),
         ({"keep": 64, "tower_cache_mb": True}, "MiB"),
@@ -112,6 +119,7 @@ def test_whatever_json_comes_is_taken_or_refused_with_a_reason(options: Any, kee
     for ask in (
         ServerSettings.of,
         server().asked,
+        lambda given: server().crops_asked({"crops": given}),
         lambda given: server().asked({"keep": given}),
         lambda given: server(text=given),
     ):
@@ -174,6 +182,36 @@ def test_more_than_the_most_is_refused() -> None:
 )
 def test_the_identity_tells_apart_what_decides_which_tokens_stay(other: dict[str, Any]) -> None:
     assert server(**other).identity != server().identity
+
+
+def test_crops_are_the_requests_or_the_servers() -> None:
+    for crops in (1, "1", "thumbnail"):
+        assert server(crops=crops).crops_asked(None) == server(crops=crops).crops_asked({}) == Crops.of(crops)
+        assert server().crops_asked({"crops": crops, "keep": 3}) == Crops.of(crops)
+    assert server(crops=1).crops_asked({"crops": "all"}) == server().crops == Crops.of("all")
+    with pytest.raises(OptionError, match="ask with crops='thumbnail'"):
+        server().crops_asked({"crops": "auto"})
+
+
+def test_crops_are_ranked_by_what_the_server_reads() -> None:
+    """What is read of the tower, and kept in its cache, is decided at the start."""
+    unread = server(method="uniform")
+    assert unread.crops_asked({"crops": "thumbnail"}) == Crops.of("thumbnail")
+    with pytest.raises(OptionError, match="start the server with crops=1"):
+        unread.crops_asked({"crops": 1})
+    read = server(method="uniform", crops=2)
+    assert read.crops_asked({"crops": 1}) == Crops.of(1)
+    assert read.signals == unread.signals | {SALIENCY}
+    assert server(crops="thumbnail", method="uniform").signals == unread.signals
+
+
+def test_tokens_that_crops_leave() -> None:
+    """Front and worker count alike: what is there whichever crops are chosen, and at most the budget."""
+    layout = ImageLayout(torch.arange(48), 3, 4, 4, (1, 2))
+    for crops, most in (("all", 48), ("thumbnail", 16), (1, 32), (9, 48)):
+        for keep in (1, 16, 17, 40, 1.0):
+            counted = server().tokens_of(layout, Budget.of(keep), True, Crops.of(crops))
+            assert counted == min(Budget.of(keep).tokens(48), most)
 
 
 def test_the_identity_is_blind_to_everything_else() -> None:

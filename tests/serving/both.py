@@ -67,10 +67,12 @@ class Both:
         kept = [indices.tolist() for indices in pruned.last.kept] if pictures else []
         return kept, new.tolist(), output.logits[0][0].float().log_softmax(-1)
 
-    def in_vllm(self, content: list[Any], keep: int | float) -> tuple[list[list[int]], Any]:
+    def in_vllm(
+        self, content: list[Any], keep: int | float, crops: str | int | None = None
+    ) -> tuple[list[list[int]], Any]:
         """(kept tokens per image, vLLM's completion)."""
         with choices(self.llm) as chosen:
-            return chosen, answers(self.llm, [chat(*content)], keep)[0].outputs[0]
+            return chosen, answers(self.llm, [chat(*content)], keep, crops=crops)[0].outputs[0]
 
     def agree(self, content: list[Any], keep: int | float, method: str = "adafv", **options: Any) -> None:
         """Pictures and words, as one turn; both engines must keep the same and say the same."""
@@ -87,8 +89,8 @@ class Both:
         """`excused` (kept in transformers, in vLLM) says whether there is a reason for a difference."""
         pruner = Pruner(method, keep, processor=self.processor, **options)
         kept, answer, first = self.in_transformers(content, pruner)
-        chosen, output = self.in_vllm(content, keep)
-        if keep != 1.0:  # transformers keeps no record of an image that loses nothing
+        chosen, output = self.in_vllm(content, keep, options.get("crops"))
+        if keep != 1.0 or "crops" in options:  # transformers keeps no record of an image that loses nothing
             if chosen != kept and excused(kept, chosen):
                 return
             assert chosen == kept

@@ -54,11 +54,14 @@ def engine(folder: Path, architecture: str | None, options: dict[str, Any] | Non
     return LLM(str(folder), **(defaults | arguments))
 
 
-def answers(llm: Any, chats: list[Any], keep: int | float | None = None, tokens: int = 8) -> list[Any]:
+def answers(
+    llm: Any, chats: list[Any], keep: int | float | None = None, tokens: int = 8, crops: str | int | None = None
+) -> list[Any]:
     """Greedy, one after the other in one batch: vLLM's completion of each chat, with log probabilities."""
     from vllm import SamplingParams
 
-    options = None if keep is None else {"adafv": {"keep": keep}}
+    asked = {name: value for name, value in (("keep", keep), ("crops", crops)) if value is not None}
+    options = {"adafv": asked} if asked else None
     sampling = SamplingParams(max_tokens=tokens, temperature=0.0, logprobs=5)
     return llm.chat(chats, sampling, use_tqdm=False, mm_processor_kwargs=options)
 

@@ -16,28 +16,32 @@ from engines import BUNDLED, engine
 SIDE, PATCH = 144, 12
 
 
-def llava(tower: str, folder: Path) -> Path:
+def llava(tower: str, folder: Path, crops: bool = False) -> Path:
     """A small LLaVA of random weights with four heads everywhere, and the bundled model's words.
 
     Args:
         tower: "clip" or "siglip".
+        crops: LLaVA-NeXT instead, with "clip".
     """
     import torch
     from transformers import (
         AutoProcessor,
         LlavaConfig,
         LlavaForConditionalGeneration,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
         LlavaProcessor,
         SiglipImageProcessor,
     )
 
-    target = folder / f"four-heads-{tower}"
+    target = folder / f"four-heads-{tower}{'-next' if crops else ''}"
     if target.exists():
         return target
     bundled = LlavaConfig.from_pretrained(BUNDLED / "llava")
     heads = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
     vision = {"model_type": f"{tower}_vision_model", **heads, "image_size": SIDE, "patch_size": PATCH}
-    config = LlavaConfig(
+    pinpoints = {"image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]} if crops else {}
+    config = (LlavaNextConfig if crops else LlavaConfig)(
         vision_config=vision | ({"vision_use_head": False} if tower == "siglip" else {}),
         text_config=bundled.text_config.to_dict() | heads | {"num_key_value_heads": 2, "head_dim": 64},
         image_token_index=bundled.image_token_id,
@@ -45,8 +49,9 @@ def llava(tower: str, folder: Path) -> Path:
         vision_feature_layer=-2,
         vision_feature_select_strategy="default" if tower == "clip" else "full",
         tie_word_embeddings=True,
+        **pinpoints,
     )
-    model = LlavaForConditionalGeneration(config)
+    model: Any = (LlavaNextForConditionalGeneration if crops else LlavaForConditionalGeneration)(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,7 +59,7 @@ def llava(tower: str, folder: Path) -> Path:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5)
     model.save_pretrained(target)
     shutil.copy(BUNDLED / "llava/generation_config.json", target)
-    processor = AutoProcessor.from_pretrained(BUNDLED / "llava")
+    processor = AutoProcessor.from_pretrained(BUNDLED / ("llava-next" if crops else "llava"))
     if tower == "siglip":
         processor = LlavaProcessor(
             SiglipImageProcessor(size={"height": SIDE, "width": SIDE}),

@@ -20,8 +20,8 @@ _RequestBudgets = Annotated[
     bool,
     typer.Option(
         "--request-budgets",
-        help="Let a request have its own budget. Turns on vLLM's --trust-request-mm-kwargs; the image processor's "
-        "other options stay the server's.",
+        help="Let a request have its own budget, and its own crops. Turns on vLLM's --trust-request-mm-kwargs; the image "
+        "processor's other options stay the server's.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -47,6 +47,13 @@ def serve(
     option: MethodOptions = None,
     objective: ObjectiveOption = None,
     text: TextOption = None,
+    crops: Annotated[
+        str,
+        typer.Option(
+            help="Crops that the tower sees, where the model cuts pictures up: all; thumbnail; or how many beside it.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "all",
     request_budgets: _RequestBudgets = False,
     max_keep: _MaxKeep = None,
     tower_cache_mb: Annotated[
@@ -76,6 +83,8 @@ def serve(
         budget = Budget.of(keep)
         chosen = method_or_default(method, objective)
         settings = _settings(budget, chosen, with_shorthands(option, objective=objective), text, tower_cache_mb)
+        if crops != "all":
+            settings["crops"] = crops
         settings["max_keep"] = _max_keep(max_keep, budget, request_budgets).keep
         listening = _listening(host, port, request_budgets)
         launched = _checked(_checked_model(model), settings, [*listening, *(options or [])], not print_command)
@@ -136,6 +145,7 @@ def _given(option: str, value: object) -> list[str]:
 def _checked(model: str, settings: dict[str, Any], options: list[str], needs_vllm: bool) -> "Launch":
     """What is to be run. Everything that can be found wrong without vLLM is: it takes ten seconds to import."""
     from adafv.engines.serving.settings import ServerSettings
+    from adafv.engines.vllm import check_crops
     from adafv.engines.vllm.launch import (
         LaunchError,
         installed_vllm,
@@ -148,7 +158,7 @@ def _checked(model: str, settings: dict[str, Any], options: list[str], needs_vll
     )
 
     overrides, others = split_overrides(options)
-    ServerSettings.of(settings)
+    crops = ServerSettings.of(settings).crops
     distribution = None
     try:
         distribution = installed_vllm()
@@ -156,7 +166,9 @@ def _checked(model: str, settings: dict[str, Any], options: list[str], needs_vll
         if needs_vllm:
             raise
     source = folder_or_id(model)
-    switch = overrides_option(pruned_architecture(source, value_of("--revision", others)), settings, overrides)
+    architecture = pruned_architecture(source, value_of("--revision", others))
+    check_crops(crops, architecture)
+    switch = overrides_option(architecture, settings, overrides)
     named = ["--served-model-name", model] if source != model else []
     if distribution is None:  # the command is for another machine
         return launch("vllm", source, [*switch, *named, *others])

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from adafv.core import Budget, ImageLayout
+from adafv.core.crops import ALL_CROPS, Crops
 from adafv.errors import NoWordsError, PromptError
 from adafv.prompts.prompt import PlacedImage, Prompt, any_of
 from adafv.prompts.text import ChatTemplate, text_columns
 
-VERSION = 3
+VERSION = 4
 """Of what the caches know an image by; to be raised whenever the same request would keep other tokens."""
 
 _ONE_TOKEN = ImageLayout(torch.zeros(1, dtype=torch.long), crops=1, rows=1, columns=1)
@@ -28,6 +29,8 @@ class Wish:
     text: tuple[int, ...]
     """Tokens of the text that counts. Empty where all tokens stay, where the method does not look at text, and where no word
     counts: the worker then asks `Method.without_text`."""
+    crops: Crops = ALL_CROPS
+    """Those of it that the tower is to see."""
 
     def key(self, image: str, identity: str) -> str:
         """What caches know the pruned image by.
@@ -36,12 +39,13 @@ class Wish:
             image: what they would know the whole image by.
             identity: see `ServerSettings`.
         """
-        parts = [VERSION, image, identity, self.budget.key, self.text]
+        parts = [VERSION, image, identity, self.budget.key, self.text, str(self.crops)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def encoded(self) -> tuple[Tensor, Tensor]:
-        """(text [T] long, budget [2] long), to travel with the image to the worker."""
-        return torch.tensor(self.text, dtype=torch.long), _to_tensor(self.budget.keep)
+        """(text [T] long, budget and crops [3] long), to travel with the image to the worker."""
+        most = -1 if self.crops.most is None else self.crops.most
+        return torch.tensor(self.text, dtype=torch.long), torch.tensor([*_as_integers(self.budget.keep), most])
 
 
 @dataclass(frozen=True)
@@ -91,17 +95,18 @@ def check_placeholders(tokens: Sequence[int], placeholder: int, images: int) -> 
         )
 
 
-def budget_from(values: Tensor) -> Budget:
-    """The inverse of the budget's half of `Wish.encoded`. Whether it is too large was checked in the front."""
-    is_share, bits = values.tolist()
-    return Budget(struct.unpack("<d", struct.pack("<q", bits))[0] if is_share else bits)
+def budget_from(values: Tensor) -> tuple[Budget, Crops]:
+    """The inverse of the second half of `Wish.encoded`. Whether it is too large was checked in the front."""
+    is_share, bits, most = values.tolist()
+    crops = ALL_CROPS if most < 0 else Crops(most, chosen=True)
+    return Budget(struct.unpack("<d", struct.pack("<q", bits))[0] if is_share else bits), crops
 
 
-def _to_tensor(keep: int | float) -> Tensor:
-    """As integers, which no step on the way rounds to the model's precision."""
+def _as_integers(keep: int | float) -> tuple[int, int]:
+    """(whether it is a share, its bits), which no step on the way rounds to the model's precision."""
     if isinstance(keep, float):
-        return torch.tensor([1, struct.unpack("<q", struct.pack("<d", keep))[0]])
-    return torch.tensor([0, keep])
+        return 1, struct.unpack("<q", struct.pack("<d", keep))[0]
+    return 0, keep
 
 
 def digest(name: str) -> Tensor:

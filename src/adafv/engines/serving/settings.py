@@ -7,8 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from adafv.core import Budget, ImageLayout
+from adafv.core.crops import ALL, ALL_CROPS, AUTO, CERTAIN, THUMBNAIL, Crops, chooses
 from adafv.core.select import check_method, plan_of
-from adafv.core.tokens import WORDS, Plan
+from adafv.core.tokens import SALIENCY, WORDS, Plan, Signal
 from adafv.errors import BudgetError, MethodError, OptionError
 from adafv.methods import Method
 from adafv.methods.base import TOKENS, TOWER
@@ -33,8 +34,10 @@ class ServerSettings:
     """Which text counts, see `adafv.prompts.text`; None: "question" where the chat template shows it, else "turn"."""
     tower_cache_bytes: int
     """Of encoded images, per worker."""
+    crops: Crops = ALL_CROPS
+    """Of an image that the model sees in crops, those that the tower is to see; see `adafv.core.crops`."""
     identity: str = field(repr=False, default="")
-    """Everything but the budget that decides which tokens stay: part of what the caches know an image by."""
+    """Everything but budget and crops that decides which tokens stay: part of what the caches know an image by."""
 
     @cached_property
     def method_without_text(self) -> Method:
@@ -45,7 +48,14 @@ class ServerSettings:
         """What chooses for an image, by whether any word counts for it."""
         return self.method if words or not self.method.needs_words else self.method_without_text
 
-    def plan(self, layout: ImageLayout, budget: Budget, words: bool) -> Plan | None:
+    @cached_property
+    def signals(self) -> frozenset[Signal]:
+        """What is read off the tower, whichever request comes: which images come without words is known only then, and what
+        is cached of an image serves every question."""
+        chosen = {SALIENCY} if self.crops.chosen and self.crops.most != 0 else set()
+        return self.method.of_tower | self.method_without_text.of_tower | chosen
+
+    def plan(self, layout: ImageLayout, budget: Budget, words: bool, crops: Crops = ALL_CROPS) -> Plan | None:
         """What is to become of an image, alike in the front, which writes its placeholders, and in the worker, which
         chooses; None: all of it stays.
 
@@ -56,7 +66,7 @@ class ServerSettings:
             BudgetError: the method cannot keep so many, or so few.
             MethodError: the method counts after the scores, when the prompt is long written.
         """
-        keep = budget.tokens(layout.tokens)
+        keep = min(budget.tokens(layout.tokens), crops.tokens(layout))
         if keep == layout.tokens:
             return None
         method = self.method_for(words)
@@ -68,14 +78,25 @@ class ServerSettings:
             )
         return plan
 
-    def tokens_of(self, layout: ImageLayout, budget: Budget, words: bool) -> int:
-        """K, the number of tokens that stay."""
-        plan = self.plan(layout, budget, words)
+    def chooses(self, layout: ImageLayout, plan: Plan, words: bool, crops: Crops) -> bool:
+        """Whether some crops of an image need not be encoded; raises where they cannot be chosen (`adafv.core.crops`)."""
+        return chooses(crops, layout, plan, self.method_for(words))
+
+    def tokens_of(self, layout: ImageLayout, budget: Budget, words: bool, crops: Crops = ALL_CROPS) -> int:
+        """K, the number of tokens that stay.
+
+        Raises:
+            BudgetError, MethodError, UnsupportedCallError: the worker could not choose them.
+        """
+        plan = self.plan(layout, budget, words, crops)
+        if plan is not None:
+            self.chooses(layout, plan, words, crops)
         return layout.tokens if plan is None or plan.keep is None else plan.keep
 
     @classmethod
     def of(cls, options: Any) -> "ServerSettings":
-        """Check `{"keep": 64, "method": "adafv", "parameters": {}, "max_keep": 1.0, "text": None, "tower_cache_mb": 256}`.
+        """Check `{"keep": 64, "method": "adafv", "parameters": {}, "max_keep": 1.0, "text": None, "tower_cache_mb": 256,
+        "crops": "all"}`.
 
         Raises:
             BudgetError, OptionError: an option is missing, unknown or has no such value.
@@ -84,11 +105,6 @@ class ServerSettings:
             raise OptionError(
                 f"the model's config says {OPTION}={options!r}; start vLLM with "
                 f"""--hf-overrides '{{"architectures": [...], "{OPTION}": {{"keep": 64}}}}'"""
-            )
-        if options.get("crops", "all") != "all":
-            raise OptionError(
-                f"crops={options['crops']!r}: in vLLM all crops of an image are encoded, for its tower cache holds an image "
-                "for every question; leave crops out"
             )
         known = {"crops", "keep", "method", "parameters", "max_keep", "text", "tower_cache_mb"}
         _refuse_unknown(options, known, "the server's options")
@@ -108,7 +124,8 @@ class ServerSettings:
             raise BudgetError(f"keep={budget} is above max_keep={most}; raise max_keep or leave it out")
         shown = asdict(method) | {"method": method.name, "text": scope}  # type: ignore[call-overload]
         identity = json.dumps(shown, sort_keys=True)
-        return cls(method, budget, most, scope, int(cache * MEBIBYTE), identity)
+        crops = _crops(options.get("crops", ALL))
+        return cls(method, budget, most, scope, int(cache * MEBIBYTE), crops, identity)
 
     def asked(self, options: Any) -> Budget:
         """The budget of a request whose `mm_processor_kwargs` has `options` under "adafv"; None: it has none.
@@ -120,7 +137,7 @@ class ServerSettings:
             return self.budget
         if not isinstance(options, Mapping):
             raise OptionError(f'{OPTION}={options!r} in mm_processor_kwargs; give {{"{OPTION}": {{"keep": 64}}}}')
-        _refuse_unknown(options, {"keep"}, "a request's options")
+        _refuse_unknown(options, {"keep", "crops"}, "a request's options")
         if "keep" not in options:
             return self.budget
         budget = Budget.of(options["keep"])
@@ -134,6 +151,34 @@ class ServerSettings:
         if not within:
             raise BudgetError(f"keep={budget}, but this server keeps at most max_keep={self.most}; ask for less")
         return budget
+
+    def crops_asked(self, options: Any) -> Crops:
+        """The crops of a request with these options, which `asked` has looked at.
+
+        Raises:
+            OptionError: which vLLM answers with status 400.
+        """
+        if options is None or "crops" not in options:
+            return self.crops
+        crops = _crops(options["crops"])
+        if crops.chosen and crops.most != 0 and SALIENCY not in self.signals:
+            raise OptionError(
+                f"crops={str(crops)!r}, but this server does not read the saliency that ranks crops, which its method has no "
+                f"use for; give crops={THUMBNAIL!r}, or start the server with crops=1, which reads it"
+            )
+        return crops
+
+
+def _crops(value: Any) -> Crops:
+    """The crops, if vLLM can know them before it writes the prompt."""
+    crops = Crops.of(value)
+    if crops.certain is not None:
+        raise OptionError(
+            f"crops={AUTO!r} asks a question again where its answer is not certain, and vLLM has written the prompt, and "
+            f"gives the answer away, before that is known; ask with crops={THUMBNAIL!r} and logprobs, and where the first "
+            f"token has a probability below {CERTAIN}, ask again with crops={ALL!r}"
+        )
+    return crops
 
 
 def _refuse_unknown(options: Mapping[str, Any], known: set[str], where: str) -> None:

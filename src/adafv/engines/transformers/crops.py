@@ -8,16 +8,24 @@ places among all tokens of the image, so that nothing behind it knows the differ
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from adafv.core.crops import AUTO, THUMBNAIL, Crops, chosen_crops, masses, mixes_crops, of_some_crops, tokens_of_crops
+from adafv.core.crops import (
+    AUTO,
+    MEND,
+    THUMBNAIL,
+    Crops,
+    chosen_crops,
+    first_crops,
+    joined,
+    of_some_crops,
+    shares_of_crops,
+)
+from adafv.core.crops import chooses as need_not_all
+from adafv.core.crops import decides as thumbnail_decides
 from adafv.core.encoded import EncodedImage
 from adafv.core.layout import ImageLayout
-from adafv.core.scores import text_to_image_attention
-from adafv.core.select import words_of
-from adafv.core.sending import sent
 from adafv.core.tokens import SALIENCY, Signal
 from adafv.engines.transformers.call import Call, ImageJob
 from adafv.engines.transformers.devices import spread_over_processes
@@ -25,9 +33,8 @@ from adafv.engines.transformers.encoded import encoded_part
 from adafv.engines.transformers.families.base import Family
 from adafv.engines.transformers.record import ImageRecord
 from adafv.engines.transformers.releases import cache_of
-from adafv.errors import MethodError, UnsupportedCallError, UnsupportedModelError
-
-MEND = 'leave crops out, or give crops="all"'
+from adafv.engines.transformers.remembered import RememberedCrops
+from adafv.errors import UnsupportedCallError, UnsupportedModelError
 
 
 def check_crops(crops: Crops, family: Family, model: Any) -> None:
@@ -38,39 +45,34 @@ def check_crops(crops: Crops, family: Family, model: Any) -> None:
     """
     if not crops.chosen:
         return
-    if not family.chooses_crops:
+    if family.knows_thumbnail and crops.most != 0:
         raise UnsupportedModelError(
-            f"crops={str(crops)!r}: in {family.name} images are not cut into a thumbnail and crops, or adafv cannot tell "
-            f"which crop lies where, or cannot encode one without the others; {MEND}"
+            f"crops={str(crops)!r}: in {family.name} nothing says which crop lies where, so the thumbnail cannot say which "
+            f"of them are worth it; give crops={THUMBNAIL!r} or {AUTO!r}, or {MEND}"
+        )
+    if not (family.chooses_crops or family.knows_thumbnail):
+        raise UnsupportedModelError(
+            f"crops={str(crops)!r}: in {family.name} images are not cut into a thumbnail and crops, or crops are images of "
+            f"their own; {MEND}"
         )
     family.check_signals(model, [SALIENCY])
 
 
 def chooses(call: Call, job: ImageJob) -> bool:
     """Whether some crops of an image need not be encoded."""
-    layout, plan = job.image.layout, job.plan
-    if not call.family.chooses_crops or job.image.modality != "image" or layout.crops == 1 or plan is None:
+    if (
+        not (call.family.chooses_crops or call.family.knows_thumbnail)
+        or job.image.modality != "image"
+        or job.plan is None
+    ):
         return False
-    crops = call.settings.crops_of(job.image.row)
-    if not crops.chosen:
-        return False
-    if plan.grid is not None or job.layout is not layout or job.method.may_repeat:
-        raise MethodError(
-            f"the method {job.method.name} sees the image at another resolution, or laid out in another way, and knows "
-            f"nothing of crops that were not encoded; {MEND}"
-        )
-    if crops.most != 0 and mixes_crops(layout):
-        raise UnsupportedCallError(
-            "this image has so many crops that the model scales their tokens down, and mixes some of several crops; give "
-            f"crops={THUMBNAIL!r}, or {MEND}"
-        )
-    # So many tokens that newlines stay, too: there is nothing to choose.
-    return plan.keep is None or plan.keep <= sum(tokens_of_crops(layout))
+    layout, crops = job.image.layout, call.settings.crops_of(job.image.row)
+    return need_not_all(crops, layout, job.plan, job.method, arranged=job.layout is not layout)
 
 
 def decides(call: Call, job: ImageJob) -> bool:
     """Of an image whose crops are chosen, whether its thumbnail says which ones."""
-    return call.settings.crops_of(job.image.row).most != 0 and job.plan is not None and job.plan.crops is None
+    return thumbnail_decides(call.settings.crops_of(job.image.row), job.plan)
 
 
 def check_training(call: Call) -> None:
@@ -101,6 +103,11 @@ def encode_chosen(
         images: by number; where they are encoded already, whole. The same crops are chosen then.
     """
     layouts = [job.image.layout for job in jobs]
+    if images is not None and call.family.knows_thumbnail:
+        raise UnsupportedCallError(
+            f"crops={str(call.settings.crops)!r}: in {call.family.name} pixels alone say whether a crop is a thumbnail, and "
+            f"these images are encoded already; pass the images themselves, or {MEND}"
+        )
 
     # Several prompts may show one image.
     known: dict[Any, Any] = {}
@@ -111,7 +118,12 @@ def encode_chosen(
             known[key] = make(*given), given  # which stay alive, and so their ids their own
         return known[key][0]
 
-    def encoded(wanted: list[tuple[int, ...]], asked: frozenset[Signal]) -> list[EncodedImage]:
+    store = call.settings.store if images is None else None
+    remembered = None if store is None else RememberedCrops(store, call.model, call.family, visuals, layouts)
+
+    def encoded(wanted: list[tuple[int, ...]], asked: frozenset[Signal]) -> Sequence[EncodedImage | None]:
+        if remembered is not None:
+            return remembered.encode(wanted, asked)
         parts = [once(of_some_crops, layout, crops) for layout, crops in zip(layouts, wanted, strict=True)]
         if images is not None:
             whole = [images[job.image.number] for job in jobs]
@@ -122,12 +134,12 @@ def encode_chosen(
         made = call.family.encode_crops(call.model, visuals, layouts, wanted, asked)
         return [encoded_part(made, i, layout) for i, (_, layout) in enumerate(parts)]
 
-    first = [(0,) if job.plan is None or job.plan.crops is None else job.plan.crops for job in jobs]
+    first = [first_crops(job.plan) for job in jobs]
     deciding = [job for job in jobs if decides(call, job)]
     found = encoded(first, signals | {SALIENCY} if deciding else signals)
     others: list[tuple[int, ...]] = [()] * len(jobs)
     if deciding:
-        thumbnails = {id(job): image for job, image in zip(jobs, found, strict=True)}
+        thumbnails = {id(job): image for job, image in zip(jobs, found, strict=True) if image is not None}
         decided = decide(call, deciding, [thumbnails[id(job)] for job in deciding])
         chosen = {id(job): crops for job, crops in zip(deciding, decided, strict=True)}
         others = [chosen.get(id(job), ()) for job in jobs]
@@ -135,7 +147,10 @@ def encode_chosen(
     for job, layout, one, two, crops, rest in zip(jobs, layouts, found, more, first, others, strict=True):
         job.crops = (*crops, *rest)
         job.places, left = once(of_some_crops, layout, job.crops)
-        job.encoded = one if two is None or not rest else once(_joined, layout, one, two, crops, rest, left)
+        job.encoded = one if two is None or not rest else once(_joined, layout, one, crops, two, rest, left)
+    if store is not None and remembered is not None:
+        store.count(len(jobs) - len(remembered.ran), len(remembered.ran))
+        call.remembered |= {("image", job.image.number) for i, job in enumerate(jobs) if i not in remembered.ran}
 
 
 def decide(call: Call, jobs: Sequence[ImageJob], thumbnails: Sequence[EncodedImage]) -> list[tuple[int, ...]]:
@@ -146,16 +161,9 @@ def decide(call: Call, jobs: Sequence[ImageJob], thumbnails: Sequence[EncodedIma
         groups.setdefault((id(job.image.layout), job.text is not None), []).append(i)
     shares: list[Tensor] = []
     for members in groups.values():
-        layout, texts = jobs[members[0]].image.layout, [embedded.get(id(jobs[i])) for i in members]
-        scores = [torch.stack([thumbnails[i].signals[SALIENCY] for i in members])]
-        given = [text for text in texts if text is not None]
-        if given:
-            words, mask = words_of([text for text, _ in given])
-            features = torch.stack([thumbnails[i].features.detach() for i in members])
-            scores.append(text_to_image_attention(words, features, mask))
-        # The geometric mean of the masses, as the objective of AdaFV has it; without words there is one.
-        share = torch.stack([masses(each, layout) for each in scores]).log().mean(0).exp()
-        shares.append(share.flatten())
+        texts = [found[0] for i in members if (found := embedded.get(id(jobs[i]))) is not None]
+        shown = [thumbnails[i] for i in members]
+        shares.append(shares_of_crops(jobs[members[0]].image.layout, shown, texts).flatten())
     values = torch.cat(shares).tolist()  # the one wait: which crops the tower sees next is for the host to know
     decided: list[tuple[int, ...]] = [()] * len(jobs)
     for members in groups.values():
@@ -171,22 +179,12 @@ def decide(call: Call, jobs: Sequence[ImageJob], thumbnails: Sequence[EncodedIma
 def _joined(
     layout: ImageLayout,
     one: EncodedImage,
-    two: EncodedImage,
     crops: tuple[int, ...],
+    two: EncodedImage,
     rest: tuple[int, ...],
     left: ImageLayout,
 ) -> EncodedImage:
-    """Two parts of an image, in the order of its tokens; of the signals, those that the second one has."""
-    places = np.concatenate([of_some_crops(layout, part)[0].numpy() for part in (crops, rest)])
-    order = places.argsort()
-    ascending = bool((np.diff(places) > 0).all())  # as where the thumbnail comes first
-
-    def together(first: Tensor, second: Tensor) -> Tensor:
-        values = torch.cat((first, second))
-        return values if ascending else values.index_select(0, sent(torch.from_numpy(order), values.device))
-
-    signals = {signal: together(one.signals[signal], values) for signal, values in two.signals.items()}
-    return EncodedImage(together(one.features, two.features), signals, left)
+    return joined(layout, [(one, crops), (two, rest)], left)
 
 
 def check_auto(crops: Crops) -> None:
@@ -201,7 +199,7 @@ def check_auto(crops: Crops) -> None:
 def check_twice(arguments: Mapping[str, Any]) -> None:
     """Raise UnsupportedCallError for a call of `generate` that cannot be made a second time as it was made first."""
     for name, why in (
-        ("streamer", "has been told the first answer by then"),
+        ("streamer", "has been told the prompt by then"),
         ("custom_generate", "may give back anything"),
         ("assistant_model", "guesses tokens ahead"),
         ("prompt_lookup_num_tokens", "guesses tokens ahead"),
@@ -213,7 +211,7 @@ def check_twice(arguments: Mapping[str, Any]) -> None:
             )
     if cache_of(arguments) is not None:
         raise UnsupportedCallError(
-            f"crops={AUTO!r} may have to generate an answer twice, but the first one stays in the cache that was passed; "
+            f"crops={AUTO!r} may have to generate an answer twice, but the prompt stays in the cache that was passed; "
             f"pass the whole conversation without one, give crops={THUMBNAIL!r} or a number, or {MEND}"
         )
 

@@ -30,10 +30,6 @@ def encode_images(call: Call) -> None:
         for job in whole:
             job.encoded = images[job.image.number].part(job.image.part, job.layout)
         if choosing:
-            if call.settings.store is not None and call.encoded is None:
-                call.settings.store.tell(
-                    "crops", "remember= keeps whole images; those whose crops are chosen are not among them"
-                )
             visuals = call.visuals[modality]
             if whole and call.encoded is None:
                 layouts = [job.image.layout for job in jobs]

@@ -9,7 +9,7 @@ for repeated tokens would see other padding.
 import copy
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -147,6 +147,9 @@ _PENDING: ContextVar[PromptRestorer | None] = ContextVar("adafv_restorer", defau
 """Of the call of `generate` that is being prepared in this thread or task. Taken by the first `generate` inside it: one that
 the caller's own loop may call in turn has prompts of its own."""
 
+_FIRST: ContextVar["FirstToken | None"] = ContextVar("adafv_first_token", default=None)
+"""Whoever wants to see the scores of the first token, likewise."""
+
 HOOKS = ("_get_logits_processor", "_get_stopping_criteria")
 """The methods in which `generate` makes the processors and criteria that its settings ask for, and merges the caller's."""
 
@@ -161,6 +164,37 @@ def decoding_sees(restorer: PromptRestorer | None) -> Iterator[None]:
         _PENDING.reset(token)
 
 
+class FirstToken:
+    """Shown the scores of the first token of the answers, before any logits processor; it may raise to end the call there.
+
+    Args:
+        look: is given [rows * n, V], logits or their log softmax, n answers to each prompt.
+    """
+
+    def __init__(self, look: Callable[[Tensor], None]) -> None:
+        self._look: Callable[[Tensor], None] | None = look
+
+    @property
+    def seen(self) -> bool:
+        return self._look is None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        look, self._look = self._look, None
+        if look is not None:
+            look(scores)
+        return scores
+
+
+@contextmanager
+def first_token_seen_by(first: FirstToken) -> Iterator[None]:
+    """Within, of the first call of `generate`."""
+    token = _FIRST.set(first)
+    try:
+        yield
+    finally:
+        _FIRST.reset(token)
+
+
 class RestoredPrompts:
     """Put in front of a stock class: its `generate` shows processors and criteria the caller's prompt.
 
@@ -170,6 +204,14 @@ class RestoredPrompts:
     """
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        first = _FIRST.get()
+        processors = self._restored_processors(*args, **kwargs)
+        if first is None:
+            return processors
+        _FIRST.set(None)
+        return LogitsProcessorList([first, *processors])
+
+    def _restored_processors(self, *args: Any, **kwargs: Any) -> Any:
         stock = super()._get_logits_processor  # type: ignore[misc]
         restorer = _PENDING.get()
         if restorer is None:

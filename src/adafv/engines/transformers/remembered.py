@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.crops import joined, of_some_crops
 from adafv.core.encoded import EncodedImage, TowerCache
 from adafv.core.tokens import Signal
 from adafv.engines.transformers.devices import spread_over_processes
@@ -28,6 +29,7 @@ from adafv.engines.transformers.encoded import (
     Fingerprint,
     digest_of,
     encode_modality,
+    encoded_part,
     outside_the_language_model,
 )
 from adafv.engines.transformers.families import Family
@@ -87,7 +89,7 @@ class ImageStore:
         return self._images.bytes
 
     def __len__(self) -> int:
-        """Images and videos that it holds now."""
+        """Images and videos that it holds now, and crops that it holds by themselves (`crops=`)."""
         return len(self._images)
 
     def __repr__(self) -> str:
@@ -258,6 +260,80 @@ def encode_remembering(
         ran = set()
     store.count(len(names) - len(ran), len(ran))
     return [image for name in names if (image := images[name]) is not None], [i not in ran for i in range(len(names))]
+
+
+class RememberedCrops:
+    """Crops of the images of one call, from the store or the tower; each is kept by itself.
+
+    So a question that wants other crops of a picture finds those that it shares with earlier ones, and all of them where the
+    picture was encoded whole. No part is ever taken for the whole.
+    """
+
+    def __init__(
+        self, store: ImageStore, model: Any, family: Family, visuals: Mapping[str, Any], layouts: list[ImageLayout]
+    ) -> None:
+        self._store, self._model, self._family = store, model, family
+        self._visuals, self._layouts = visuals, layouts
+        self._names: list[Name] | None = None
+        self.ran: set[int] = set()
+        """Images of which something went through the tower."""
+        if _known_to_be_the_same(store, model, visuals):
+            shown, _ = _digests(model, family, "image", visuals, layouts)
+            version, around = store.version_of(model), _around()
+            self._names = [(version, around, "image", digest) for digest in shown]
+
+    def encode(self, wanted: Sequence[tuple[int, ...]], signals: frozenset[Signal]) -> list[EncodedImage | None]:
+        """What `Family.encode_crops` gives, image by image, laid out as the crops that are wanted; None where none are."""
+        if self._names is None:
+            self.ran |= {i for i, crops in enumerate(wanted) if crops}
+            return self._run(list(wanted), signals)
+        pairs = [(i, crop) for i, crops in enumerate(wanted) for crop in crops]
+        names = {(i, crop): (*self._names[i], crop) for i, crop in pairs}
+        known: dict[Name, EncodedImage] = {}
+        missing: dict[Name, tuple[int, int]] = {}
+        for (i, crop), name in names.items():
+            if name not in known and name not in missing:
+                found = self._found(i, crop, name)
+                if found is not None and signals <= found.signals.keys():
+                    known[name] = found
+                else:
+                    missing[name] = i, crop
+                    # With what was read for other methods, or two methods in turn would never find anything.
+                    signals = signals if found is None else signals | found.signals.keys()
+        if missing:
+            run: list[list[int]] = [[] for _ in self._layouts]
+            for i, crop in missing.values():
+                run[i].append(crop)
+                self.ran.add(i)
+            made = self._run([tuple(sorted(crops)) for crops in run], signals)
+            fresh = {
+                name: image.part(*of_some_crops(image.layout, (crop,)))
+                for name, (i, crop) in missing.items()
+                if (image := made[i]) is not None
+            }
+            self._store.put(fresh)
+            known |= fresh
+        images: list[EncodedImage | None] = []
+        for i, (layout, crops) in enumerate(zip(self._layouts, wanted, strict=True)):
+            parts = [(known[names[i, crop]], (crop,)) for crop in crops]
+            images.append(joined(layout, parts, of_some_crops(layout, crops)[1]) if parts else None)
+        return images
+
+    def _found(self, image: int, crop: int, name: Name) -> EncodedImage | None:
+        """This crop of the image, by itself or as a part of the whole."""
+        own, whole = self._store.get([name, name[:-1]])
+        if (
+            own is not None or whole is None or self._family.knows_thumbnail
+        ):  # of which the pixels have to be seen first
+            return own
+        return whole.part(*of_some_crops(self._layouts[image], (crop,)))
+
+    def _run(self, wanted: list[tuple[int, ...]], signals: frozenset[Signal]) -> list[EncodedImage | None]:
+        made = self._family.encode_crops(self._model, self._visuals, self._layouts, wanted, signals)
+        return [
+            encoded_part(made, i, of_some_crops(layout, crops)[1])
+            for i, (layout, crops) in enumerate(zip(self._layouts, wanted, strict=True))
+        ]
 
 
 def _known_to_be_the_same(store: ImageStore, model: Any, visuals: Mapping[str, Any]) -> bool:

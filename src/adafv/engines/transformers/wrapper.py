@@ -21,6 +21,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.utils import ModelOutput
 
 from adafv.core import Budget
@@ -33,11 +34,13 @@ from adafv.engines.transformers.devices import host_by_default, sharded_parts_re
 from adafv.engines.transformers.encoded import encoded_in
 from adafv.engines.transformers.families.base import family_of, stock_model
 from adafv.engines.transformers.generation import (
+    FirstToken,
     PromptRestorer,
     RestoredPrompts,
     RestoredStreamer,
     decoding_sees,
     fill_in_mask,
+    first_token_seen_by,
     refuse_mixed_up,
     refuse_unsupported,
     shift_lengths,
@@ -260,29 +263,39 @@ class PrunedModel:
         return self._generate_until_certain(arguments)
 
     def _generate_until_certain(self, arguments: dict[str, Any]) -> Any:
-        """With the thumbnails; and where the first token of an answer is not certain, all answers again with more crops."""
+        """With the thumbnails; and where the first token of an answer is not certain, all answers again with more crops.
+
+        The first call ends at that token, so asking again costs a prefill, and nothing that draws, looks at tokens or counts
+        them has been asked by then.
+        """
         check_twice(arguments)
-        asked = {name: setting(self.model, arguments, name) for name in ("return_dict_in_generate", "output_logits")}
-        twice = {**arguments, "return_dict_in_generate": True, "output_logits": True}
-        output = self._generate_once(dict(twice), self.settings)
-        if not output.logits:
-            raise UnsupportedCallError(
-                "this way of generating gives no logits, so nothing says how certain an answer is; give crops='thumbnail' or "
-                "a number, or leave crops out"
-            )
-        record = self.last
         prompts = next(arguments[name] for name in ("input_ids", "inputs_embeds") if name in arguments)
-        certainty, unsure = unsure_rows(self.settings.crops, output.logits[0], record.images, len(prompts))
+        certainty: list[float] = []
+
+        def look(scores: Tensor) -> None:
+            found, unsure = unsure_rows(self.settings.crops, scores, self.last.images, len(prompts))
+            certainty.extend(found)
+            if unsure:
+                raise _UnsureError(unsure)
+
+        first, seconds = FirstToken(look), {}
+        try:
+            with first_token_seen_by(first):
+                output = self._generate_once(dict(arguments), self.settings)
+        except _UnsureError as error:
+            unsure, seconds = error.rows, self.last.seconds
+        else:
+            unsure = frozenset()
+        if not first.seen:
+            raise UnsupportedCallError(
+                "this way of generating asks no logits processor, so nothing says how certain an answer is; give "
+                "crops='thumbnail' or a number, or leave crops out"
+            )
         if unsure:
-            del output
-            output = self._generate_once(twice, replace(self.settings, unsure=unsure))
-            first, record = record.seconds, self.last
-            record.seconds = {name: first.get(name, 0.0) + value for name, value in record.seconds.items()}
+            output = self._generate_once(arguments, replace(self.settings, unsure=unsure))
+        record = self.last
+        record.seconds = {name: seconds.get(name, 0.0) + value for name, value in record.seconds.items()}
         record.certainty = certainty
-        if not asked["return_dict_in_generate"]:
-            return output.sequences
-        if not asked["output_logits"]:
-            output.logits = None
         return output
 
     def _generate_once(self, arguments: dict[str, Any], settings: Settings) -> Any:
@@ -417,6 +430,15 @@ class PrunedModel:
         if inside is not None and inside.images:
             contents = replace(contents, inside=inside.columns_held)
         remember(cache, contents, guarded=True)
+
+
+class _UnsureError(Exception):
+    """Ends a call of `generate` at the first token; not for users."""
+
+    def __init__(self, rows: frozenset[int]) -> None:
+        super().__init__()
+        self.rows = rows
+        """Prompts that are to be asked again."""
 
 
 _enabling = threading.Lock()

@@ -14,6 +14,7 @@ vLLM's own classes: nothing of vLLM is patched, and who does not name an AdaFV a
 
     processor.py    K placeholders, the caches' keys
     model.py        tower, selection, tensor parallelism
+    crops.py        some crops of an image alone, the thumbnails first
     tap.py          queries and keys of the tower's layer that the projector reads
     rotary.py       positions in time, height and width of what was kept
     cpu.py          the memory that a server on a CPU takes
@@ -28,13 +29,34 @@ import ast
 import pkgutil
 from functools import cache
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
-from adafv.errors import VersionError
+from adafv.errors import UnsupportedModelError, VersionError
+
+if TYPE_CHECKING:
+    from adafv.core.crops import Crops
 
 PREFIX = "AdaFV"
 
 RELEASES = ">=0.31,<0.34"
 """Of vLLM, whose classes the plug-in extends."""
+
+CHOOSE_CROPS = ("LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration")
+"""Stock architectures that see an image as a thumbnail and crops, of which some can be encoded without the others."""
+
+
+def chooses_crops(architecture: str) -> bool:
+    """Whether crops of an image can be chosen from, for a checkpoint of this architecture, stock or pruned."""
+    return architecture.removeprefix(PREFIX) in CHOOSE_CROPS
+
+
+def check_crops(crops: "Crops", architecture: str) -> None:
+    """Raise UnsupportedModelError where crops are chosen and the architecture, stock or pruned, cannot."""
+    if crops.chosen and not chooses_crops(architecture):
+        raise UnsupportedModelError(
+            f"crops={str(crops)!r}: {architecture.removeprefix(PREFIX)} does not see an image as a thumbnail and crops, as "
+            f'{" and ".join(CHOOSE_CROPS)} do in vLLM; leave crops out, or give crops="all"'
+        )
 
 
 @cache

@@ -20,8 +20,10 @@ from vllm.multimodal.processing import PromptReplacement
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from adafv.core import Budget, ImageLayout
+from adafv.core.crops import Crops
 from adafv.engines.serving.request import Reader, Wish, check_placeholders, digest
 from adafv.engines.serving.settings import OPTION, ServerSettings
+from adafv.engines.vllm import check_crops
 from adafv.errors import OptionError, UnsupportedCallError, UnsupportedModelError
 from adafv.images import check_shape
 from adafv.prompts.prompt import special_tokens
@@ -102,15 +104,17 @@ class PrunedProcessor:
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         if not hasattr(inputs.mm_data_items, _WANTED):
             options = dict(inputs.hf_processor_mm_kwargs)
-            budget = self.info.settings.asked(options.pop(OPTION, None))
+            asked = options.pop(OPTION, None)
+            budget, crops = self.info.settings.asked(asked), self.info.settings.crops_asked(asked)
+            check_crops(crops, self.info.get_hf_config().architectures[0])
             self._check_options(options)
             self._check_shapes(inputs.mm_data_items)
-            wishes = self._wishes(inputs, budget)
+            wishes = self._wishes(inputs, budget, crops)
             inputs = self._known_by(wishes, replace(inputs, hf_processor_mm_kwargs=options))
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
 
     def _check_options(self, options: Mapping[str, object]) -> None:
-        """Raise OptionError for a request's options beside its budget: some fail in the worker only, and end the server."""
+        """Raise OptionError for a request's options that are not adafv's: some fail in the worker, and end the server."""
         own = self.info.ctx.get_mm_config().mm_processor_kwargs or {}
         for name, value in options.items():
             if name not in own or own[name] != value:
@@ -148,7 +152,7 @@ class PrunedProcessor:
         keys = [wish.key(name, self.info.settings.identity) for wish, name in zip(wishes, names, strict=True)]
         return replace(inputs, mm_uuid_items={**(inputs.mm_uuid_items or {}), "image": keys})
 
-    def _wishes(self, inputs: ProcessorInputs, budget: Budget) -> list[Wish]:
+    def _wishes(self, inputs: ProcessorInputs, budget: Budget, crops: Crops) -> list[Wish]:
         items = inputs.mm_data_items.get("image")
         if items is None:
             return []
@@ -157,10 +161,10 @@ class PrunedProcessor:
                 "image embeddings come without the attention of the tower, so they cannot be pruned; send the images"
             )
         count = items.get_count()
-        if budget.keeps_all or not self.info.settings.method.needs_words:
+        if (budget.keeps_all and not crops.chosen) or not self.info.settings.method.needs_words:
             check_placeholders(inputs.prompt, image_placeholder(self.info.get_hf_config()), count)
-            return [Wish(budget, ())] * count
-        return [Wish(budget, text) for text in self.reader.texts(inputs.prompt, count)]
+            return [Wish(budget, (), crops)] * count
+        return [Wish(budget, text, crops) for text in self.reader.texts(inputs.prompt, count)]
 
     def _get_cache_missing_items(self, cache: Any, mm_data_items: Any, mm_hashes: Any) -> tuple[Any, Any]:
         try:
@@ -207,7 +211,7 @@ class PrunedProcessor:
                 f"vLLM makes {whole} visual tokens of an image for which adafv counts {layout.tokens}; this checkpoint's "
                 "processor cannot be pruned yet"
             )
-        return settings.tokens_of(layout, wish.budget, bool(wish.text))
+        return settings.tokens_of(layout, wish.budget, bool(wish.text), wish.crops)
 
 
 def _shortened(update: Any, counts: Sequence[Callable[[int], int]]) -> PromptReplacement:

@@ -88,6 +88,9 @@ class Family(ABC):
     chooses_crops: ClassVar[bool] = False
     """Whether some crops of an image can be encoded without the others; such a family has `encode_crops`, and its layouts
     say how crops lie (`tiling`)."""
+    knows_thumbnail: ClassVar[bool] = False
+    """Whether the thumbnail, crop 0, can be encoded without the others where nothing says how those lie. `encode_crops` makes
+    sure by the pixels that it is one."""
     as_tensor: ClassVar[tuple[str, ...]] = ()
     """Modalities whose encoded features the stock model reads as one tensor; the others it reads as a list."""
     rotary_axes: ClassVar[int] = 0
@@ -181,7 +184,7 @@ class Family(ABC):
     ) -> Encoded:
         """Run tower and projector on some crops of the images alone, all in one run.
 
-        Asked for where `chooses_crops` says so.
+        Asked for where `chooses_crops` or `knows_thumbnail` says so.
 
         Args:
             wanted: per image the numbers of the crops, ascending; of an image maybe none, of all at least one.

@@ -8,14 +8,16 @@ saliency goes through the model's own pixel shuffle.
 Videos come as images too, one run per frame: each frame is an image of its own, with a budget of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.patches import by_image, numbered, of_images, square_side
+from adafv.core.crops import check_thumbnails
+from adafv.core.patches import by_image, numbered, of_images, of_some_crops, square_side
+from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded, Family, Signals
 from adafv.engines.transformers.families.llava import feature_options
 from adafv.engines.transformers.towers import TappedTower, patch_grid, with_tower
@@ -33,6 +35,7 @@ class InternVL(Family):
         "image_sizes",
     )
     as_tensor = ("image",)
+    knows_thumbnail = True
     limits = "a video is budgeted frame by frame, each frame as an image"
 
     def check(self, model: Any) -> None:
@@ -58,16 +61,45 @@ class InternVL(Family):
     def encode(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
+        features, read = self._run(model, visuals, visuals["pixel_values"], signals)
+        return Encoded(by_image(features, layouts), read(lambda tokens: by_image(tokens, layouts)))
+
+    def encode_crops(
+        self,
+        model: Any,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        wanted: list[tuple[int, ...]],
+        signals: Signals,
+    ) -> Encoded:
+        tiles: Tensor = visuals["pixel_values"]
+        images = [part.roll(1, dims=0) for part in tiles.split([layout.crops for layout in layouts])]
+        check_thumbnails([image for image, crops in zip(images, wanted, strict=True) if 0 in crops])
+        some = torch.stack([image[crop] for image, crops in zip(images, wanted, strict=True) for crop in crops])
+        features, read = self._run(model, visuals, some, signals)
+
+        def placed(tokens: Tensor) -> list[Tensor]:
+            return of_some_crops(tokens, layouts, wanted)
+
+        return Encoded(placed(features), read(placed))
+
+    def _run(
+        self, model: Any, visuals: Mapping[str, Any], tiles: Tensor, signals: Signals
+    ) -> tuple[Tensor, Callable[[Callable[[Tensor], list[Tensor]]], dict[Signal, list[Tensor]]]]:
+        """The stock method on some tiles: ([all tokens, D], what reads the signals, given how tokens go to images)."""
         options = self.options(model, visuals)
         tower = TappedTower(model.model.vision_tower, options.get("vision_feature_layer", -1), signals)
         twin = with_tower(model.model, "vision_tower", tower)
-        output = twin.get_image_features(visuals["pixel_values"], return_dict=True, **options)
+        output = twin.get_image_features(tiles, return_dict=True, **options)
 
-        def joined(patches: Tensor) -> list[Tensor]:
-            numbers = torch.arange(len(patches)).view(len(visuals["pixel_values"]), -1, 1)
-            return by_image(numbered(patches, self.shuffled(model, numbers)), layouts)
+        def read(to_images: Callable[[Tensor], list[Tensor]]) -> dict[Signal, list[Tensor]]:
+            def joined(patches: Tensor) -> list[Tensor]:
+                numbers = torch.arange(len(patches)).view(len(tiles), -1, 1)
+                return to_images(numbered(patches, self.shuffled(model, numbers)))
 
-        return Encoded(by_image(output.pooler_output.flatten(0, 1), layouts), tower.read(joined))
+            return tower.read(joined)
+
+        return output.pooler_output.flatten(0, 1), read
 
     def feature_layers(self, model: Any) -> int | list[int]:
         return self.options(model, {}).get("vision_feature_layer", -1)  # type: ignore[no-any-return]

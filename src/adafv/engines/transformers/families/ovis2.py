@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.core import ImageLayout
-from adafv.core.patches import by_image, of_images, pooled, square_side
+from adafv.core.crops import check_thumbnails
+from adafv.core.patches import by_image, of_images, of_some_crops, pooled, square_side
 from adafv.engines.transformers.families.base import Encoded, Family, Signals
 from adafv.engines.transformers.families.internvl import images_by_gap
 from adafv.engines.transformers.towers import TowerShape, patch_grid, with_tap
@@ -33,6 +34,7 @@ class Ovis2(Family):
     saliency = "received"
     tower_shape = TowerShape("transformer.encoder.layers", "attention", has_class_token=False)
     as_tensor = ("image",)
+    knows_thumbnail = True
     limits = "refuses chunked prefill, and checkpoints whose visual tokens are drawn at random"
 
     def check(self, model: Any) -> None:
@@ -66,12 +68,31 @@ class Ovis2(Family):
     def encode(
         self, model: Any, modality: str, visuals: Mapping[str, Any], layouts: list[ImageLayout], signals: Signals
     ) -> Encoded:
-        pixels, stride = visuals["pixel_values"], model.config.vision_config.hidden_stride
+        return self._run(model, visuals["pixel_values"], signals, lambda tokens: by_image(tokens, layouts))
+
+    def encode_crops(
+        self,
+        model: Any,
+        visuals: Mapping[str, Any],
+        layouts: list[ImageLayout],
+        wanted: list[tuple[int, ...]],
+        signals: Signals,
+    ) -> Encoded:
+        images = visuals["pixel_values"].split([layout.crops for layout in layouts])
+        check_thumbnails([image for image, crops in zip(images, wanted, strict=True) if 0 in crops])
+        some = torch.stack([image[crop] for image, crops in zip(images, wanted, strict=True) for crop in crops])
+        return self._run(model, some, signals, lambda tokens: of_some_crops(tokens, layouts, wanted))
+
+    def _run(
+        self, model: Any, pixels: Tensor, signals: Signals, to_images: Callable[[Tensor], list[Tensor]]
+    ) -> Encoded:
+        """The stock method on some tiles."""
+        stride = model.config.vision_config.hidden_stride
         twin, tap = with_tap(model.model, self.tower_name, self.tower_shape, signals)
         output = twin.get_image_features(pixels, return_dict=True)
         grid = patch_grid(model.model.vision_tower, *pixels.shape[-2:])
-        read = tap.read(lambda patches: by_image(pooled(patches, grid, stride), layouts))
-        return Encoded(by_image(output.pooler_output.flatten(0, 1), layouts), read)
+        read = tap.read(lambda patches: to_images(pooled(patches, grid, stride)))
+        return Encoded(to_images(output.pooler_output.flatten(0, 1)), read)
 
     def hand_over(
         self, model: Any, modality: str, features: list[Tensor], deepstack: list[Tensor]

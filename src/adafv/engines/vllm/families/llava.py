@@ -16,7 +16,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from adafv.core import ImageLayout
 from adafv.core.encoded import EncodedImage
 from adafv.core.layers import TowerLayers
-from adafv.core.tokens import READ
+from adafv.core.tokens import READ, Signal
 from adafv.engines.transformers import towers
 from adafv.engines.vllm.model import PrunedModel
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
@@ -73,18 +73,25 @@ class PrunedLlava(PrunedModel):
             to_tokens: see `Tap.read`.
         """
         image_input = self._parse_and_validate_image_input(**images)  # type: ignore[attr-defined]
+        features, signals = self.tapped(lambda: self._process_image_input(image_input), to_tokens)  # type: ignore[attr-defined]
+        return encoded_images(features, signals, layouts)
+
+    def tapped(
+        self, run: Callable[[], Any], to_tokens: Callable[[Tensor], list[Tensor]]
+    ) -> tuple[Any, dict[Signal, list[Tensor]]]:
+        """(what `run` returns, which runs tower and projector; the signals that are read meanwhile)."""
         read: list[Tensor] = []
         hook = self.multi_modal_projector.register_forward_pre_hook(lambda module, args: read.append(args[0]))
         try:
             with self.adafv_tap as tap:
-                features = self._process_image_input(image_input)  # type: ignore[attr-defined]
+                features = run()
         finally:
             hook.remove()
         score = self.shape.score
         signals = tap.read(lambda run: score(run.query, run.key, run.value, run.features, run.scaling, None), to_tokens)
         if READ in self.adafv_signals:
             signals[READ] = to_tokens(torch.cat([rows.flatten(0, -2) for rows in read]))
-        return encoded_images(features, signals, layouts)
+        return features, signals
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return super().load_weights(map(_as_vllm_names_it, weights))  # type: ignore[misc]

@@ -5,10 +5,11 @@ signals are sent through it as well; see `adafv.engines.transformers.families.ll
 seeing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.model_executor.models.llava_next import (
@@ -20,10 +21,12 @@ from vllm.model_executor.models.llava_next import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from adafv.core import ImageLayout, anyres_layout, anyres_places
+from adafv.core.crops import of_some_crops as layout_of_crops
 from adafv.core.encoded import EncodedImage
-from adafv.core.patches import by_crops
+from adafv.core.patches import by_crops, of_some_crops
 from adafv.engines.vllm.families.llava import PrunedLlava, patch_grid
 from adafv.engines.vllm.processor import PrunedInfo, PrunedProcessor
+from adafv.engines.vllm.tap import encoded_images
 
 Packing = Callable[[Any, Tensor, Tensor], Tensor]
 """From a model's config, values per crop and patch ([C, patches, E]) and an image's height and width ([2]) to where vLLM puts
@@ -36,9 +39,11 @@ class PrunedAnyres(PrunedLlava):
     packing: Packing
     """Of the family."""
 
+    def layouts(self, images: dict[str, Any]) -> list[ImageLayout]:
+        return [anyres_layout_of(self.config, self.packing, size) for size in images["image_sizes"]]
+
     def encode(self, images: dict[str, Any]) -> list[EncodedImage]:
-        sizes = images["image_sizes"]
-        layouts = [anyres_layout_of(self.config, self.packing, size) for size in sizes]
+        sizes, layouts = images["image_sizes"], self.layouts(images)
         # An image comes with as many crops as the largest one of its request has; the rest are zeros.
         shown = [crops[: layout.crops] for crops, layout in zip(images["pixel_values"], layouts, strict=True)]
 
@@ -47,6 +52,24 @@ class PrunedAnyres(PrunedLlava):
             return [self.packing(self.config, part, size) for part, size in crops]
 
         return self.encoded({**images, "pixel_values": shown}, layouts, packed)
+
+    def encode_crops(
+        self, images: dict[str, Any], layouts: Sequence[ImageLayout], wanted: Sequence[tuple[int, int]]
+    ) -> list[EncodedImage]:
+        """As vLLM's own `_process_image_pixels`, whose packing cannot leave any out."""
+        pixels = torch.stack([images["pixel_values"][number][crop] for number, crop in wanted])
+        lying, crops = [layouts[number] for number, _ in wanted], [(crop,) for _, crop in wanted]
+
+        def placed(patches: Tensor) -> list[Tensor]:
+            return of_some_crops(patches, lying, crops)
+
+        def run() -> list[Tensor]:
+            read = self._image_pixels_to_features(self.vision_tower, pixels)  # type: ignore[attr-defined]
+            return placed(self.multi_modal_projector(read).flatten(0, 1))
+
+        features, signals = self.tapped(run, placed)
+        left = [layout_of_crops(layout, own)[1] for layout, own in zip(lying, crops, strict=True)]
+        return encoded_images(features, signals, left)
 
 
 def anyres_layout_of(config: Any, packing: Packing, size: Tensor) -> ImageLayout:

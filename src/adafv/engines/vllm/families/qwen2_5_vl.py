@@ -20,6 +20,7 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from adafv.core import Budget, ImageLayout, patch_saliency
+from adafv.core.crops import Crops
 from adafv.core.encoded import EncodedImage
 from adafv.core.layers import TowerLayers
 from adafv.core.patches import neighbours
@@ -108,8 +109,8 @@ class QwenInfo(PrunedInfo):
 class QwenProcessor(PrunedProcessor):
     """In front of a Qwen-like processor: refuses what would go wrong in the worker, where nothing can be refused."""
 
-    def _wishes(self, inputs: Any, budget: Budget) -> list[Wish]:
-        wishes = super()._wishes(inputs, budget)
+    def _wishes(self, inputs: Any, budget: Budget, crops: Crops) -> list[Wish]:
+        wishes = super()._wishes(inputs, budget, crops)
         # An image that keeps few tokens still takes as many positions as it is high or wide.
         model = self.info.ctx.model_config
         positions = model.max_model_len + len(wishes) * self.info.longest_side
