@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures import often
 from models import IMAGE, VIDEO, FamilyRow, make_inputs
 
 from adafv import AdaFV
@@ -16,6 +17,13 @@ NOT_OFFLOADED = {"gemma4", "idefics3", "glm-4v", "glm-4.6v", "glm-moe-4v"}
 """Their stock models ask a weight that is not there for its device."""
 
 
+@pytest.mark.parametrize(
+    "any_family",
+    often(
+        *("llava", "llava-next", "llava-onevision", "qwen2.5-vl", "qwen3-vl", "internvl", "gemma3", "gemma4"),
+        *("mistral3", "idefics3", "glm-4v", "deepseek-vl-hybrid", "kimi-k2.5", "video-llama3"),
+    ),
+)
 def test_offloaded_to_the_cpu(any_family: FamilyRow, any_model: Any) -> None:
     accelerate = pytest.importorskip("accelerate")
     inputs = make_inputs(any_family, any_model, [1, 1])
