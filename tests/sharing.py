@@ -1,5 +1,6 @@
-"""The models of the table, one build for all tests of a process."""
+"""The models of the table, one build for all tests of a process; and what is logged."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,19 @@ def own_hooks(module: Any) -> int:
     """Less those that transformers adds by itself when a model is called first."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return sum(not hook.__module__.startswith("transformers.") for hook in hooks)
+
+
+@contextmanager
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """What reaches the root of all loggers. pytest's own `caplog` goes through thousands of them, six times a test."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    try:
+        yield records
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 BUILT: dict[tuple[str, torch.dtype], tuple[Any, Any]] = {}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures import often
 from models import IMAGE, VIDEO, FamilyRow, make_inputs
 
 from adafv import AdaFV
@@ -14,6 +15,13 @@ GREEDY = {"max_new_tokens": 2, "do_sample": False, "suppress_tokens": [IMAGE, VI
 KEEP = 0.3
 
 
+@pytest.mark.parametrize(
+    "any_family",
+    often(
+        *("llava", "llava-next", "llava-onevision", "qwen2.5-vl", "qwen3-vl", "internvl", "gemma3", "gemma4"),
+        *("mistral3", "idefics3", "glm-4v", "deepseek-vl-hybrid", "kimi-k2.5", "video-llama3"),
+    ),
+)
 def test_offloaded_to_the_cpu(any_family: FamilyRow, any_model: Any) -> None:
     accelerate = pytest.importorskip("accelerate")
     inputs = make_inputs(any_family, any_model, [1, 1])

@@ -422,6 +422,7 @@ def test_with_newlines_and_crops(name: str, options: dict[str, Any], crops: int)
     agree(name, options, images(2, crops, newlines=True, seed=crops), 6)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("options", [options for name, options in OPTIONS if name == "facet"], ids=str)
 @pytest.mark.parametrize(("tiling", "newlines"), [((2, 2), True), ((1, 2), False), ((3, 1), False)])
 def test_facet_with_a_thumbnail(options: dict[str, Any], tiling: tuple[int, int], newlines: bool) -> None:

@@ -416,6 +416,7 @@ def test_as_plain_loops_choose(method: Method, plain: Callable[..., Choice], sho
             is_chosen(tokens, method, plain, keep)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("shown", ["several", "newlines", "crops"])
 @pytest.mark.parametrize(("method", "plain"), PLAIN, ids=named)
 def test_equal_values(method: Method, plain: Callable[..., Choice], shown: str) -> None:
@@ -432,7 +433,7 @@ def test_half_precision(method: Method, plain: Callable[..., Choice]) -> None:
     is_chosen(SHOWN["strip"](seed=5, dtype=torch.bfloat16), method, plain, 9)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.release) for seed in (2, 3))])
 def test_crops_that_the_plan_leaves_out(seed: int) -> None:
     """They are tokens as newlines are: never mixed, and last."""
     tokens = SHOWN["crops"](seed=seed)

@@ -48,6 +48,7 @@ def sharded(row: FamilyRow, how: str, mesh: DeviceMesh) -> Any:
     return model
 
 
+@pytest.mark.each  # how parts are sharded does not depend on the family
 @pytest.mark.parametrize("how", SHARDED)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_sharded(row: FamilyRow, how: str, mesh: DeviceMesh) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from models import BEGIN, END, IMAGE, PAD, FamilyRow, make_inputs, token_types, words
 from oracle import STOCK_MIXES_UP_IMAGES, VISUAL_INPUTS, masked_inputs, rotary_positions, same_logits
+from sharing import logged
 from transformers import DynamicCache
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -197,31 +198,29 @@ def test_hidden_states_are_in_the_callers_columns(any_family: FamilyRow, any_mod
 
 
 @contextlib.contextmanager
-def no_deprecation(caplog: pytest.LogCaptureFixture) -> Any:
+def no_deprecation() -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_warning()
     logging.enable_propagation()
     logging.warning_once.cache_clear()
     try:
-        with warnings.catch_warnings():
+        with logged() as records, warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)
             warnings.simplefilter("error", DeprecationWarning)
             yield
     finally:
         logging.set_verbosity_error()
         logging.disable_propagation()
-    assert not [record for record in caplog.records if "past_key_values" in record.getMessage()]
+    assert not [record for record in records if "past_key_values" in record.getMessage()]
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)
-def test_the_cache_under_either_name(
-    any_family: FamilyRow, any_model: Any, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_cache_under_either_name(any_family: FamilyRow, any_model: Any, name: str) -> None:
     """transformers 5.24 calls it `cache`, before it was `past_key_values`; here both are the same, in every release."""
     row, model = any_family, any_model
     inputs = make_inputs(row, model, [1])
-    with AdaFV(keep=KEEP)(model) as adafv, no_deprecation(caplog):
+    with AdaFV(keep=KEEP)(model) as adafv, no_deprecation():
         one = model.generate(**inputs, **DECODED, **{name: DynamicCache(config=model.config.get_text_config())})
         keep = adafv.last.keep_mask
         conversation = torch.cat((one.sequences, torch.tensor([words(4, 50)])), 1)
@@ -291,24 +290,17 @@ def test_several_answers_continued(any_family: FamilyRow, any_model: Any, how: s
         more = conversation.shape[1] - keep.shape[1]
         mask = torch.nn.functional.pad(inputs["attention_mask"][rows], (0, more), value=1)
         two = model.generate(input_ids=conversation, attention_mask=mask, **{CACHE: cache}, **DECODED)
-    expected = []
-    for place, prompt in enumerate(rows.tolist()):  # each conversation by itself
-        alone = make_inputs(row, model, [1, 2])
-        both = torch.cat((conversation[place][None], conversation[place][None]))
-        both_mask = torch.cat((mask[place][None], mask[place][None]))
-        other = 1 - prompt
-        both[other] = torch.nn.functional.pad(alone["input_ids"][other], (0, more), value=PAD)
-        both_mask[other] = torch.nn.functional.pad(alone["attention_mask"][other], (0, more), value=1)
-        both[other, -more:] = torch.tensor(words(more, 3))
-        whole = {**alone, "input_ids": both, "attention_mask": both_mask}
-        whole |= token_types(row, both, alone["input_ids"].shape[1])
-        kept = torch.nn.functional.pad(keep[[place, place]], (0, more), value=True)
-        kept[other] = both_mask[other].bool()
+    asked = make_inputs(row, model, [1, 2])  # for each answer to the first prompt, one to the second stands below it
+    of_first, of_second = ([place for place, prompt in enumerate(rows.tolist()) if prompt == each] for each in (0, 1))
+    expected = torch.full_like(two.logits[0], torch.nan)
+    for number in range(max(len(of_first), len(of_second))):
+        places = [of_first[min(number, len(of_first) - 1)], of_second[min(number, len(of_second) - 1)]]
+        whole = {**asked, "input_ids": conversation[places], "attention_mask": mask[places]}
+        whole |= token_types(row, conversation[places], asked["input_ids"].shape[1])
+        kept = torch.nn.functional.pad(keep[places], (0, more), value=True)
         oracle = masked_inputs(whole, kept, row=row, model=model, generates=True)
-        expected.append(
-            model.generate(**oracle, **{**DECODED, "max_new_tokens": 1, "min_new_tokens": 1}).logits[0][prompt]
-        )
-    torch.testing.assert_close(two.logits[0], torch.stack(expected), **TOLERANCE)
+        expected[places] = model.generate(**oracle, **{**DECODED, "max_new_tokens": 1, "min_new_tokens": 1}).logits[0]
+    torch.testing.assert_close(two.logits[0], expected, **TOLERANCE)
 
 
 def test_as_a_tuple(any_family: FamilyRow, any_model: Any) -> None:

@@ -26,6 +26,7 @@ from environments import (
     clean_variables,
     files_of_the_repository,
     interpreter,
+    needed_by,
 )
 
 if not PYTHONS:
@@ -94,8 +95,9 @@ def environment(
     subprocess.run([python, "-m", "venv", str(made.folder)], env=clean_variables(), check=True)
     if os.environ.get("ADAFV_WHOLE"):
         made.install("--no-compile", f"torch=={TORCH}")
-    else:
-        made.link("torch", TORCH)
+    else:  # they are two gigabytes, which take pip a minute of a core; and what is compiled of them is shared
+        for name in needed_by(wheel):
+            made.link(name)
     made.install("--no-compile", str(wheel))
     make = made.run(f"python tests/package/hub_checkpoint.py {made.home / 'hf'} {' '.join(NAMED)}")
     assert make.returncode == 0, make.stderr

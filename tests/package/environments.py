@@ -4,10 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from email import message_from_bytes
 from importlib.metadata import distribution
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHONS = os.environ.get("ADAFV_PACKAGE", "").split()
@@ -34,6 +39,21 @@ def clean_variables() -> dict[str, str]:
     """The environment variables without those of the development."""
     hidden = ("PYTHON", "ADAFV_", "HF_", "TRANSFORMERS_", "VIRTUAL_ENV", "PYTEST_", "COVERAGE", "OMP_")
     return {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+
+
+def needed_by(wheel: Path) -> set[str]:
+    """The packages that the wheel brings, and what these bring, as the Python that runs this has them; no extras."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        waiting = message_from_bytes(archive.read(name)).get_all("Requires-Dist") or []
+    found: set[str] = set()
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        package = canonicalize_name(requirement.name)
+        if package not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found.add(package)
+            waiting += distribution(package).requires or []
+    return found
 
 
 def interpreter(release: str) -> str | None:
@@ -102,18 +122,19 @@ class Environment:
         done = subprocess.run(command, env={**clean_variables(), **constraints}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    def link(self, name: str, release: str) -> None:
+    def link(self, name: str) -> None:
         """Has a package of the Python that runs this, without what it needs: for pip, it is there.
 
-        Torch is nearly a gigabyte, which takes pip half a minute of a core to unpack.
+        Not one that the environment has of its own, as setuptools.
         """
         found = distribution(name)
-        assert found.version.partition("+")[0] == release
         assert found.files is not None
         folder = Path(str(found.locate_file("")))
         here = self.folder / "lib" / f"python{self.release}" / "site-packages"
-        for part in {path.parts[0] for path in found.files} - {"..", "__pycache__"}:
-            (here / part).symlink_to(folder / part)
+        parts = {path.parts[0] for path in found.files} - {"..", "__pycache__"}
+        if not any((here / part).exists() for part in parts):
+            for part in parts:
+                (here / part).symlink_to(folder / part)
 
     def installed(self) -> dict[str, str]:
         """Name and release of every package, as pip lists them."""

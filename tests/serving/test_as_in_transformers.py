@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from both import NAMES, Both, checkpoint
-from engines import alike, answers, chat, picture
+from engines import alike, answers, chat, picture, sparing
 from transformers import AutoConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
@@ -37,7 +37,7 @@ def placeholders(both: Both, content: list[Any], keep: int | float | None) -> li
     return [len(run) for run in "".join("i" if token == placeholder else " " for token in tokens).split()]
 
 
-@pytest.mark.parametrize("keep", [1, 36, 0.1, 0.75, 1.0])
+@pytest.mark.parametrize("keep", sparing([1, 36, 0.1, 0.75, 1.0], 1, 0.1, 1.0))
 def test_one_picture(both: Both, keep: int | float) -> None:
     for name, question in QUESTIONS:
         both.agree([picture(name), question], keep)
