@@ -11,7 +11,7 @@ used up, by their index.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -253,31 +253,32 @@ class _Likeness:
 
     def __init__(self, unit: Tensor, near: Near | None) -> None:
         self._unit = unit
-        self._left = self._right = None
+        self._apart: tuple[Tensor, Tensor] | None = None
         if near is not None:
             # Their product is p . q - p . p / 2 - q . q / 2, in units of the reach.
             places = near.places.float() / near.reach
             square, one = places.square().sum(-1, keepdim=True) / -2, torch.ones_like(places[..., :1])
-            self._left, self._right = torch.cat((places, square, one), -1), torch.cat((places, one, square), -1)
+            self._apart = torch.cat((places, square, one), -1), torch.cat((places, one, square), -1)
 
     def whole(self) -> Tensor:
         """[G, N, N]."""
-        alike = self_cosines(self._unit)
-        return alike if self._left is None else alike.mul_((self._left @ self._right.mT).exp_())
+        return self._where_they_lie(self_cosines(self._unit), ...)
 
     def rows(self, some: slice) -> Tensor:
         """[G, M, N]."""
-        alike = cosines(self._unit[:, some], self._unit)
-        return alike if self._left is None else alike.mul_((self._left[:, some] @ self._right.mT).exp_())
+        return self._where_they_lie(cosines(self._unit[:, some], self._unit), (slice(None), some))
 
     def between(self, ones: Tensor, others: Tensor | None) -> Tensor:
         """[G, M, O], of tokens by their index, [G, M] and [G, O]; None: all."""
         image = torch.arange(len(ones), device=ones.device).unsqueeze(-1)
-        there = slice(None) if others is None else (image, others)
-        alike = cosines(self._unit[image, ones], self._unit[there])
-        if self._left is None:
+        here, there = (image, ones), ... if others is None else (image, others)
+        return self._where_they_lie(cosines(self._unit[here], self._unit[there]), here, there)
+
+    def _where_they_lie(self, alike: Tensor, here: Any, there: Any = ...) -> Tensor:
+        if self._apart is None:
             return alike
-        return alike.mul_((self._left[image, ones] @ self._right[there].mT).exp_())
+        left, right = self._apart
+        return alike.mul_((left[here] @ right[there].mT).exp_())
 
 
 def block_sizes(keep: int, blocks: int) -> list[int]:
