@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adafv.core import joint_search, top_tokens
-from adafv.core.facets import facet_rounds, facet_steps, of_views, places, two_scores, worth
-from adafv.core.greedy import Near, coverage_in_blocks
+from adafv.core.facets import facet_rounds, facet_steps, of_views, two_scores, worth
+from adafv.core.greedy import block_sizes
 from adafv.core.likeness import crop_of, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, Signal, VisualTokens, saliency_of
 from adafv.methods import Method
@@ -403,10 +403,6 @@ class Views(Method):
     """Whether thumbnail and crops are covered for the same weight together, not each token alike."""
     blocks: int = 0
     """Steps; 0: as many as tokens are kept."""
-    reach: float = 0.0
-    """How far tokens are alike, in sides of the image; 0: wherever they lie. Steps are needed for it."""
-    power: float = 2.0
-    """Of the worth."""
 
     name = "views"
     summary = "facet by views"
@@ -415,14 +411,10 @@ class Views(Method):
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         weighed, demand = of_views(tokens)
         unit = unit_vectors(tokens.features.detach())
-        value = worth(two_scores(weighed if self.chain else tokens, unit), tokens.candidates) ** self.power
+        value = worth(two_scores(weighed if self.chain else tokens, unit), tokens.candidates).square()
         demand = demand if self.demand else tokens.candidates.float()
-        if self.blocks:
-            hidden = unit_vectors(tokens.signals[HIDDEN].detach())
-            near = Near(places(tokens), self.reach) if self.reach else None
-            return Kept(coverage_in_blocks(hidden, keep, self.blocks, value, demand, tokens.candidates, near))
         if not self.half or tokens.tiling is None:
-            return covering(tokens, keep, value, demand=demand)
+            return covering(tokens, keep, value, demand=demand, blocks=self.blocks)
         small = tokens.candidates & (crop_of(tokens.source, tokens.rows * tokens.columns) == 0)
         views = (small, tokens.candidates & ~small)
         first = min(keep // 2, int(small.sum(-1).min()))
@@ -431,6 +423,47 @@ class Views(Method):
             for some, share in zip(views, (first, keep - first), strict=True)
         ]
         return Kept(torch.cat(found, -1).sort(-1).values)
+
+
+@dataclass(frozen=True)
+class NearBy(Method):
+    """`facet` in blocks, of single views: tokens are alike near each other alone, and what is covered counts against a token.
+
+    The same thing at another place is another thing, to whoever counts. docs/evidence.md says what that gains and loses.
+    """
+
+    reach: float = 0.1
+    """In sides of the image, the deviation of the Gaussian that likeness falls off with."""
+    power: float = 1.0
+    """Of the worth."""
+    blocks: int = 6
+
+    name = "near by"
+    summary = "facet, near by"
+    needs = frozenset({WORDS, SALIENCY, HIDDEN})
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        shown = tokens.candidates
+        value = worth(two_scores(tokens, unit_vectors(tokens.features.detach())), shown) ** self.power
+        inside = tokens.source.clamp_min(0) % (tokens.rows * tokens.columns)
+        down, across = inside // tokens.columns / tokens.rows, inside % tokens.columns / tokens.columns
+        apart = sum((axis.unsqueeze(1) - axis.unsqueeze(2)) ** 2 for axis in (down, across))
+        alike = cosines_of(tokens, "hidden", False) * (apart / (-2 * self.reach**2)).exp()
+        image = torch.arange(len(shown)).unsqueeze(-1)
+        best, picked = torch.zeros_like(value), []
+        out = torch.zeros_like(value).masked_fill(~shown, -1e9)
+        for size in block_sizes(keep, self.blocks):
+            cover = ((alike - best.unsqueeze(1)).clamp_min(0) * shown.unsqueeze(1)).sum(-1)
+            gain, order = (value * cover * (1 - best) + out).sort(dim=-1, descending=True, stable=True)
+            some = order[:, : 3 * size]
+            gain = gain[:, : 3 * size]
+            nearest = alike[image.unsqueeze(-1), some.unsqueeze(-1), some.unsqueeze(1)].tril(-1).amax(-1).clamp(0, 1)
+            score = gain - gain.clamp_min(0) * nearest
+            chosen = some.gather(-1, score.argsort(dim=-1, descending=True, stable=True)[:, :size])
+            picked.append(chosen)
+            out = out.scatter(-1, chosen, float("-inf"))
+            best = best.maximum(alike[image, chosen].amax(1)).clamp(0, 1)
+        return Kept(torch.cat(picked, -1).sort(-1).values)
 
 
 @dataclass(frozen=True)
@@ -669,17 +702,18 @@ CANDIDATES: dict[str, Method] = {
     "blocks-4": Views(chain=True, demand=True, blocks=4),
     "blocks-6": Views(chain=True, demand=True, blocks=6),
     "blocks-8": Views(chain=True, demand=True, blocks=8),
-    "n-1": Views(chain=True, demand=True, blocks=6, reach=0.15, power=1.0),
-    "n-1-r.1": Views(chain=True, demand=True, blocks=6, reach=0.1, power=1.0),
-    "n-1-r.2": Views(chain=True, demand=True, blocks=6, reach=0.2, power=1.0),
-    "n-1.5": Views(chain=True, demand=True, blocks=6, reach=0.15, power=1.5),
-    "n-2": Views(chain=True, demand=True, blocks=6, reach=0.15),
-    "n-1-r.07": Views(chain=True, demand=True, blocks=6, reach=0.07, power=1.0),
-    "n-1-r.05": Views(chain=True, demand=True, blocks=6, reach=0.05, power=1.0),
-    "n-1.5-r.1": Views(chain=True, demand=True, blocks=6, reach=0.1, power=1.5),
-    "n-1.5-r.07": Views(chain=True, demand=True, blocks=6, reach=0.07, power=1.5),
-    "n-2-r.1": Views(chain=True, demand=True, blocks=6, reach=0.1),
-    "n-1-b10": Views(chain=True, demand=True, blocks=10, reach=0.15, power=1.0),
+    # near by
+    "n-1": NearBy(reach=0.15),
+    "n-1-r.05": NearBy(reach=0.05),
+    "n-1-r.07": NearBy(reach=0.07),
+    "n-1-r.1": NearBy(),
+    "n-1-r.2": NearBy(reach=0.2),
+    "n-1-b10": NearBy(reach=0.15, blocks=10),
+    "n-1.5": NearBy(reach=0.15, power=1.5),
+    "n-1.5-r.07": NearBy(reach=0.07, power=1.5),
+    "n-1.5-r.1": NearBy(power=1.5),
+    "n-2": NearBy(reach=0.15, power=2.0),
+    "n-2-r.1": NearBy(power=2.0),
     # without serial steps
     "t3-product-p.5": Rounds(quality="product", space="tokens", rounds=3, first="top", power=0.5),
     "r3-top-product": Rounds(quality="product", rounds=3, first="top"),

@@ -88,25 +88,6 @@ def of_views(tokens: VisualTokens) -> tuple[VisualTokens, Tensor]:
     return replace(tokens, signals={**tokens.signals, SALIENCY: saliency * factor}), demand
 
 
-def places(tokens: VisualTokens) -> Tensor:
-    """[G, N, 2] float32: the middle of what each token shows, down and across, in sides of the image.
-
-    Crops behind a thumbnail lie where they enlarge it, see `adafv.core.likeness.crop_under`. Without a thumbnail every view,
-    a frame of a video say, is an image. Of tokens that show no part of the image it means nothing.
-    """
-    patches = tokens.rows * tokens.columns
-    inside = tokens.source % patches
-    down = (inside // tokens.columns + 0.5) / tokens.rows
-    across = (inside % tokens.columns + 0.5) / tokens.columns
-    if tokens.tiling is not None:
-        vertical, horizontal = tokens.tiling
-        crop = crop_of(tokens.source, patches)
-        tile, small = (crop - 1).clamp_min(0), crop <= 0
-        down = down.where(small, (tile // horizontal + down) / vertical)
-        across = across.where(small, (tile % horizontal + across) / horizontal)
-    return torch.stack((down, across), dim=-1)
-
-
 def facet_steps(unit: Tensor, worth: Tensor, keep: int, candidates: Tensor) -> Tensor:
     """[G, K] long, ascending: always the token with the largest score, of which the first is the one of most worth.
 

@@ -11,7 +11,7 @@ used up, by their index.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,15 +45,6 @@ class Parts(NamedTuple):
     """[G, N] long, the part of each token; -1: of none."""
     number: int
     """Of the parts."""
-
-
-class Near(NamedTuple):
-    """Where tokens lie in the image, and how far they are alike."""
-
-    places: Tensor
-    """[G, N, 2] float: down and across, in sides of the image."""
-    reach: float
-    """Sides of the image: the deviation of a Gaussian that likeness falls off with."""
 
 
 class Greedy(NamedTuple):
@@ -182,103 +173,64 @@ def coverage_in_blocks(
     quality: Tensor,
     demand: Tensor,
     candidates: Tensor,
-    near: Near | None = None,
 ) -> Tensor:
     """[G, K] long, ascending: what `coverage_search` of cosines keeps, nearly, in `blocks` steps whatever K is.
 
     A step takes several tokens at once: of those that gain most, three times as many as it may take, the ones with the
-    largest gain * (1 - largest likeness to one that gains more, at least 0). Each step takes more than the one before, as the
+    largest gain * (1 - largest cosine to one that gains more, at least 0). Each step takes more than the one before, as the
     first tokens say most about what the rest is worth.
 
-    Memory: twice N x N likenesses, while all images together have at most 256 MiB of them; above that they are computed anew
-    in each step, a part at a time, and those between the tokens of a block and all others exist at once.
+    Memory: twice N x N cosines, while all images together have at most 256 MiB of them; above that they are computed anew in
+    each step, a part at a time, and those between the tokens of a block and all others exist at once.
 
     Args:
         unit: [G, N, D] float32 vectors of length one, see `adafv.core.likeness.unit_vectors`.
         blocks: at least 1; with K of them or more each step takes one.
         quality, demand, candidates: see `coverage_search`.
-        near: tokens are alike only where they lie near each other; then a gain counts times (1 - largest likeness to a kept
-            token), too, as a token covers itself alone for nothing.
     """
     images, tokens, _ = unit.shape
     if not 1 <= keep <= tokens:
         raise BudgetError(f"keep={keep}, but there are {tokens} visual tokens; give 1 to {tokens}")
-    likeness = _Likeness(unit, near)
-    whole = likeness.whole() if images * tokens**2 <= _CELLS else None
+    whole = self_cosines(unit) if images * tokens**2 <= _CELLS else None
     image = torch.arange(images, device=unit.device).unsqueeze(-1)
     demand = demand.unsqueeze(-1)
     best = None
     out = torch.zeros_like(quality).masked_fill_(~candidates, _LAST)
     found = []
     for size in block_sizes(keep, blocks):
-        gain = _gains_for(likeness, whole, best, demand)
-        if near is not None and best is not None:
-            gain = torch.addcmul(gain, gain, best.squeeze(1), value=-1)
+        gain = _gains_for(unit, whole, best, demand)
         gain, order = torch.addcmul(out, quality, gain).sort(dim=-1, descending=True, stable=True)
         if size == 1:
             chosen = order[:, :1]
         else:
             some = order[:, : _AMONG * size]
             if whole is None:
-                alike = likeness.between(some, some)
+                alike = self_cosines(unit[image, some])
             else:
                 alike = whole[image.unsqueeze(-1), some.unsqueeze(-1), some.unsqueeze(1)]
-            nearest = alike.tril_(-1).amax(-1).clamp_(0, 1)
+            near = alike.tril_(-1).amax(-1).clamp_(0, 1)
             score = gain[:, : _AMONG * size]
             # What is no candidate has the lowest gain of all, and keeps it.
-            score = torch.addcmul(score, score.clamp_min(0.0), nearest, value=-1)
+            score = torch.addcmul(score, score.clamp_min(0.0), near, value=-1)
             chosen = some.gather(-1, score.argsort(dim=-1, descending=True, stable=True)[:, :size])
         found.append(chosen)
         out = out.scatter(-1, chosen, float("-inf"))
-        rows = likeness.between(chosen, None) if whole is None else whole[image, chosen]
+        rows = cosines(unit[image, chosen], unit) if whole is None else whole[image, chosen]
         reached = rows.amax(1, keepdim=True)
         best = reached.clamp_min(0.0) if best is None else best.maximum(reached)
     return torch.cat(found, dim=-1).sort(dim=-1).values
 
 
-def _gains_for(likeness: "_Likeness", whole: Tensor | None, best: Tensor | None, demand: Tensor) -> Tensor:
+def _gains_for(unit: Tensor, whole: Tensor | None, best: Tensor | None, demand: Tensor) -> Tensor:
     """[G, N], what each token adds to the coverage of all, [G, 1, N], each of which counts by its demand, [G, N, 1]."""
     if whole is not None:
         more = whole.clamp_min(0.0) if best is None else (whole - best).clamp_min_(0.0)
         return torch.bmm(more, demand).squeeze(-1)
     reached = 0.0 if best is None else best
-    images, tokens = demand.shape[:2]
-    size = max(1, _CELLS // (images * tokens))
-    parts = (likeness.rows(slice(first, first + size)) for first in range(0, tokens, size))
-    return torch.cat([torch.bmm(part.sub_(reached).clamp_min_(0.0), demand) for part in parts], 1).squeeze(-1)
-
-
-class _Likeness:
-    """Cosines of tokens; where `near` is given, less by their distance in the image: times exp(-d^2 / 2 reach^2)."""
-
-    def __init__(self, unit: Tensor, near: Near | None) -> None:
-        self._unit = unit
-        self._apart: tuple[Tensor, Tensor] | None = None
-        if near is not None:
-            # Their product is p . q - p . p / 2 - q . q / 2, in units of the reach.
-            places = near.places.float() / near.reach
-            square, one = places.square().sum(-1, keepdim=True) / -2, torch.ones_like(places[..., :1])
-            self._apart = torch.cat((places, square, one), -1), torch.cat((places, one, square), -1)
-
-    def whole(self) -> Tensor:
-        """[G, N, N]."""
-        return self._where_they_lie(self_cosines(self._unit), ...)
-
-    def rows(self, some: slice) -> Tensor:
-        """[G, M, N]."""
-        return self._where_they_lie(cosines(self._unit[:, some], self._unit), (slice(None), some))
-
-    def between(self, ones: Tensor, others: Tensor | None) -> Tensor:
-        """[G, M, O], of tokens by their index, [G, M] and [G, O]; None: all."""
-        image = torch.arange(len(ones), device=ones.device).unsqueeze(-1)
-        here, there = (image, ones), ... if others is None else (image, others)
-        return self._where_they_lie(cosines(self._unit[here], self._unit[there]), here, there)
-
-    def _where_they_lie(self, alike: Tensor, here: Any, there: Any = ...) -> Tensor:
-        if self._apart is None:
-            return alike
-        left, right = self._apart
-        return alike.mul_((left[here] @ right[there].mT).exp_())
+    some = unit.split(max(1, _CELLS // (len(unit) * unit.shape[1])), dim=1)
+    return torch.cat(
+        [torch.bmm(cosines(part, unit).sub_(reached).clamp_min_(0.0), demand) for part in some], 1
+    ).squeeze(-1)
 
 
 def block_sizes(keep: int, blocks: int) -> list[int]:

@@ -5,19 +5,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.facets import facet_rounds, facet_steps, fewest, of_views, places, two_scores, worth
-from adafv.core.greedy import Near, coverage_in_blocks, few_at_a_time
+from adafv.core.facets import facet_rounds, facet_steps, fewest, of_views, two_scores, worth
 from adafv.core.likeness import unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, Plan, VisualTokens
 from adafv.errors import OptionError
 from adafv.methods.base import Method
 from adafv.methods.checks import check_choice
+from adafv.methods.scope import covering
 
 VIEW_CHOICES = ("weighed", "alike")
 MOST_ROUNDS = 100
 """A slip of the finger is not to run for hours; a few rounds are enough."""
-LEAST_REACH = 0.001
-"""Far below a patch; smaller ones would leave float32."""
 LEAST = 1 / 36
 """Share of an image's tokens that stay at least where they are counted."""
 
@@ -49,7 +47,6 @@ class Facet(Method):
     cover: bool = True
     blocks: int = 6
     views: str = "weighed"
-    reach: float = 0.1
     share: float = 1.0
 
     name = "facet"
@@ -63,12 +60,6 @@ class Facet(Method):
             raise OptionError(f"rounds={self.rounds!r}; give a whole number, 0 to {MOST_ROUNDS}")
         if isinstance(self.blocks, bool) or not isinstance(self.blocks, int) or self.blocks < 0:
             raise OptionError(f"blocks={self.blocks!r}; give a whole number, 0 or more")
-        if (
-            isinstance(self.reach, bool)
-            or not isinstance(self.reach, (int, float))
-            or not LEAST_REACH <= self.reach <= 1e6
-        ):
-            raise OptionError(f"reach={self.reach!r}; give sides of the image, such as 0.1, and at least {LEAST_REACH}")
         check_choice("views", self.views, VIEW_CHOICES)
         if not isinstance(self.cover, bool):
             raise OptionError(f"cover={self.cover!r}; give true or false")
@@ -97,22 +88,9 @@ class Facet(Method):
         scores = two_scores(tokens, unit).detach()
         value = worth(scores, shown)
         if self.cover:
-            found = self._covering(tokens, keep, value, shown.float() if demand is None else demand)
+            found = covering(tokens, keep, value.square(), demand=demand, blocks=self.blocks).indices
         elif self.rounds:
             found = facet_rounds(unit, value, keep, shown, self.rounds)
         else:
             found = facet_steps(unit, value, keep, shown)
         return Kept(found, text_attention=scores[0])
-
-    def _covering(self, tokens: VisualTokens, keep: int, value: Tensor, demand: Tensor) -> Tensor:
-        """[G, K]."""
-        there = places(tokens)
-
-        def search(some: slice) -> Tensor:
-            unit = unit_vectors(tokens.signals[HIDDEN][some].detach())
-            near = Near(there[some], self.reach)
-            given = (value[some], demand[some], tokens.candidates[some])
-            return coverage_in_blocks(unit, keep, self.blocks or keep, *given, near)
-
-        images, count = value.shape
-        return few_at_a_time(images, count**2, search)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adafv.core.greedy import Parts, coverage_search, few_at_a_time
+from adafv.core.greedy import Parts, coverage_in_blocks, coverage_search, few_at_a_time
 from adafv.core.likeness import self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, Kept, VisualTokens
 from adafv.errors import OptionError
@@ -54,6 +54,7 @@ def covering(
     quality: Tensor,
     parts: Parts | None = None,
     demand: Tensor | None = None,
+    blocks: int = 0,
 ) -> Kept:
     """One after the other the token u with the largest quality_u * sum_j demand_j * max(0, cos(j, u) - best_j).
 
@@ -63,6 +64,7 @@ def covering(
         quality: [G, N], not negative.
         parts: they do not see each other; None: one search over all.
         demand: [G, N], not negative; None: 1 for every candidate.
+        blocks: steps that take several tokens each, see `coverage_in_blocks`, not with parts; 0: one token a step.
     """
     shown = tokens.candidates
     demand = shown.float() if demand is None else demand
@@ -70,6 +72,8 @@ def covering(
     def search(some: slice) -> Tensor:
         unit = unit_vectors(tokens.signals[HIDDEN][some].detach())
         given = (quality[some], demand[some], shown[some])
+        if blocks:
+            return coverage_in_blocks(unit, keep, blocks, *given)
         alike = self_cosines(unit)
         part = None
         if parts is not None:
