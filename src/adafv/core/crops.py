@@ -161,9 +161,7 @@ _LIKE = 0.01
 def _differs(image: Tensor) -> Tensor:
     """Mean difference of the coarse first tile from the raster that fits it best, in units of its own spread."""
     whole, tiles = image[0].float(), image[1:].float()
-    side = (
-        2  # so many means along each side of a tile; processors squeeze thumbnails, so these are where they should be
-    )
+    side = 2  # means along each side of a tile; processors squeeze thumbnails, so that these lie where they should
     coarse = adaptive_avg_pool2d(tiles, (side, side))
     ratios = []
     for rows in (rows for rows in range(1, len(tiles) + 1) if len(tiles) % rows == 0):
