@@ -447,7 +447,8 @@ class NearBy(Method):
         value = worth(two_scores(tokens, unit_vectors(tokens.features.detach())), shown) ** self.power
         inside = tokens.source.clamp_min(0) % (tokens.rows * tokens.columns)
         down, across = inside // tokens.columns / tokens.rows, inside % tokens.columns / tokens.columns
-        apart = sum((axis.unsqueeze(1) - axis.unsqueeze(2)) ** 2 for axis in (down, across))
+        rows, columns = (axis.unsqueeze(1) - axis.unsqueeze(2) for axis in (down, across))
+        apart = rows**2 + columns**2
         alike = cosines_of(tokens, "hidden", False) * (apart / (-2 * self.reach**2)).exp()
         image = torch.arange(len(shown)).unsqueeze(-1)
         best, picked = torch.zeros_like(value), []
