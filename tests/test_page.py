@@ -815,6 +815,7 @@ class TestInBrowser:
         style = re.sub(r"/\*.*?\*/", "", style, flags=re.S)
         of_gradio = {
             "wrap",
+            "secondary-wrap",
             "icon-wrap",
             "gradio-container",
             "dark",

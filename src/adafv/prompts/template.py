@@ -68,8 +68,8 @@ class ChatTemplate:
             raise OptionError("text='question' needs a processor with a chat template; use text='turn' or 'after'")
         if not hasattr(processor, "tokenizer"):
             raise OptionError(
-                f"text='question' needs the processor, and a {type(processor).__name__} is a tokenizer alone; pass "
-                "AutoProcessor.from_pretrained(...)"
+                f"text='question' needs the processor, and a {type(processor).__name__} is a tokenizer alone; pass what "
+                "AutoProcessor loads"
             )
         renderer = _Renderer.of(processor)
         shown = renderer.written("image user")
