@@ -318,6 +318,14 @@ class Covering(Method):
         return Kept(torch.cat(picked, 1).sort(-1).values)
 
 
+def nearness(tokens: VisualTokens, reach: float) -> Tensor:
+    """[G, N, N], exp(-d^2 / 2 reach^2) of the distance of tokens in a view, in its sides."""
+    inside = tokens.source.clamp_min(0) % (tokens.rows * tokens.columns)
+    down, across = inside // tokens.columns / tokens.rows, inside % tokens.columns / tokens.columns
+    rows, columns = (axis.unsqueeze(1) - axis.unsqueeze(2) for axis in (down, across))
+    return ((rows**2 + columns**2) / (-2 * reach**2)).exp()
+
+
 @dataclass(frozen=True)
 class Phased(Method):
     """`facet`, one token a step, whose worth counts the less the more tokens are kept already."""
@@ -362,11 +370,7 @@ class Phased(Method):
         value = value.masked_fill(~shown, 0.0)
         similar = cosines_of(tokens, self.space, False).clamp_min(0) * shown.unsqueeze(1)
         if self.local:
-            own = tokens.source.clamp_min(0) % (tokens.rows * tokens.columns)
-            row = (own // tokens.columns).float() / tokens.rows
-            column = (own % tokens.columns).float() / tokens.columns
-            squared = (row.unsqueeze(1) - row.unsqueeze(2)) ** 2 + (column.unsqueeze(1) - column.unsqueeze(2)) ** 2
-            similar = similar * (1 - self.local + self.local * (-squared / (2 * self.reach**2)).exp())
+            similar = similar * (1 - self.local + self.local * nearness(tokens, self.reach))
         wanted = value**self.demand * shown
         images, number = shown.shape
         best = torch.zeros(images, number, device=value.device)
@@ -445,11 +449,7 @@ class NearBy(Method):
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
         shown = tokens.candidates
         value = worth(two_scores(tokens, unit_vectors(tokens.features.detach())), shown) ** self.power
-        inside = tokens.source.clamp_min(0) % (tokens.rows * tokens.columns)
-        down, across = inside // tokens.columns / tokens.rows, inside % tokens.columns / tokens.columns
-        rows, columns = (axis.unsqueeze(1) - axis.unsqueeze(2) for axis in (down, across))
-        apart = rows**2 + columns**2
-        alike = cosines_of(tokens, "hidden", False) * (apart / (-2 * self.reach**2)).exp()
+        alike = cosines_of(tokens, "hidden", False) * nearness(tokens, self.reach)
         image = torch.arange(len(shown)).unsqueeze(-1)
         best, picked = torch.zeros_like(value), []
         out = torch.zeros_like(value).masked_fill(~shown, -1e9)

@@ -260,14 +260,12 @@ class Session:
             raise UsageError(
                 f"an earlier answer holds {image_text(self.processor)}, which stands for an image; begin another chat"
             )
-        said = [(role, text) for turn in before for role, text in zip(("user", "assistant"), turn, strict=True)]
-        chat = [
-            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in (*said, ("user", question))
+        said: list[Any] = [
+            (role, text) for turn in before for role, text in zip(("user", "assistant"), turn, strict=True)
         ]
-        chat[0] = {
-            "role": "user",
-            "content": [{"type": "image"}, {"type": "text", "text": before[0][0] if before else question}],
-        }
+        said.append(("user", question))
+        chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+        chat[0]["content"].insert(0, {"type": "image"})
         return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
 
     def check_chat(self) -> None:

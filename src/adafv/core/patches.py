@@ -5,7 +5,7 @@ by one of these, and that holds for the saliency (C = 1), for keys and for hidde
 several patches has their mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -42,6 +42,11 @@ def of_some_crops(patches: Tensor, layouts: list[ImageLayout], wanted: Sequence[
         first += len(crops)
     chosen = sent(torch.from_numpy(np.concatenate(places)), patches.device)
     return list(patches.index_select(0, chosen).split(counts))
+
+
+def crops_in_a_row(images: Iterable[Tensor], wanted: Sequence[Sequence[int]]) -> Tensor:
+    """[crops, 3, H, W], of every image ([its crops, 3, H, W]) those that are wanted, in their order."""
+    return torch.stack([image[crop] for image, crops in zip(images, wanted, strict=True) for crop in crops])
 
 
 def of_images(values: Tensor, counts: Sequence[int], wanted: Sequence[int]) -> Tensor:

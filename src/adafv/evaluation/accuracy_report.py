@@ -196,16 +196,16 @@ class AccuracyReport:
     def columns(self, scores: Scores) -> list[str]:
         return list(scores.columns()) if self.kinds else []
 
-    def among_all(self, scores: Scores, name: str) -> frozenset[Key]:
-        """The rows whose difference to a method is not 0, the number of rows considered.
+    def among_all(self, scores: Scores) -> dict[str, frozenset[Key]]:
+        """The rows whose difference is not 0, the number of rows considered; by what it is to, `UNPRUNED` or a method."""
+        return {name: self._apart_from(scores, name) for name in (UNPRUNED, *self.against)}
 
-        Args:
-            name: the method, or `UNPRUNED`.
-        """
+    @staticmethod
+    def _apart_from(scores: Scores, name: str) -> frozenset[Key]:
         differences: dict[Key, Mean] = {}
         for key in scores.pruned():
             other = (name, "1.0" if name == UNPRUNED else key[1])
-            mean = scores.mean(key, other) if other != key and other in scores.values else None
+            mean = scores.mean(key, other) if other != key else None
             if mean is not None:
                 differences[key] = mean
         keys = sorted(differences, key=lambda key: differences[key].p_value)
@@ -222,7 +222,7 @@ class AccuracyReport:
             rows.append([SHORT[key[0]], *cells])
         title = f"{scores.data.name}: {len(scores.questions):,} questions on {scores.pictures:,} pictures"
         tables = [(title + ("" if self.part == "all" else f", the half that {self.part}s"), rows)]
-        stars = {name: self.among_all(scores, name) for name in (UNPRUNED, *self.against)}
+        stars = self.among_all(scores)
 
         def difference(key: Key, name: str, other: Key) -> str:
             mean = scores.mean(key, other)
@@ -327,7 +327,7 @@ class AccuracyReport:
         """One a data set and way, for JSON."""
         found = []
         for scores in self.scores:
-            stars = {name: self.among_all(scores, name) for name in (UNPRUNED, *self.against)}
+            stars = self.among_all(scores)
             for key in [*scores.references(), *(key for budget in scores.budgets() for key in scores.ranked(budget))]:
                 pruned = key[0] not in SHORT
                 row: dict[str, Any] = {"data": scores.data.name, "method": key[0]}

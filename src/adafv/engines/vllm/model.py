@@ -131,7 +131,8 @@ class PrunedModel:
             for i, (text, wish, name) in enumerate(zip(texts, wishes, digests, strict=True))
         ]
         layouts, choosing = self._choosing(kwargs, asked)
-        whole = [each for each in asked if not any(each is other for other in choosing)]
+        chosen = {each.number for each in choosing}
+        whole = [each for each in asked if each.number not in chosen]
         embeddings: list[Tensor | None] = [None] * len(asked)
         for name, image in self._encoded(kwargs, whole):
             for each in (each for each in whole if each.name == name):

@@ -8,7 +8,7 @@ saliency goes through the model's own pixel shuffle.
 Videos come as images too, one run per frame: each frame is an image of its own, with a budget of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.core.crops import check_thumbnails
-from adafv.core.patches import by_image, numbered, of_images, of_some_crops, square_side
+from adafv.core.patches import by_image, crops_in_a_row, numbered, of_images, of_some_crops, square_side
 from adafv.core.tokens import Signal
 from adafv.engines.transformers.families.base import Encoded, Family, Signals
 from adafv.engines.transformers.families.llava import feature_options
@@ -74,9 +74,7 @@ class InternVL(Family):
     ) -> Encoded:
         tiles: Tensor = visuals["pixel_values"]
         images = [part.roll(1, dims=0) for part in tiles.split([layout.crops for layout in layouts])]
-        check_thumbnails([image for image, crops in zip(images, wanted, strict=True) if 0 in crops])
-        some = torch.stack([image[crop] for image, crops in zip(images, wanted, strict=True) for crop in crops])
-        features, read = self._run(model, visuals, some, signals)
+        features, read = self._run(model, visuals, chosen_tiles(images, wanted), signals)
 
         def placed(tokens: Tensor) -> list[Tensor]:
             return of_some_crops(tokens, layouts, wanted)
@@ -133,6 +131,16 @@ class InternVL(Family):
     def markers(self, runs: list[Run]) -> list[tuple[int, int, int]]:
         behind = [(run.row, run.start + run.length, run.start + run.length + 1) for run in runs]
         return behind + [(run.row, run.start - 1, run.start) for run in runs if run.start]
+
+
+def chosen_tiles(images: Sequence[Tensor], wanted: Sequence[Sequence[int]]) -> Tensor:
+    """[tiles, 3, H, W], of every image ([its tiles, 3, H, W], the thumbnail first) those that are wanted.
+
+    Raises:
+        UnsupportedCallError: the tile that would be a thumbnail shows something else.
+    """
+    check_thumbnails([image for image, tiles in zip(images, wanted, strict=True) if 0 in tiles])
+    return crops_in_a_row(images, wanted)
 
 
 def images_by_gap(runs: list[Run]) -> list[list[Run]]:

@@ -5,14 +5,14 @@ each patch ends up is found by sending patch numbers instead of features through
 so the layout is right by construction, for every image size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.patches import by_crops, of_images, of_some_crops
+from adafv.core.patches import by_crops, crops_in_a_row, of_images, of_some_crops
 from adafv.engines.transformers.families.base import Encoded, Signals, in_order
 from adafv.engines.transformers.families.llava import Llava
 from adafv.engines.transformers.releases import of_stock
@@ -127,11 +127,10 @@ def some_crops(pixel_values: Tensor, layouts: list[ImageLayout], wanted: list[tu
     Args:
         pixel_values: [images, most crops, 3, H, W], or the crops of all images in one row.
     """
-    if pixel_values.dim() == 5:
-        images: Any = pixel_values
-    else:
+    images: Iterable[Tensor] = pixel_values
+    if pixel_values.dim() == 4:
         images = pixel_values.split([layout.crops for layout in layouts])
-    return torch.stack([image[crop] for image, crops in zip(images, wanted, strict=True) for crop in crops])
+    return crops_in_a_row(images, wanted)
 
 
 def newline_of(model: Any) -> Tensor:

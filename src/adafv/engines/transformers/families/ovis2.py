@@ -18,10 +18,9 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adafv.core import ImageLayout
-from adafv.core.crops import check_thumbnails
 from adafv.core.patches import by_image, of_images, of_some_crops, pooled, square_side
 from adafv.engines.transformers.families.base import Encoded, Family, Signals
-from adafv.engines.transformers.families.internvl import images_by_gap
+from adafv.engines.transformers.families.internvl import chosen_tiles, images_by_gap
 from adafv.engines.transformers.towers import TowerShape, patch_grid, with_tap
 from adafv.errors import UnsupportedCallError, UnsupportedModelError
 from adafv.prompts.prompt import Run
@@ -79,9 +78,9 @@ class Ovis2(Family):
         signals: Signals,
     ) -> Encoded:
         images = visuals["pixel_values"].split([layout.crops for layout in layouts])
-        check_thumbnails([image for image, crops in zip(images, wanted, strict=True) if 0 in crops])
-        some = torch.stack([image[crop] for image, crops in zip(images, wanted, strict=True) for crop in crops])
-        return self._run(model, some, signals, lambda tokens: of_some_crops(tokens, layouts, wanted))
+        return self._run(
+            model, chosen_tiles(images, wanted), signals, lambda tokens: of_some_crops(tokens, layouts, wanted)
+        )
 
     def _run(
         self, model: Any, pixels: Tensor, signals: Signals, to_images: Callable[[Tensor], list[Tensor]]
