@@ -446,7 +446,7 @@ class TestCommand:
         [
             (["--keep", "0"], 2, ["--keep"]),
             (["--methods", "adavf"], 2, ["did you mean adafv"]),
-            (["--methods", "uniform"], 2, ["--against", "adafv"]),
+            (["--methods", "uniform", "--against", "adafv"], 2, ["--against", "adafv"]),
             (["--against", "mmtok"], 2, ["--against", "mmtok"]),
             (["--part", "third"], 2, ["--part"]),
             (["--share", "3/2"], 2, ["--share", "I/N"]),

@@ -139,11 +139,13 @@ def accuracy(
         typer.Option(help="Take over the answers of another --store; may be given again.", rich_help_panel=_OUTPUT),
     ] = None,
     against: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="METHOD,...", help="What the others are compared with, in pairs.", rich_help_panel=_OUTPUT
+            metavar="METHOD,...",
+            help="What the others are compared with, in pairs (default: random, and adafv where it is asked).",
+            rich_help_panel=_OUTPUT,
         ),
-    ] = "adafv,random",
+    ] = None,
     kinds: Annotated[
         bool, typer.Option("--kinds", help="By kind of question as well.", rich_help_panel=_OUTPUT)
     ] = False,
@@ -213,7 +215,7 @@ class _Wish:
     to: Path | None
     store: Path | None
     merge: list[Path] | None
-    against: str
+    against: str | None
     kinds: bool
     sure: bool
     as_json: bool
@@ -254,7 +256,7 @@ def _share(text: str | None) -> tuple[int, int]:
 
 def _run(wish: _Wish) -> None:
     budgets = [Budget.of(each, "--keep") for each in _listed("--keep", wish.keep)]
-    words, against = _listed("--methods", wish.methods), _listed("--against", wish.against)
+    words = _listed("--methods", wish.methods)
     choices = None if wish.choices is None else _listed("--choices", wish.choices)
     if choices is not None and len(choices) < 2:
         raise UsageError("--choices names one word; give two or more, as in Yes,No")
@@ -290,6 +292,7 @@ def _run(wish: _Wish) -> None:
         )
     ways = ways_of(words, budgets)
     names = {way.name for way in ways}
+    against = sorted(names & {"adafv", "random"}) if wish.against is None else _listed("--against", wish.against)
     for name in against:
         if name not in names:
             raise UsageError(f"--against {shortened(name)!r} is not among the methods; add it to --methods")

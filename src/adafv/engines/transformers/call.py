@@ -29,7 +29,7 @@ from adafv.engines.transformers.compaction import Compaction
 from adafv.engines.transformers.encoded import ENCODED, EncodedImages, encoded_in, refuse_training
 from adafv.engines.transformers.families import Family
 from adafv.engines.transformers.packing import Packing, read_packing
-from adafv.engines.transformers.reading import check_mask, given_prompt, read_prompt
+from adafv.engines.transformers.reading import check_mask, check_same_weights, given_prompt, read_prompt
 from adafv.engines.transformers.record import Record
 from adafv.engines.transformers.releases import cache_of
 from adafv.engines.transformers.settings import Settings, said
@@ -174,6 +174,7 @@ def read_call(
     """Read a call; where it has nothing to do with pruning, its inputs as they were."""
     result = CompressedInputs(said(inputs))
     encoded = encoded_in(result)
+    same: Tensor | None = None
     visuals, taken = visuals_of(family, result)
     cache = cache_of(result)
     if cached_length(cache) == 0:
@@ -182,12 +183,13 @@ def read_call(
     if encoded is not None:
         del result[ENCODED]
         refuse_training(model)
-        encoded.check(model, family, taken)
+        same = encoded.check(model, family, taken)
         visuals = encoded.visuals
     if encoded_already or (not visuals and not holds_pruned(cache) and not positions_known(cache)):
+        check_same_weights(same)
         result.update(taken)
         return result
-    call = _read(model, family, settings, result, whole_conversation)
+    call = _read(model, family, settings, result, whole_conversation, same)
     call.encoded = encoded
     _place_images(call, visuals)
     if call.changes_nothing:
@@ -197,7 +199,14 @@ def read_call(
     return call
 
 
-def _read(model: Any, family: Family, settings: Settings, inputs: CompressedInputs, whole_conversation: bool) -> Call:
+def _read(
+    model: Any,
+    family: Family,
+    settings: Settings,
+    inputs: CompressedInputs,
+    whole_conversation: bool,
+    same: Tensor | None,
+) -> Call:
     """The prompt and the cached prefix of a call."""
     cache, given, generates = cache_of(inputs), given_prompt(inputs), whole_conversation
     prefix = cached_prefix(cache, given.shape[0])
@@ -206,7 +215,7 @@ def _read(model: Any, family: Family, settings: Settings, inputs: CompressedInpu
         whole_conversation = False  # only the new tokens, under a mask over all: `generate` takes that too
     if prefix.length and not whole_conversation:
         mask = _new_part_of_mask(mask, given.shape[1], prefix)
-    whole = read = read_prompt(model, family, {**inputs, "attention_mask": mask})
+    whole = read = read_prompt(model, family, {**inputs, "attention_mask": mask}, same)
     tokens: Tensor | None = read.tokens
     embeds = inputs.get("inputs_embeds")
     if prefix.length:

@@ -23,7 +23,7 @@ from adafv.core.tokens import Signal
 from adafv.engines.transformers.devices import host_by_default
 from adafv.engines.transformers.families import Family, family_of
 from adafv.engines.transformers.families.base import Encoded, stock_model
-from adafv.engines.transformers.reading import read_prompt
+from adafv.engines.transformers.reading import ENCODE_AGAIN, WEIGHTS_CHANGED, read_prompt
 from adafv.errors import PromptError, StaleImagesError, UnsupportedCallError
 from adafv.methods import Method, method_named
 from adafv.methods.base import LAYERS, TOKENS
@@ -77,28 +77,33 @@ class EncodedImages:
         }
         return replace(self, images=moved)
 
-    def check(self, model: Any, family: Family, taken: Mapping[str, Any]) -> None:
+    def check(self, model: Any, family: Family, taken: Mapping[str, Any]) -> Tensor:
         """Raise where these images are not those that the model would make now.
 
         Args:
             taken: pixels and sizes that are passed beside them.
 
+        Returns:
+            One bool, on the device: whether those values of weights that are looked at are the same. To be read with what is
+            read next, so that it takes no wait of its own; where it is False, raise `StaleImagesError`.
+
         Raises:
             StaleImagesError: weights, precision, device, adapters or pixels are others.
         """
-        mend = "encode the images again: adafv.encode(model, inputs)"
         if family.name != self.family:
             raise StaleImagesError(
-                f"these images were encoded for {self.family}, but the model is {family.name}; {mend}"
+                f"these images were encoded for {self.family}, but the model is {family.name}; {ENCODE_AGAIN}"
             )
-        if difference := self.weights.difference(Fingerprint.of(model, names=False)):
-            raise StaleImagesError(f"{difference}; {mend}")
+        now = Fingerprint.of(model, names=False)
+        if difference := self.weights.difference_of_states(now):
+            raise StaleImagesError(f"{difference}; {ENCODE_AGAIN}")
         for name, value in taken.items():
             if {self.pixels.get(name)} != {digest_of(part) for part in _parts(value, self.times)}:
                 raise StaleImagesError(
                     f"{name} is passed beside images= and differs from what was encoded: another picture, or another setting "
-                    f"of the processor; leave it out, or {mend}"
+                    f"of the processor; leave it out, or {ENCODE_AGAIN}"
                 )
+        return self.weights.same_samples(now)
 
     def holds(self, model: Any, inputs: Mapping[str, Any], *methods: Method) -> bool:
         """Whether these are the images of `inputs`, as the model would encode them now for all of these methods."""
@@ -107,10 +112,10 @@ class EncodedImages:
         family = family_of(model)
         _, taken = _visuals_of(family, inputs)
         try:
-            self.check(model, family, taken)
+            same = self.check(model, family, taken)
         except StaleImagesError:
             return False
-        return taken.keys() == self.pixels.keys()
+        return taken.keys() == self.pixels.keys() and bool(same)
 
     def serves(self, method: Method) -> bool:
         """Whether a method, and what chooses in its place without words, can do with what was read off the tower."""
@@ -347,7 +352,7 @@ class Fingerprint:
     states: list[Any]
     """Per tensor: version, type, device, where it is, and shape. Then the flags of adapters."""
     samples: list[Tensor]
-    """Per device and type, the bytes of the sampled values."""
+    """Per device, the bytes of the sampled values: to compare them is one wait."""
 
     @classmethod
     def of(cls, model: Any, names: bool = True) -> "Fingerprint":
@@ -367,11 +372,23 @@ class Fingerprint:
             for number, tensor in enumerate(tensors):
                 if number * SCATTER % len(tensors) < SAMPLED and (sampled := _sampled(tensor)) is not None:
                     samples[tensor.dtype, tensor.device].append(sampled)
-            together = [torch.cat(parts).view(torch.uint8) for parts in samples.values()]
-        return cls(tuple(found), [*map(_state, tensors), *flags], together)
+            together: dict[torch.device, list[Tensor]] = defaultdict(list)
+            for (_, device), parts in samples.items():
+                together[device].append(torch.cat(parts).view(torch.uint8))
+            held = [torch.cat(parts) for parts in together.values()]
+        return cls(tuple(found), [*map(_state, tensors), *flags], held)
 
     def difference(self, now: "Fingerprint") -> str | None:
         """What is otherwise now, for a message; None: nothing."""
+        return self.difference_of_states(now) or (None if self.same_samples(now) else WEIGHTS_CHANGED)
+
+    def same_samples(self, now: "Fingerprint") -> Tensor:
+        """Whether all sampled values are the same: one bool, on the device, that nobody waits for. For states that agree."""
+        same = [(before == after).all() for before, after in zip(self.samples, now.samples, strict=True)]
+        return torch.stack([each.to(same[0].device) for each in same]).all() if same else torch.tensor(True)
+
+    def difference_of_states(self, now: "Fingerprint") -> str | None:
+        """What the host can tell without reading values."""
         if len(now.states) != len(self.states):
             return "the vision tower has other parameters or adapters than when these images were encoded"
         for number, (before, after) in enumerate(zip(self.states, now.states, strict=True)):
@@ -382,8 +399,6 @@ class Fingerprint:
                     f"{self.names[number]} of the model has changed since these images were encoded (weights, precision or "
                     "device)"
                 )
-        if not all(torch.equal(before, after) for before, after in zip(self.samples, now.samples, strict=True)):
-            return "weights of the vision tower or the projector have changed since these images were encoded"
         return None
 
     def __reduce__(self) -> Any:
@@ -422,9 +437,10 @@ def _sampled(tensor: Tensor) -> Tensor | None:
 
 
 def _described(name: str, value: Any) -> Any:
-    """Without the pixels, of which the shape says how images lie, and which tiles of a row that is filled up are there."""
+    """Without the pixels, of which the shape says how images lie, and which tiles of a row that is filled up are there. Sizes
+    on the host, where they are read, so that no call with these images waits for them."""
     if not name.startswith("pixel"):
-        return value
+        return value.cpu() if isinstance(value, Tensor) else value
     if isinstance(value, Tensor) and value.is_floating_point():
         if value.dim() == 5:
             there = (value != 0).flatten(2).any(2).to(value.dtype)

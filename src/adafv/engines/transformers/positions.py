@@ -125,7 +125,7 @@ def set_rotary_positions(call: Call, stays: Tensor) -> tuple[Tensor, Tensor]:
     if given is None:
         # On the host, where the stock code's many small steps and looks at values cost no launch and no wait.
         sizes = {modality: _without_pixels(entries) for modality, entries in call.visuals.items()}
-        fresh = family.positions(call.model, call.prompt.tokens, attended, sizes).to(call.device)
+        fresh = family.positions(call.model, call.prompt.tokens, attended, sizes)
         fresh = fresh + (before + delta).to(fresh.device)[None, :, None]
     else:
         fresh = (given[-family.rotary_axes :] if given.dim() == 3 else given).expand(family.rotary_axes, batch, -1)
@@ -135,7 +135,8 @@ def set_rotary_positions(call: Call, stays: Tensor) -> tuple[Tensor, Tensor]:
             )
         fresh = fresh[..., -new:]
     total = before + attended.sum(1)
-    reached = fresh.masked_fill(~call.prompt.attended.to(fresh.device), -1).amax(dim=(0, 2)).cpu() + 1
+    reached = fresh.masked_fill(~sent(call.prompt.attended, fresh.device), -1).amax(dim=(0, 2)).cpu() + 1
+    fresh = sent(fresh, call.device)
 
     part, covers_cache = compaction, call.tokens is not None and call.prefix.length > 0
     if covers_cache:  # what is cached has its positions; these are never read

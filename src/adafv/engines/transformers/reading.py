@@ -10,16 +10,23 @@ import torch
 from torch import Tensor
 
 from adafv.engines.transformers.families import Family
-from adafv.errors import PromptError, UnsupportedCallError
+from adafv.errors import PromptError, StaleImagesError, UnsupportedCallError
 from adafv.prompts.prompt import Prompt, any_of, special_tokens
 
+WEIGHTS_CHANGED = "weights of the vision tower or the projector have changed since these images were encoded"
+ENCODE_AGAIN = "encode the images again: adafv.encode(model, inputs)"
 
-def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt:
+
+def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any], same: Tensor | None = None) -> Prompt:
     """Read `input_ids` (or `inputs_embeds`) and `attention_mask`.
 
     In `inputs_embeds` the special tokens are found as the stock models find placeholders: by their embedding.
 
+    Args:
+        same: one bool, on the device, read with the prompt: whether the weights are those that images were encoded with.
+
     Raises:
+        StaleImagesError: they are not.
         UnsupportedCallError: the attention mask is not [batch, length].
         PromptError: ids and mask differ in shape.
     """
@@ -28,8 +35,13 @@ def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt
     given, mask = given_prompt(inputs), inputs.get("attention_mask")
     if mask is not None and check_mask(mask).shape != given.shape[:2]:
         raise PromptError(f"attention_mask is {list(mask.shape)}, but the prompt is {list(given.shape[:2])}")
-    if given.dim() == 2 and mask is not None and given.device == mask.device and given.device.type != "cpu":
-        tokens, mask = torch.stack((given, (mask != 0).to(given.dtype))).cpu().unbind()  # one wait, not two
+    if given.dim() == 2 and given.device.type != "cpu":
+        beside = {"mask": mask, "same": same}
+        along = {name: value for name, value in beside.items() if value is not None and value.device == given.device}
+        stacked = (given, *((value != 0).to(given.dtype).expand_as(given) for value in along.values()))
+        tokens, *read = torch.stack(stacked).cpu().unbind()  # one wait, not one for each
+        beside.update(zip(along, read, strict=True))
+        mask, same = beside["mask"], beside["same"]
     elif given.dim() == 2:
         tokens = given.cpu()
     else:
@@ -40,6 +52,7 @@ def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt
                 continue  # configs name tokens that the model lacks
             embedding = table(torch.tensor([[token]], device=given.device))[0, 0].to(given.dtype)
             tokens[(given == embedding).all(-1).cpu()] = token
+    check_same_weights(same)
     attended = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.cpu() != 0
     is_special, is_end = any_of(tokens, specials), any_of(tokens, ends)
     prompt = Prompt(tokens, attended, family.placeholders(model, tokens), is_end, is_special)
@@ -47,6 +60,16 @@ def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any]) -> Prompt
         for row, start, stop in family.markers(prompt.runs(modality)):
             is_special[row, start:stop] = True
     return prompt
+
+
+def check_same_weights(same: Tensor | None) -> None:
+    """Raise where images were encoded with other weights than the model's.
+
+    Raises:
+        StaleImagesError: they were.
+    """
+    if same is not None and not same.all():
+        raise StaleImagesError(f"{WEIGHTS_CHANGED}; {ENCODE_AGAIN}")
 
 
 def given_prompt(inputs: Mapping[str, Any]) -> Tensor:
