@@ -58,6 +58,7 @@ def options_of(parser: argparse.ArgumentParser, count: int) -> argparse.Namespac
     parser.add_argument("--suffix", default="", help="put behind every question")
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--no-photos", action="store_true", help="no photographic backgrounds; they need scikit-image")
+    parser.add_argument("--details", action="store_true", help="of drawn scenes: those with letters and patterns")
     parser.add_argument("--kinds", action="store_true", help="by kind of question as well")
     options = parser.parse_args()
     options.drawn = options.count or count
@@ -75,7 +76,7 @@ def answer(asker: Asker, asked: list[Configuration], options: argparse.Namespace
         data = file_data(options.questions, options.part, options.count)
     else:
         side = side_for(asker.session.model)
-        data = world_data(options.drawn, side, options.part, photos=not options.no_photos)
+        data = world_data(options.drawn, side, options.part, photos=not options.no_photos, detailed=options.details)
     with Store(options.store, asker.fingerprint()) as store:
         _, keys = asker.run(
             Questions(data.questions, []),

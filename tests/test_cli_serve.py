@@ -214,7 +214,7 @@ class TestRefusals:
     def test_options_that_the_command_line_itself_knows(self, options: list[str]) -> None:
         refused(run("bundled", *options), 2)
 
-    @pytest.mark.parametrize("model", ["", "  ", "bundled-next"])
+    @pytest.mark.parametrize("model", ["", "  ", "bundled-next", "bundled-details-next"])
     def test_model(self, model: str) -> None:
         refused(run(model, "--keep", "8"), 2)
 

@@ -310,7 +310,20 @@ def plain_views(image: Plain, views: str) -> tuple[dict[int, float], dict[int, f
     return saliency, demand
 
 
-def plain_facet(
+def plain_facet(image: Plain, keep: int, far: float = 0.0, **options: Any) -> list[int]:
+    worthy = max(1, keep - round(far * keep))
+    kept = plain_worthy(image, worthy, **options)
+    for _ in range(keep - worthy):
+        free = [j for j in image.shown if j not in kept]
+        if not free:
+            kept = [*kept, next(j for j in range(image.count) if j not in kept)]
+            continue
+        nearest = {j: max(cosine(image.features[i], image.features[j]) for i in kept) for j in free}
+        kept = [*kept, min(free, key=lambda j: nearest[j])]
+    return sorted(kept)
+
+
+def plain_worthy(
     image: Plain, keep: int, rounds: int = 3, cover: bool = True, blocks: int = 6, views: str = "weighed"
 ) -> list[int]:
     saliency, demand = plain_views(image, views if cover else "alike")
@@ -359,6 +372,9 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("facet", {"cover": False}),
     ("facet", {"cover": False, "rounds": 1}),
     ("facet", {"cover": False, "rounds": 0}),
+    ("facet", {"far": 0.25}),
+    ("facet", {"far": 0.6, "blocks": 0}),
+    ("facet", {"far": 0.5, "cover": False}),
     ("divprune", {}),
     ("cdpruner", {}),
     ("cdpruner", {"words": "mean", "sign": -1, "views": "together"}),
@@ -497,7 +513,7 @@ def test_what_a_device_runs(name: str, options: dict[str, Any], monkeypatch: pyt
             method_named(name, **options).select(tokens, keep)
         made.append(len(watched.made))
     each = options.get("views", "each") == "each" and name in ("scope", "cdpruner")
-    serial = name != "facet" or 0 in (options.get("rounds"), options.get("blocks"))
+    serial = name != "facet" or 0 in (options.get("rounds"), options.get("blocks")) or "far" in options
     assert (made[1] - made[0]) / 4 <= STEP[options.get("on", name)] * serial + 10 * each
     pairs = 2 * tokens.source.shape[1] ** 2 * 4
     assert watched.living.peak <= 4.2 * pairs
@@ -581,6 +597,10 @@ STEP = {"facet": 7, "divprune": 5, "cenprune": 6, "cdpruner": 16, "scope": 7, "e
         ("facet", {"blocks": -1}),
         ("facet", {"blocks": True}),
         ("facet", {"views": "each"}),
+        ("facet", {"far": 1.0}),
+        ("facet", {"far": -0.1}),
+        ("facet", {"far": True}),
+        ("facet", {"far": float("nan")}),
         ("cdpruner", {"words": "worst"}),
         ("cdpruner", {"sign": 0}),
         ("cdpruner", {"views": "some"}),

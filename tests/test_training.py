@@ -421,20 +421,22 @@ class TestExport:
         model, found = AutoModelForImageTextToText.from_pretrained(folder / name, output_loading_info=True)
         assert not any(found.values()), found
         assert model.dtype == torch.float32
-        ids = converse(scenes(1), Random(1), VISUAL_TOKENS if name == "llava" else NEXT_TOKENS).ids
+        ids = converse(scenes(1), Random(1), VISUAL_TOKENS if name == "llava-details" else NEXT_TOKENS).ids
         with torch.no_grad():
             return model.eval()(input_ids=ids, **images).logits, self.logits(pupil, visual(pupil), ids)
 
     def test_llava(self, exported: tuple[Pupil, Path]) -> None:
         images, _ = pixels(scenes(1), Random(1))
-        stock, ours = self.both(exported, "llava", lambda pupil: pupil.see(images)[0], pixel_values=normalised(images))
+        stock, ours = self.both(
+            exported, "llava-details", lambda pupil: pupil.see(images)[0], pixel_values=normalised(images)
+        )
         torch.testing.assert_close(stock, ours, atol=1e-4, rtol=1e-4)
 
     def test_llava_next(self, exported: tuple[Pupil, Path]) -> None:
         crops, _ = pixels(scenes(5), Random(1))
         stock, ours = self.both(
             exported,
-            "llava-next",
+            "llava-details-next",
             lambda pupil: pupil.pack(pupil.see(crops)[0][None]),
             pixel_values=normalised(crops)[None],
             image_sizes=torch.tensor([[2 * SIDE, 2 * SIDE]]),
@@ -442,7 +444,7 @@ class TestExport:
         torch.testing.assert_close(stock, ours, atol=1e-4, rtol=1e-4)
 
     def test_processor_shows_what_training_showed(self, exported: tuple[Pupil, Path]) -> None:
-        processor = AutoProcessor.from_pretrained(exported[1] / "llava")
+        processor = AutoProcessor.from_pretrained(exported[1] / "llava-details")
         picture, _ = render(scenes(1)[0], SIDE)
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is the background?"}]}]
         prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
@@ -453,7 +455,7 @@ class TestExport:
         assert inputs["input_ids"].tolist() == [begin]
 
     def test_large_pictures_are_cut_into_crops(self, exported: tuple[Pupil, Path]) -> None:
-        processor = AutoProcessor.from_pretrained(exported[1] / "llava-next")
+        processor = AutoProcessor.from_pretrained(exported[1] / "llava-details-next")
         inputs = processor(images=Image.new("RGB", (432, 432)), text="<image>", return_tensors="pt")
         assert inputs["pixel_values"].shape == (1, 5, 3, SIDE, SIDE)
         assert int((inputs["input_ids"] == IMAGE).sum()) == NEXT_TOKENS

@@ -2,8 +2,9 @@
 
     python -m training.export training/run/together.pt
 
-Two folders, `llava` and `llava-next`, that stock `from_pretrained` loads. The weights lie in `llava` once, in half
-precision; the index of `llava-next` points to them and to one small file of its own, with the newline vector.
+Two folders, `llava-details` and `llava-details-next`, that stock `from_pretrained` loads; `--name llava` for `llava` and
+`llava-next`. The weights lie in the first once, in half precision; the index of the second points to them and to one small
+file of its own, with the newline vector.
 """
 
 import argparse
@@ -22,11 +23,12 @@ FOLDER = Path(__file__).parents[1] / "src" / "adafv" / "bundled"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def export(pupil: Pupil, folder: Path) -> None:
-    metadata = {"format": "pt"}
+def export(pupil: Pupil, folder: Path, first: str = "llava-details") -> None:
+    """Write `first` and its twin, `first` with "-next" behind it, into a folder."""
+    metadata, twin = {"format": "pt"}, f"{first}-next"
     for name, architecture, config, processor in (
-        ("llava", "LlavaForConditionalGeneration", llava_config(), llava_processor()),
-        ("llava-next", "LlavaNextForConditionalGeneration", llava_next_config(), llava_next_processor()),
+        (first, "LlavaForConditionalGeneration", llava_config(), llava_processor()),
+        (twin, "LlavaNextForConditionalGeneration", llava_next_config(), llava_next_processor()),
     ):
         target = folder / name
         target.mkdir(parents=True, exist_ok=True)
@@ -40,25 +42,26 @@ def export(pupil: Pupil, folder: Path) -> None:
         for name, value in pupil.llava.state_dict().items()
         if name != "lm_head.weight"  # tied to the word embeddings
     }
-    save_file(weights, folder / "llava" / WEIGHTS, metadata)
+    save_file(weights, folder / first / WEIGHTS, metadata)
     newline = {"model.image_newline": pupil.newline.detach().to(torch.float16)}
-    save_file(newline, folder / "llava-next" / "newline.safetensors", metadata)
-    files = dict.fromkeys(weights, f"../llava/{WEIGHTS}") | dict.fromkeys(newline, "newline.safetensors")
+    save_file(newline, folder / twin / "newline.safetensors", metadata)
+    files = dict.fromkeys(weights, f"../{first}/{WEIGHTS}") | dict.fromkeys(newline, "newline.safetensors")
     size = sum(value.numel() * 2 for value in (*weights.values(), *newline.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
-    for path in folder.glob("*/*.safetensors"):
+    for path in (path for name in (first, twin) for path in (folder / name).glob("*.safetensors")):
         path.chmod(0o644)  # as all other files; safetensors writes for the owner alone
-    (folder / "llava-next" / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    (folder / twin / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the trained model as stock checkpoints.")
     parser.add_argument("weights", type=Path, help="the last stage's weights, such as training/run/together.pt")
     parser.add_argument("--output", type=Path, default=FOLDER)
+    parser.add_argument("--name", default="llava-details", help="of the first folder; the other has -next behind it")
     options = parser.parse_args()
     pupil = Pupil()
     pupil.load_state_dict(torch.load(options.weights, weights_only=True), strict=False)
-    export(pupil, options.output)
+    export(pupil, options.output, options.name)
     print(f"written to {options.output}")
 
 

@@ -1,4 +1,4 @@
-"""What comes with adafv: a small trained model in two forms, and pictures to ask it about.
+"""What comes with adafv: a small model, trained twice, in two forms each, and pictures to ask it about.
 
 The model has 5 million parameters and was trained from nothing on generated scenes: drawings of everyday objects, large
 and striking or small and faint, on plain backgrounds. It is there so that everything can be tried, and tested, without a
@@ -18,8 +18,9 @@ from pathlib import Path
 
 from adafv.errors import OptionError
 
-MODELS = ("llava", "llava-next")
-"""Names of the two forms. They share all weights but one vector, `image_newline`."""
+MODELS = ("llava", "llava-next", "llava-details", "llava-details-next")
+"""Names: two models, each in two forms that share all weights but one vector, `image_newline`. The second was trained in one
+run of the recipe as it stands, on letters and fine patterns as well, for which its twin needs its crops."""
 
 _FOLDER = Path(__file__).parent
 
@@ -29,8 +30,9 @@ def bundled_model(name: str = "llava") -> Path:
 
     Args:
         name: "llava" for a `LlavaForConditionalGeneration`, which sees a picture as 144 visual tokens; "llava-next" for
-            its twin, a `LlavaNextForConditionalGeneration`, which sees it in up to five crops. The twin's index names
-            the weights of the first by their place beside it, so copy both folders or neither.
+            its twin, a `LlavaNextForConditionalGeneration`, which sees it in up to five crops; "llava-details" and
+            "llava-details-next" for those that have learned details. A twin's index names the weights of the first by
+            their place beside it, so copy both folders or neither.
 
     Raises:
         OptionError: there is no model of that name.

@@ -339,7 +339,7 @@ def _ask(
         if wish.details and side % FINE and side != FINE // 2:
             raise UsageError(
                 f"--details are drawn {FINE // 2} pixels wide or a multiple of {FINE}, and {model} sees {side}; leave it "
-                "out, or use bundled-next"
+                "out, or use bundled-details-next"
             )
         photos, count = not wish.no_photos, wish.count or 2000
         data.append(world_data(count, side, wish.part, photos=photos, detailed=wish.details, skip=wish.skip))

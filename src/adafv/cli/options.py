@@ -13,8 +13,8 @@ ModelOption = Annotated[
     str,
     typer.Option(
         envvar="ADAFV_MODEL",
-        help="Folder of a checkpoint, its id on the Hugging Face Hub, or bundled or bundled-next. "
-        "Default: bundled, a small model that comes with adafv.",
+        help="Folder of a checkpoint, its id on the Hugging Face Hub, or bundled, bundled-next, bundled-details or "
+        "bundled-details-next. Default: bundled, a small model that comes with adafv.",
         show_default=False,
     ),
 ]

@@ -121,8 +121,9 @@ def _run(launched: "Launch", print_command: bool) -> None:
 
 
 def _checked_model(model: str) -> str:
-    if model == "bundled-next":
-        raise UsageError("vLLM cannot read bundled-next, which shares its weights with bundled; serve bundled")
+    if model in ("bundled-next", "bundled-details-next"):
+        first = model.removesuffix("-next")
+        raise UsageError(f"vLLM cannot read {model}, which shares its weights with {first}; serve {first}")
     if not model.strip() or model.startswith("-"):
         raise UsageError(
             f"{model!r} is not a model; name it first, as in: adafv serve llava-hf/llava-1.5-7b-hf --keep 64"

@@ -123,6 +123,29 @@ def facet_rounds(unit: Tensor, worth: Tensor, keep: int, candidates: Tensor, rou
     return order.gather(-1, kept).sort(dim=-1).values
 
 
+def with_the_farthest(unit: Tensor, kept: Tensor, keep: int, candidates: Tensor) -> Tensor:
+    """[G, keep], ascending: what is kept, and one after the other the token whose largest cosine to that is least.
+
+    One step a token that is added, of N cosines.
+
+    Args:
+        unit: [G, N, D] vectors of length one.
+        kept: [G, K], K <= keep.
+        keep: how many to keep at last.
+        candidates: [G, N] bool; others are added where there are no more of these, in their order.
+    """
+    pieces = kept.split(max(1, _CELLS // unit[..., 0].numel()), dim=-1)
+    nearest = torch.stack([cosines(unit, rows_at(unit, some)).amax(-1) for some in pieces]).amax(0)
+    barred = torch.zeros_like(nearest).masked_fill_(~candidates, 4.0).scatter_(-1, kept, float("inf"))
+    found = [kept]
+    for _ in range(keep - kept.shape[-1]):
+        chosen = (nearest * candidates + barred).argmin(-1, keepdim=True)
+        barred.scatter_(-1, chosen, float("inf"))
+        found.append(chosen)
+        nearest = nearest.maximum(cosines(unit, rows_at(unit, chosen)).squeeze(-1))
+    return torch.cat(found, dim=-1).sort(dim=-1).values
+
+
 def _nearest_better(unit: Tensor, kept: Tensor, place: Tensor) -> Tensor:
     """[G, N]: the largest cosine of each token to a kept one in front of it, at least 0."""
     nearest = None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adafv.core import ImageLayout
-from adafv.core.facets import facet_rounds, facet_steps, fewest, of_views, two_scores, worth
+from adafv.core.facets import facet_rounds, facet_steps, fewest, of_views, two_scores, with_the_farthest, worth
 from adafv.core.likeness import unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, Plan, VisualTokens
 from adafv.errors import OptionError
@@ -41,6 +41,9 @@ class Facet(Method):
             serial steps.
         share: below 1: as few tokens as hold this share of the image's worth squared, at least 1 of 36, and no more than the
             budget says. How many that are in the mean depends on the model and on the pictures.
+        far: share of the budget, below 1, that is not for worth: one after the other the token that is least like any that is
+            kept, as DivPrune chooses, of the projected tokens. For what neither words nor [CLS] point at and that looks like
+            nothing else, as letters do; a quarter is enough (docs/facet.md). One serial step for each such token.
     """
 
     rounds: int = 3
@@ -48,6 +51,7 @@ class Facet(Method):
     blocks: int = 6
     views: str = "weighed"
     share: float = 1.0
+    far: float = 0.0
 
     name = "facet"
     summary = "relevant to the text and striking, times what a token adds to the coverage of all others"
@@ -67,6 +71,8 @@ class Facet(Method):
             raise OptionError(
                 f"share={self.share!r}; give a number above 0, up to 1, which keeps as many as the budget says"
             )
+        if isinstance(self.far, bool) or not isinstance(self.far, (int, float)) or not 0 <= self.far < 1:
+            raise OptionError(f"far={self.far!r}; give a number from 0, below 1: 0.25 for a quarter of the budget")
         if not self.cover:
             object.__setattr__(self, "needs", frozenset({WORDS, SALIENCY}))
 
@@ -87,10 +93,13 @@ class Facet(Method):
             tokens, demand = of_views(tokens)
         scores = two_scores(tokens, unit).detach()
         value = worth(scores, shown)
+        worthy = max(1, keep - round(self.far * keep))
         if self.cover:
-            found = covering(tokens, keep, value.square(), demand=demand, blocks=self.blocks).indices
+            found = covering(tokens, worthy, value.square(), demand=demand, blocks=self.blocks).indices
         elif self.rounds:
-            found = facet_rounds(unit, value, keep, shown, self.rounds)
+            found = facet_rounds(unit, value, worthy, shown, self.rounds)
         else:
-            found = facet_steps(unit, value, keep, shown)
+            found = facet_steps(unit, value, worthy, shown)
+        if worthy < keep:
+            found = with_the_farthest(unit, found, keep, shown)
         return Kept(found, text_attention=scores[0])
