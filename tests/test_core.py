@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from drawn import examples
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,11 +56,13 @@ def test_exactly_k_distinct_tokens_in_order(search: str, case: tuple[torch.Tenso
 
 
 @given(scores)
+@example((torch.tensor([0.75]), torch.tensor([1.4013e-45]), 1))
 @examples(200)
 def test_joint_is_never_below_split(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
     text, saliency, keep = case
     split = split_search(text, saliency, keep).objective
-    assert joint_search(text, saliency, keep).objective >= split * (1 - 1e-6)
+    # A saliency of 1e-45, below the smallest normal number, has one bit: the same set's objective is rounded by a fifth.
+    assert joint_search(text, saliency, keep).objective >= split * (1 - 1e-6) - 1e-18
 
 
 def mass(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from adafv import AdaFV
         pytest.param("random", {"seed": 3}, marks=pytest.mark.release),
         pytest.param("uniform", {}, marks=pytest.mark.release),
         pytest.param("text", {"text": "turn"}, marks=pytest.mark.release),
+        pytest.param("facet", {"far": 0.25}, marks=pytest.mark.release),
         ("adafv", {"text": "after", "objective": "split"}),
     ],
 )
