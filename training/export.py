@@ -20,7 +20,7 @@ from training.stages import Pupil
 from training.vocabulary import END, PAD
 
 FOLDER = Path(__file__).parents[1] / "src" / "adafv" / "bundled"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, NEWLINE = "model.safetensors", "model.safetensors.index.json", "newline.safetensors"
 
 
 def export(pupil: Pupil, folder: Path, first: str = "llava-details") -> None:
@@ -44,11 +44,11 @@ def export(pupil: Pupil, folder: Path, first: str = "llava-details") -> None:
     }
     save_file(weights, folder / first / WEIGHTS, metadata)
     newline = {"model.image_newline": pupil.newline.detach().to(torch.float16)}
-    save_file(newline, folder / twin / "newline.safetensors", metadata)
-    files = dict.fromkeys(weights, f"../{first}/{WEIGHTS}") | dict.fromkeys(newline, "newline.safetensors")
+    save_file(newline, folder / twin / NEWLINE, metadata)
+    files = dict.fromkeys(weights, f"../{first}/{WEIGHTS}") | dict.fromkeys(newline, NEWLINE)
     size = sum(value.numel() * 2 for value in (*weights.values(), *newline.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
-    for path in (path for name in (first, twin) for path in (folder / name).glob("*.safetensors")):
+    for path in (folder / first / WEIGHTS, folder / twin / NEWLINE):
         path.chmod(0o644)  # as all other files; safetensors writes for the owner alone
     (folder / twin / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 

@@ -18,8 +18,12 @@ from adafv.printable import shortened
 
 Value = TypeVar("Value")
 
-BUNDLED = {"bundled": "llava", "bundled-next": "llava-next"}
-BUNDLED |= {"bundled-details": "llava-details", "bundled-details-next": "llava-details-next"}
+BUNDLED = {
+    "bundled": "llava",
+    "bundled-next": "llava-next",
+    "bundled-details": "llava-details",
+    "bundled-details-next": "llava-details-next",
+}
 """What the command line calls the models that come with adafv, and what `bundled_model` calls them. A folder that
 happens to have one of these names is ./bundled."""
 DEFAULT = "bundled"
