@@ -126,8 +126,11 @@ def test_a_chat(place: Any, second: str) -> None:
             cache = turn.past_key_values
             found = model.generate(input_ids=chat, **token_types(row, chat), **whole, past_key_values=cache, **DECODED)
             kept = pruner.last.kept if two else []
-        chats.append((turn.sequences, found.sequences, torch.stack(found.logits), *kept))
-    assert all(torch.equal(*pair) for pair in zip(*chats, strict=True))
+        chats.append((torch.stack(found.logits), turn.sequences, found.sequences, *kept))
+    logits, *exact = zip(*chats, strict=True)
+    assert all(torch.equal(*pair) for pair in exact)
+    # Of the pixels the second turn reads the new image alone. Of one image some CPUs round otherwise than of two.
+    torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-5)
 
 
 def test_one_image_for_many_questions() -> None:

@@ -74,7 +74,7 @@ def test_certificates_on_real_scores(model: Any, processor: Any, inputs: Any) ->
         found[objective] = adafv.last
     assert torch.tensor(found["joint"].certificate).median() < 0.01
     for joint, split in zip(found["joint"].objective, found["split"].objective, strict=True):
-        assert joint >= split
+        assert joint >= split * (1 - 1e-6)  # both are of float32
 
 
 def test_the_question_decides_what_is_kept(model: Any, processor: Any, inputs: Any) -> None:
