@@ -536,8 +536,7 @@ class TestProcess:
         )
 
     def test_answer_is_all_there_is(self, checkpoint: Path, photo: Path) -> None:
-        arguments = ("-m", "adafv", "ask", photo, QUESTION, "--model", checkpoint)
-        done = self.by_python(*arguments, "--max-new-tokens", 2, "--json")
+        done = self.start("ask", photo, QUESTION, "--model", checkpoint, "--max-new-tokens", 2, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["tokens_after"] == 2
         assert done.stderr == ""
@@ -582,15 +581,20 @@ class TestProcess:
             assert message in said
 
     def test_downloaded_before_and_no_network(self, photo: Path, tmp_path: Path) -> None:
-        """Nothing is asked of a Hub that does not answer: neither again and again, nor for every file."""
+        """Nothing is asked of a Hub that does not answer: neither again and again, nor for every file.
+
+        By Python itself, so also: whatever is imported, the answer is all that is printed.
+        """
         folder = tmp_path / "hub" / "models--own--tiny"
         (folder / "refs").mkdir(parents=True)
         (folder / "refs" / "main").write_text("a" * 40)
         save_llava(folder / "snapshots" / ("a" * 40))
         nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-        arguments = ("-m", "adafv", "ask", photo, QUESTION, "--model", "own/tiny", "--json")
+        arguments = ("-m", "adafv", "ask", photo, QUESTION, "--model", "own/tiny", "--max-new-tokens", 2, "--json")
         done = self.by_python(*arguments, environment=nowhere)
         assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        assert json.loads(done.stdout)["tokens_after"] == 2
         assert json.loads(done.stdout)["model"] == "own/tiny"
         assert json.loads(done.stdout)["seconds"]["load"] < 15
 

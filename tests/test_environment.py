@@ -154,8 +154,22 @@ class TestBroken:
         assert facts["torch"]["problem"] == "ModuleNotFoundError (no_such_module)"
         assert facts["python"]["version"] == platform.python_version()
 
-    def test_transformers(self, env: Callable[..., Any]) -> None:
-        facts = env("transformers", content="raise RuntimeError('in /home/ann')")
+    def test_transformers(self, tmp_path: Path) -> None:
+        """In a copy of this process, which need not import torch again."""
+        (tmp_path / "transformers.py").write_text("raise RuntimeError('in /home/ann')")
+
+        def env() -> Any:
+            for name in [name for name in sys.modules if name.partition(".")[0] in ("transformers", "command_line")]:
+                del sys.modules[name]
+            sys.path.insert(0, str(tmp_path))
+            from command_line import run
+
+            done = run("env", "--json")
+            assert done.exit_code == 0, done.stderr
+            assert "Traceback" not in done.stderr
+            return json.loads(done.stdout)
+
+        facts = forking.in_a_copy(env)
         assert facts["torch"]["devices"][0] == "cpu"
         assert facts["families"] == {"problem": "RuntimeError"}
         assert "families" in as_text(facts)

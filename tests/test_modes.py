@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import END, IMAGE, PAD, FamilyRow, finish, image_lengths, make_inputs, text_config, words
+from models import DEEP, END, IMAGE, PAD, FamilyRow, finish, image_lengths, make_inputs, text_config, words
 from oracle import masked_inputs
 from shortened import shortened_by_hand
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, StoppingCriteria
@@ -400,7 +400,10 @@ def test_positional_arguments(family: FamilyRow, model: Any) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_language_model(family: FamilyRow) -> None:
+@pytest.mark.parametrize("name", ["llava", pytest.param("llava-next", marks=pytest.mark.release)])
+def test_compiled_language_model(name: str) -> None:
+    """The language model of both is the same, and the images have left before it begins."""
+    family = next(row for row in DEEP if row.name == name)
     model = family.build()
     inputs = make_inputs(family, model, [1])
     with torch.no_grad(), AdaFV(keep=KEEP)(model):

@@ -621,18 +621,24 @@ class Visitor:
         return alert.inner_text()
 
 
-@pytest.fixture
-def visitor(server: Server, browser: Any) -> Iterator[Visitor]:
-    """A fresh tab; afterwards nothing may have gone wrong in it, or been asked of anyone but the page's own server."""
+@pytest.fixture(scope="module")
+def window(browser: Any) -> Any:
+    """Its tabs load Gradio's scripts once, and compile them once; each tab is a visitor of its own to the page."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.set_default_timeout(60_000)  # the machine may be busy
-    tab = context.new_page()
+    return context
+
+
+@pytest.fixture
+def visitor(server: Server, window: Any) -> Iterator[Visitor]:
+    """A fresh tab; afterwards nothing may have gone wrong in it, or been asked of anyone but the page's own server."""
+    tab = window.new_page()
     asked, failures = set(), []
     tab.on("request", lambda request: asked.add(request.url))
     tab.on("pageerror", lambda error: failures.append(str(error)))
     tab.goto(server.url)
     yield Visitor(tab)
-    context.close()
+    tab.close()
     assert failures == []
     assert "Traceback" not in server.log.read_text()
     assert {url for url in asked if not url.startswith((server.url, "data:", "blob:"))} == set()

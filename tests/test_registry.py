@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import refused, run
+from forking import in_a_copy
 from models import make_inputs
 from rows import llava, llava_next
 
@@ -230,24 +230,28 @@ class TestOneThatIsBroken:
 
     def test_a_family_that_cannot_be_imported_takes_down_those_derived_from_it_alone(self) -> None:
         """In a process of its own: there, one family's module cannot be imported."""
-        said = in_a_process(f"""
-            sys.modules["{FAMILIES}.llava_next"] = None
-            from adafv.engines.transformers.families import found_families, family_of
-            from adafv.environment import as_text, environment
+
+        def without_it() -> dict[str, Any]:
+            sys.modules[f"{FAMILIES}.llava_next"] = None  # type: ignore[assignment]
+            del sys.modules["command_line"]
             from command_line import run
-            import models
-            from rows import llava, llava_next
+
+            from adafv.engines.transformers.families import family_of, found_families
+            from adafv.environment import as_text, environment
+
             found = found_families()
-            try:
+            with pytest.raises(TypeError) as refusal:
                 family_of(llava_next.ROW.build())
-            except TypeError as error:
-                refusal = str(error)
-            print(json.dumps({{
-                "names": list(found.classes), "broken": [str(b) for b in found.broken], "refusal": refusal,
-                "llava": family_of(llava.ROW.build()).name, "families": run("families").stdout,
+            return {
+                "names": list(found.classes),
+                "broken": [str(broken) for broken in found.broken],
+                "refusal": str(refusal.value),
+                "llava": family_of(llava.ROW.build()).name,
+                "families": run("families").stdout,
                 "env": as_text(environment()),
-            }}))
-        """)
+            }
+
+        said = in_a_copy(without_it)
         there = [base.__name__, *(family.__module__ for family in found_families().classes.values())]
         derived = {
             family.name
@@ -292,13 +296,3 @@ def test_causes_hold_no_paths() -> None:
 def test_everything_of_ours_loads() -> None:
     assert found_methods().broken == ()
     assert found_families().broken == ()
-
-
-def in_a_process(source: str) -> Any:
-    """What a script prints as JSON."""
-    lines = ["import json, sys", *(line[12:] for line in source.splitlines())]
-    folder = Path(__file__).parent
-    script = "\n".join([f"import sys; sys.path[:0] = {[str(folder), str(folder.parent)]!r}", *lines])
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])

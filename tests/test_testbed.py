@@ -35,8 +35,8 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def inputs(processor: Any) -> Any:
-    """Four photos, two questions of different length each."""
-    photos = [load_image(str(path)) for path in sorted(Path(PHOTOS).glob("*.jpg"))[:4]]
+    """Two photos, two questions of different length each."""
+    photos = [load_image(str(path)) for path in sorted(Path(PHOTOS).glob("*.jpg"))[:2]]
     questions = ["Is there a person in the image?", "What is in the picture? Answer in one short sentence."]
     texts = [
         processor.apply_chat_template(
@@ -54,13 +54,13 @@ def test_oracle_on_real_weights(model: Any, processor: Any, inputs: Any) -> None
         pruned = model(**inputs, logits_to_keep=1).logits
     with torch.no_grad():
         expected = model(**masked_inputs(dict(inputs), adafv.last.keep_mask), logits_to_keep=1).logits
-    assert adafv.last.tokens_after == [20] * 8
+    assert adafv.last.tokens_after == [20] * 4
     torch.testing.assert_close(pruned, expected, atol=1e-3, rtol=1e-4)  # 30 layers, logits of tens
     assert torch.equal(pruned.argmax(-1), expected.argmax(-1))
 
 
 def test_keeping_all_is_bit_equal(model: Any, processor: Any, inputs: Any) -> None:
-    options = {"max_new_tokens": 8, "do_sample": False}
+    options = {"max_new_tokens": 3, "do_sample": False}
     stock = model.generate(**inputs, **options)
     with AdaFV(keep=1.0, processor=processor)(model):
         assert torch.equal(model.generate(**inputs, **options), stock)

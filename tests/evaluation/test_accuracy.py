@@ -2,9 +2,10 @@
 
 import csv
 import json
-import multiprocessing
+import pickle
 from collections import Counter
 from dataclasses import replace
+from multiprocessing.context import ForkContext
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,15 @@ def test_answers_of_another_store_are_taken_over(tmp_path: Path) -> None:
         assert one.kept("b", ("adafv", "0.1")) == [2, 5, 8]
 
 
+class ForkedAsSpawned(ForkContext):
+    """As the processes that are spawned, of which each imports torch first: what they are given is pickled on the way."""
+
+    def Process(self, target: Any, args: tuple[Any, ...]) -> Any:  # noqa: N802
+        job, sender = args
+        target, job = pickle.loads(pickle.dumps((target, job)))
+        return super().Process(target=target, args=(job, sender))
+
+
 def broken_process(job: Any, failed: Any) -> None:
     failed.send(StoreError("the disk is full; make room"))
     raise SystemExit(1)
@@ -410,7 +420,12 @@ class TestCommand:
         assert (data["questions"], data["pictures"], data["bad"]) == (3, 2, 1)
 
     @pytest.mark.slow
-    def test_processes_and_shares_answer_as_one_process(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.release)])
+    def test_processes_and_shares_answer_as_one_process(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+    ) -> None:
+        if start == "fork":
+            monkeypatch.setattr(accuracy, "get_context", lambda _: ForkedAsSpawned())
         results = [run(*WORLD, "--batch", 4, "--json", *more) for more in ([], ["--jobs", 2])]
         assert [result.exit_code for result in results] == [0, 0], results[1].output
         assert results[0].stdout == results[1].stdout
@@ -424,8 +439,7 @@ class TestCommand:
     def test_what_ends_a_process_ends_the_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """With its own message; what was answered stays for the next run."""
         monkeypatch.setattr(accuracy, "_process", broken_process)
-        # Spawned, as in the test above, each would import torch to say it.
-        monkeypatch.setattr(accuracy, "get_context", lambda _: multiprocessing.get_context("fork"))
+        monkeypatch.setattr(accuracy, "get_context", lambda _: ForkedAsSpawned())
         result = run(*WORLD, "--jobs", 2, "--to", tmp_path)
         refused(result, 1, "the disk is full; make room")
 
