@@ -1,5 +1,6 @@
 """The models of the table, one build for all tests of a process; and what is logged."""
 
+import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,15 @@ def logged() -> Iterator[list[logging.LogRecord]]:
         yield records
     finally:
         logging.getLogger().removeHandler(handler)
+
+
+@contextmanager
+def little_to_look_through() -> Iterator[None]:
+    """For files that collect garbage often: what other files left alive, half a million objects, is not looked through."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 BUILT: dict[tuple[str, torch.dtype], tuple[Any, Any]] = {}

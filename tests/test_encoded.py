@@ -25,8 +25,8 @@ PLACES = present(
     "llava", "llava-next", "llava-onevision", "qwen2.5-vl", "qwen3-vl", "internvl", "mistral3", "gemma3", "idefics3"
 )
 DECODED = {
-    "max_new_tokens": 4,
-    "min_new_tokens": 4,
+    "max_new_tokens": 3,
+    "min_new_tokens": 3,
     "do_sample": False,
     "suppress_tokens": list(range(110, 120)),
     "return_dict_in_generate": True,

@@ -52,10 +52,11 @@ def test_two_threads(any_family: FamilyRow, any_model: Any) -> None:
     with AdaFV(keep=KEEP)(any_model) as adafv:
         alone = [(any_model.generate(**inputs, **options), adafv.last.kept) for inputs in jobs]
         found: list[list[Any]] = [[], []]
+        begin = threading.Barrier(2)
 
         def work(number: int) -> None:
-            for _ in range(2):
-                found[number].append((any_model.generate(**jobs[number], **options), adafv.last.kept))
+            begin.wait(60)
+            found[number].append((any_model.generate(**jobs[number], **options), adafv.last.kept))
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
         for thread in threads:
@@ -63,7 +64,7 @@ def test_two_threads(any_family: FamilyRow, any_model: Any) -> None:
         for thread in threads:
             thread.join()
     for number, (expected, kept_alone) in enumerate(alone):
-        assert len(found[number]) == 2
+        assert len(found[number]) == 1
         for tokens, kept in found[number]:
             assert torch.equal(tokens, expected)
             assert len(kept) == 1 + number

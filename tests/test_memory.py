@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, FamilyRow, make_inputs, noise
+from sharing import little_to_look_through
 from torch import Tensor
 
 from adafv import Pruner, compress, encode
@@ -22,6 +23,12 @@ from adafv.evaluation.speed.stages import Stages, listening
 
 CPU = torch.device("cpu")
 LLAVA = next(row for row in FAMILIES if row.name == "llava")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collects_often() -> Iterator[None]:
+    with little_to_look_through():
+        yield
 
 
 class AtPrefill(Stages):

@@ -138,6 +138,11 @@ def test_forward_in_bfloat16(any_family: FamilyRow, any_model: Any, any_rough_mo
     assert (theirs - true).square().mean().sqrt() < 0.1 * true.square().mean().sqrt()  # a bound that means something
 
 
+def seed(number: int) -> None:
+    """As `torch.manual_seed`, which also takes down three times from where it was called, for devices that are not here."""
+    torch.default_generator.manual_seed(number)
+
+
 @pytest.mark.parametrize("mode", GENERATE)
 @pytest.mark.parametrize("batch", FOR_GENERATE)
 def test_generate(any_family: FamilyRow, any_model: Any, batch: str, mode: str) -> None:
@@ -146,7 +151,7 @@ def test_generate(any_family: FamilyRow, any_model: Any, batch: str, mode: str) 
     if refusal := refusal_of(any_family, model, inputs, mode):
         is_refused(refusal, model, {**inputs, **options})
         return
-    torch.manual_seed(3)
+    seed(3)
     with AdaFV(keep=KEEP)(model) as adafv:
         pruned = model.generate(**inputs, **options)
     oracle = oracle_for(any_family, model, inputs, adafv.last.keep_mask, generates=True)
@@ -154,7 +159,7 @@ def test_generate(any_family: FamilyRow, any_model: Any, batch: str, mode: str) 
         options.pop("prefill_chunk_size")
     if (STOCK_MIXES_UP_IMAGES or any_family.mixes_up_images) and mode in EXPANDING:
         oracle = encoded_by_prompt(model, oracle)
-    torch.manual_seed(3)
+    seed(3)
     same_generation(pruned, model.generate(**oracle, **options))
 
 

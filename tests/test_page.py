@@ -698,7 +698,14 @@ class TestInBrowser:
         assert visitor.answers() == as_shown(wish.alone(served_session))
         assert visitor.tab.get_by_text("kept 3 of 16").count() == 2
 
-    @pytest.mark.parametrize("kind", ["no image", "truncated", "bomb"])
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            pytest.param("no image", marks=pytest.mark.release),
+            "truncated",
+            pytest.param("bomb", marks=pytest.mark.release),
+        ],
+    )
     def test_broken_upload(self, visitor: Visitor, server: Server, picture: Path, tmp_path: Path, kind: str) -> None:
         contents = {"no image": b"I am a text.", "truncated": truncated(picture), "bomb": claims(60_000, 60_000)}
         broken = tmp_path / "broken.png"
@@ -740,6 +747,7 @@ class TestInBrowser:
         )
         assert unnamed == []
 
+    @pytest.mark.each
     @pytest.mark.parametrize("way", ["click", "key"])
     @pytest.mark.parametrize("motion", ["no-preference", "reduce"])
     def test_phone(self, visitor: Visitor, picture: Path, way: str, motion: str) -> None:

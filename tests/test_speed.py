@@ -2,6 +2,7 @@
 seconds themselves are not tested, they need a quiet machine."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from command_line import refused, run
 from oracle import masked_inputs
+from sharing import little_to_look_through
 
 from adafv import Pruner
 from adafv.core.stages import stage
@@ -28,6 +30,12 @@ from adafv.methods import known_methods
 TINY = ("llava-tiny", "llava-next-tiny", "qwen2.5-vl-tiny")
 CPU = torch.device("cpu")
 QUICK = Options(budgets=(8,), rounds=1, warm=0, decode=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collects_often() -> Iterator[None]:
+    with little_to_look_through():
+        yield
 
 
 @pytest.fixture(scope="module")
