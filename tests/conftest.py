@@ -37,7 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     gc.disable()
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
-        forking.shared_folder()
+        config.option.tx = forking.workers(config.option.tx)
+        forking.start_parent(*forking.FOR_WORKERS)
     else:
         import fixtures
 

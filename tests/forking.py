@@ -9,11 +9,13 @@ All tests share one such parent, those of several processes of pytest-xdist too.
 """
 
 import array
-import fcntl
 import gc
+import importlib
+import importlib.util
 import json
 import os
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +43,8 @@ PRELOADED = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.processing_auto",
 )
+FOR_WORKERS = ("fixtures",)
+"""Where workers of pytest-xdist are forked, too: the table of models with all stock classes."""
 FOR_THE_PAGE = ("gradio", "gradio.routes", "adafv.page")
 """Where they are installed."""
 
@@ -182,62 +187,77 @@ class Process:
 # --------------------------------------------------------------------------------------------- finding the parent
 
 
-def shared_folder() -> None:
-    """Called by the process that starts those of pytest-xdist: they will share one parent."""
-    if ADDRESS not in os.environ:
-        os.environ[ADDRESS] = f"{tempfile.mkdtemp(prefix='adafv-forking-')}:{os.getpid()}"
+def start_parent(*more: str) -> None:
+    """Called by the process that starts those of pytest-xdist, they will share it; else when the first process is wanted.
+
+    Args:
+        more: modules that it imports beside the usual ones.
+    """
+    if ADDRESS in os.environ:
+        return
+    folder = Path(tempfile.mkdtemp(prefix="adafv-forking-"))
+    # As the tests that follow: from the sources, one thread, in no folder of a test.
+    variables = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(folder / "socket"), str(os.getpid()), *more]
+    with (folder / "log").open("w") as log:
+        parent = subprocess.Popen(command, env=variables, cwd=SOURCE, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    _OWN.append(parent)
+    os.environ[ADDRESS] = str(folder)
+
+
+def workers(wanted: Sequence[str]) -> list[str]:
+    """As pytest-xdist is to start its workers: forked, so that not each of them imports torch and transformers first.
+
+    Not where the tests are about other sources than those that forked processes have, as in `faults.py`.
+
+    Args:
+        wanted: the `--tx` of pytest-xdist.
+    """
+    found = importlib.util.find_spec("adafv")
+    ours = found is not None and found.origin is not None and Path(found.origin).is_relative_to(SOURCE)
+    if not ours or set(wanted) != {"popen"}:
+        return list(wanted)
+    return [f"popen//python={shlex.join([sys.executable, __file__])}" for _ in wanted]
 
 
 def end() -> None:
-    """The parent of this process's own, which nobody shares, ends."""
+    """The parent ends with the process that started it, which waits for it, so that its seconds are counted there."""
     while _OWN:
         parent = _OWN.pop()
         parent.terminate()
         parent.wait()
-        shutil.rmtree(os.environ.pop(ADDRESS).rpartition(":")[0])
+        shutil.rmtree(os.environ.pop(ADDRESS))
 
 
 _OWN: list["subprocess.Popen[bytes]"] = []
 
 
 def _connected() -> socket.socket:
-    """To the parent, which is started when the first process is wanted."""
-    shared = ADDRESS in os.environ
-    shared_folder()
-    folder, _, owner = os.environ[ADDRESS].rpartition(":")
-    address = Path(folder, "socket")
-    with Path(folder, "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not address.exists():
-            # As the tests that follow: from the sources, one thread, in no folder of a test.
-            variables = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, __file__, str(address), owner]
-            with Path(folder, "log").open("w") as log:
-                parent = subprocess.Popen(
-                    command, env=variables, cwd=SOURCE, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-                )
-            if not shared:
-                _OWN.append(parent)
-            until = time.monotonic() + 300
-            while not address.exists():
-                assert parent.poll() is None, Path(folder, "log").read_text()
-                assert time.monotonic() < until, "the parent of forked processes does not come up"
-                time.sleep(0.05)
+    """To the parent, once it has imported everything."""
+    start_parent()
+    folder = Path(os.environ[ADDRESS])
+    until = time.monotonic() + 300
+    while not (folder / "socket").exists():
+        said = (folder / "log").read_text()
+        assert "Traceback" not in said, said
+        assert time.monotonic() < until, "the parent of forked processes does not come up"
+        time.sleep(0.05)
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(str(address))
+    connection.connect(str(folder / "socket"))
     return connection
 
 
 # ------------------------------------------------------------------------------------------------- in the parent
 
 
-def _serve(address: str, owner: int) -> dict[str, Any]:
-    """Forks at every request. Returns in the forked process alone, with what it is to do."""
-    import importlib
-    import importlib.util
+def _serve(address: str, owner: int, *more: str) -> dict[str, Any]:
+    """Forks at every request. Returns in the forked process alone, with what it is to do.
 
+    Args:
+        more: modules to import beside the usual ones.
+    """
     gc.disable()
-    for name in (*PRELOADED, *(FOR_THE_PAGE if importlib.util.find_spec("gradio") else ())):
+    for name in (*PRELOADED, *more, *(FOR_THE_PAGE if importlib.util.find_spec("gradio") else ())):
         importlib.import_module(name)
     gc.freeze()  # no forked process looks through what was imported
     gc.enable()
@@ -303,7 +323,12 @@ def _become(request: dict[str, Any]) -> None:
     tempfile.tempdir = None
     sys.path[1:1] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     first, *rest = request["arguments"]
-    if first == "-m":
+    if first == "-c":
+        sys.path[0] = ""
+        sys.argv = ["-c", *rest[1:]]
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(rest[0], vars(main))
+    elif first == "-m":
         sys.path[0] = ""
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
@@ -313,5 +338,13 @@ def _become(request: dict[str, Any]) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
+def _worker(command: list[str]) -> int:
+    """In the place of Python, for execnet, which starts `python -u -c ...` and speaks with it over standard streams."""
+    process = Process([word for word in command if word not in ("-u", "-B")], stdin=None)
+    return process.wait()
+
+
 if __name__ == "__main__":
-    _become(_serve(sys.argv[1], int(sys.argv[2])))
+    if sys.argv[1] == "-u":
+        sys.exit(_worker(sys.argv[1:]))
+    _become(_serve(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]))

@@ -74,7 +74,7 @@ def test_a_key_does_not_run_its_parts_together() -> None:
 
 
 def test_keys_are_the_same_in_every_process() -> None:
-    """The front and the workers may be several, and a cache may outlive them. Python itself hashes otherwise in the other one."""
+    """The front and the workers may be several, and a cache may outlive them. Python's own hashes differ in the other."""
     program = (
         "from adafv.engines.serving.request import Budget, Wish, digest;"
         "print(Wish(Budget(0.1), (7, 8)).key('image', 'settings'), digest('image').sum().item(), hash('image'))"

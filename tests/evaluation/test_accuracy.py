@@ -362,7 +362,7 @@ def test_answers_of_another_store_are_taken_over(tmp_path: Path) -> None:
 class ForkedAsSpawned(ForkContext):
     """As the processes that are spawned, of which each imports torch first: what they are given is pickled on the way."""
 
-    def Process(self, target: Any, args: tuple[Any, ...]) -> Any:  # noqa: N802
+    def Process(self, target: Any, args: tuple[Any, ...]) -> Any:
         job, sender = args
         target, job = pickle.loads(pickle.dumps((target, job)))
         return super().Process(target=target, args=(job, sender))
