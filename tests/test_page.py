@@ -721,6 +721,7 @@ class TestInBrowser:
         assert set(visitor.answers()) == {UNPRUNED, *METHODS}
         assert visitor.tab.locator("#notice [role=alert]").count() == 0
 
+    @pytest.mark.release
     def test_too_large_upload(self, visitor: Visitor, tmp_path: Path) -> None:
         large = tmp_path / "large.png"
         large.write_bytes(bytes(MAX_BYTES + 1))
@@ -788,7 +789,7 @@ class TestInBrowser:
                 return box.top >= 0 && box.bottom <= innerHeight; }"""
         )
 
-    @pytest.mark.parametrize("width", [1280, 2200])
+    @pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.release), 2200])
     def test_wide(self, visitor: Visitor, picture: Path, width: int) -> None:
         """Form and results are seen at once, in the middle of the screen, and nothing moves."""
         tab = visitor.tab
@@ -807,7 +808,7 @@ class TestInBrowser:
         )
         assert abs(left - right) <= 1
 
-    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.release), "dark"])
     def test_messages_of_gradio_are_not_ours_to_style(self, visitor: Visitor, scheme: str) -> None:
         """Every class that we style is ours alone."""
         tab = visitor.tab
