@@ -221,12 +221,14 @@ def workers(wanted: Sequence[str]) -> list[str]:
 
 
 def end() -> None:
-    """The parent ends with the process that started it, which waits for it, so that its seconds are counted there."""
+    """The parent ends with the process that started it, which waits for it: there, the seconds of all forked ones are counted."""
     while _OWN:
         parent = _OWN.pop()
-        parent.terminate()
-        parent.wait()
         shutil.rmtree(os.environ.pop(ADDRESS))
+        try:
+            parent.wait(60)  # it may still be importing
+        finally:
+            parent.kill()
 
 
 _OWN: list["subprocess.Popen[bytes]"] = []
@@ -261,10 +263,12 @@ def _serve(address: str, owner: int, *more: str) -> dict[str, Any]:
         importlib.import_module(name)
     gc.freeze()  # no forked process looks through what was imported
     gc.enable()
+    if not Path(address).parent.exists():
+        os._exit(0)  # nobody is left to be answered
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(f"{address}.new")
     listening.listen(16)
-    listening.settimeout(0.5)
+    listening.settimeout(0.2)
     os.rename(f"{address}.new", address)  # now it answers
     while True:
         with suppress(ChildProcessError):
@@ -277,6 +281,7 @@ def _serve(address: str, owner: int, *more: str) -> dict[str, Any]:
                 os.kill(owner, 0)
             except ProcessLookupError:
                 shutil.rmtree(Path(address).parent, ignore_errors=True)
+            if not Path(address).exists():  # all that were wanted have ended, and were waited for above
                 os._exit(0)
             continue
         if os.fork():
