@@ -221,7 +221,7 @@ def workers(wanted: Sequence[str]) -> list[str]:
 
 
 def end() -> None:
-    """The parent ends with the process that started it, which waits for it: there, the seconds of all forked ones are counted."""
+    """The parent ends with the process that started it, which waits for it: so the seconds of all forked ones count."""
     while _OWN:
         parent = _OWN.pop()
         shutil.rmtree(os.environ.pop(ADDRESS))
