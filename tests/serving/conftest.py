@@ -50,6 +50,13 @@ else:
 
     core.freeze_gc_heap = gpu_worker.freeze_gc_heap = lambda: None
 
+    # vLLM asks a process of its own what a model's class can do, so as not to touch a GPU: it imports all once more, for each
+    # class that this machine's cache does not know. Here the class is imported anyway. Plug-ins that register classes in
+    # fresh processes: two workers, and the server.
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda ask: ask()
+
 
 def pytest_collection_finish() -> None:
     gc.freeze()
