@@ -14,10 +14,23 @@ from pathlib import Path
 
 import pytest
 
-if importlib.util.find_spec("vllm") is None:
+HAVE_VLLM = importlib.util.find_spec("vllm") is not None
+if not HAVE_VLLM:
     collect_ignore_glob = ["test_*.py"]
-else:
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that hands tests out to others (pytest-xdist) collects none, so it imports nothing."""
+    if HAVE_VLLM and (hasattr(config, "workerinput") or not config.getoption("numprocesses", None)):
+        _prepare()
+
+
+def _prepare() -> None:
+    """What engines in this process, and the processes that tests start, need; before vLLM is imported and while it is."""
     sys.path.insert(0, str(Path(__file__).parent))
+    # Imports leave no garbage, and looking through them takes half a second each time. vLLM does so some ten times for an
+    # engine: it freezes what is there, and undoes that when an engine ends. Here what was imported alone is frozen, for good.
+    gc.disable()
     from adafv.engines.vllm import cpu_torchvision
 
     if cpu_torchvision.import_error() is not None:  # what `adafv serve` does for servers, for engines in this process
@@ -33,11 +46,10 @@ else:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        # "eager" leaves out the model alone: two small functions would be compiled by a C++ compiler, in every process.
+        "TORCHDYNAMO_DISABLE": "1",
     }
 
-    # Imports leave no garbage, and looking through them takes half a second each time. vLLM does so some ten times for an
-    # engine: it freezes what is there, and undoes that when an engine ends. Here what was imported alone is frozen, for good.
-    gc.disable()
     # An engine looks through all modules, for seconds, to put its own in the place of a few functions: once is enough.
     from vllm.platforms.cpu import CpuPlatform
 
