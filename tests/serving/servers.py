@@ -22,7 +22,12 @@ from PIL import Image
 SMALL = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "32")
 """Options of vLLM's server for the bundled model on a small machine."""
 
-OF_ENGINES_IN_PROCESS = ("PYTHONPATH", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING")
+OF_ENGINES_IN_PROCESS = (
+    "PYTHONPATH",
+    "TORCHDYNAMO_DISABLE",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+)
 """Variables that conftest.py sets. A server has none of them, as on a user's machine: `adafv serve` sees to what it needs."""
 
 SECONDS_TO_START = 240.0

@@ -300,7 +300,7 @@ def test_signal_ends_it_and_leaves_nothing(server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Plain vLLM, started by what `adafv serve` prints, without budgets of requests."""
+    """Plain vLLM, started by what `adafv serve` prints, without budgets of requests, on a machine where it never ran."""
     command = [sys.executable, "-m", "adafv", "serve", "bundled", "--keep", "0.25", "--method", "saliency"]
     printed = subprocess.run(
         [*command, "--print-command", "--", *SMALL],
@@ -314,6 +314,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     program = words.index("python")
     variables = dict(word.split("=", 1) for word in words[:program])
     command = [sys.executable, *words[program + 1 :]]
+    variables["VLLM_CACHE_ROOT"] = str(tmp_path_factory.mktemp("cache"))
     with running(tmp_path_factory.mktemp("plain"), command, **variables) as server:
         yield server
 

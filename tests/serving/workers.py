@@ -81,11 +81,15 @@ def several_workers(
     **arguments: Any,
 ) -> Iterator[Any]:
     """An engine, `tensor_parallel_size` or `pipeline_parallel_size` of which is above 1; see `kept_by_each`."""
+    import patience  # in workers, this module is imported without vLLM's
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # functions of this module travel to the workers
         # Without a cache of encoded images, every question is one run of the tower.
         options = {"keep": 16, "tower_cache_mb": 0} | (options or {})
-        llm = engine(folder, architecture, options, distributed_executor_backend="mp", **arguments)
+        patient = f"{patience.__name__}.{patience.Patience.__name__}"
+        processes = {"distributed_executor_backend": "mp", "worker_extension_cls": patient}
+        llm = engine(folder, architecture, options, **processes, **arguments)
         try:
             llm.apply_model(_watch)
             yield llm
