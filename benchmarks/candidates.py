@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adafv.core import joint_search, top_tokens
-from adafv.core.facets import facet_rounds, facet_steps, of_views, two_scores, worth
+from adafv.core.facets import facet_rounds, facet_steps, fewest, of_views, two_scores, worth
 from adafv.core.greedy import block_sizes
 from adafv.core.likeness import crop_of, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, Signal, VisualTokens, saliency_of
@@ -277,8 +277,8 @@ class Dense(Method):
             like = ((unit @ unit.mT).clamp_min(0) * shown.unsqueeze(1)).sum(-1) / shown.sum(-1, keepdim=True)
         value = worth(two_scores(tokens, unit), shown).pow(self.power) * like.pow(self.dense)
         if not self.rounds:
-            return Kept(facet_steps(unit, value, keep, shown))
-        return Kept(facet_rounds(unit, value, keep, shown, self.rounds))
+            return Kept(facet_steps(unit, value, keep, shown).sort(dim=-1).values)
+        return Kept(facet_rounds(unit, value, keep, shown, self.rounds).sort(dim=-1).values)
 
 
 @dataclass(frozen=True)
@@ -418,15 +418,16 @@ class Views(Method):
         value = worth(two_scores(weighed if self.chain else tokens, unit), tokens.candidates).square()
         demand = demand if self.demand else tokens.candidates.float()
         if not self.half or tokens.tiling is None:
-            return covering(tokens, keep, value, demand=demand, blocks=self.blocks)
+            found = covering(tokens, keep, value, demand=demand, blocks=self.blocks)
+            return Kept(found.sort(dim=-1).values)
         small = tokens.candidates & (crop_of(tokens.source, tokens.rows * tokens.columns) == 0)
         views = (small, tokens.candidates & ~small)
         first = min(keep // 2, int(small.sum(-1).min()))
-        found = [
-            covering(replace(tokens, candidates=some), share, value, demand=some.float()).indices
+        of_each = [
+            covering(replace(tokens, candidates=some), share, value, demand=some.float())
             for some, share in zip(views, (first, keep - first), strict=True)
         ]
-        return Kept(torch.cat(found, -1).sort(-1).values)
+        return Kept(torch.cat(of_each, -1).sort(-1).values)
 
 
 @dataclass(frozen=True)
@@ -465,6 +466,76 @@ class NearBy(Method):
             out = out.scatter(-1, chosen, float("-inf"))
             best = best.maximum(alike[image, chosen].amax(1)).clamp(0, 1)
         return Kept(torch.cat(picked, -1).sort(-1).values)
+
+
+@dataclass(frozen=True)
+class Far(Method):
+    """`facet` whose last tokens are those that are least like any that is kept, with its choices changed one at a time."""
+
+    share: float = 0.25
+    """Of the budget, for the farthest."""
+    blocks: int = 0
+    """Steps in which the farthest are chosen; 0: one after the other."""
+    among: int = 3
+    until: float = 0.0
+    """Above 0: no more tokens are chosen for their worth than hold this share of the image's worth squared."""
+    cap: float = 1.0
+    """No more tokens are chosen for their worth than this share of the image's."""
+    space: str = "tokens"
+    """"tokens" or "hidden", in which they are compared."""
+    power: float = 0.0
+    """Of the worth, that the distance is multiplied with."""
+
+    name = "far"
+    summary = "facet, and the farthest"
+    needs = frozenset({WORDS, SALIENCY, HIDDEN})
+
+    def select(self, tokens: VisualTokens, keep: int) -> Kept:
+        unit, shown = unit_vectors(tokens.features.detach()), tokens.candidates
+        tokens, demand = of_views(tokens)
+        value = worth(two_scores(tokens, unit), shown)
+        most = max(1, keep - round(self.share * keep))
+        most = min(most, max(1, round(self.cap * value.shape[-1])))
+        numbers = [most] * len(shown)
+        if self.until:
+            numbers = [max(1, min(most, n)) for n in fewest(value, self.until, shown).tolist()]
+        apart = unit if self.space == "tokens" else unit_vectors(tokens.signals[HIDDEN].detach())
+        kept = []
+        for image, number in enumerate(numbers):
+            one = one_of(tokens, image)
+            some = covering(one, number, value[image : image + 1].square(), demand=demand[image : image + 1], blocks=6)
+            kept.append(
+                self.fill(apart[image : image + 1], some, keep, shown[image : image + 1], value[image : image + 1])
+            )
+        return Kept(torch.cat(kept))
+
+    def fill(self, unit: Tensor, kept: Tensor, keep: int, shown: Tensor, value: Tensor) -> Tensor:
+        missing = keep - kept.shape[-1]
+        if not missing:
+            return kept
+        alike = unit @ unit.mT
+        far = 1 - alike.gather(1, kept.unsqueeze(-1).expand(-1, -1, unit.shape[1])).amax(1)
+        weight = value.clamp_min(1e-6) ** self.power
+        out = torch.zeros_like(far).masked_fill(~shown, -1e9).scatter(-1, kept, float("-inf"))
+        found = [kept]
+        sizes = block_sizes(missing, self.blocks) if self.blocks else [1] * missing
+        for size in sizes:
+            gain, order = (far * weight + out).sort(dim=-1, descending=True, stable=True)
+            some = order[:, : self.among * size]
+            between = alike[0][some[0]][:, some[0]].unsqueeze(0)
+            nearest = between.tril(-1).amax(-1) if size > 1 else torch.zeros_like(some, dtype=far.dtype)
+            score = torch.minimum(gain[:, : some.shape[1]], (1 - nearest) * weight.gather(-1, some))
+            chosen = some.gather(-1, score.argsort(dim=-1, descending=True, stable=True)[:, :size])
+            found.append(chosen)
+            out = out.scatter(-1, chosen, float("-inf"))
+            far = far.minimum(1 - alike[:, chosen[0]].amax(1))
+        return torch.cat(found, -1).sort(-1).values
+
+
+def one_of(tokens: VisualTokens, image: int) -> VisualTokens:
+    """What `covering` reads, of one image."""
+    some = slice(image, image + 1)
+    return replace(tokens, candidates=tokens.candidates[some], signals={HIDDEN: tokens.signals[HIDDEN][some]})
 
 
 @dataclass(frozen=True)
@@ -715,6 +786,36 @@ CANDIDATES: dict[str, Method] = {
     "n-1.5-r.1": NearBy(power=1.5),
     "n-2": NearBy(reach=0.15, power=2.0),
     "n-2-r.1": NearBy(power=2.0),
+    # the farthest
+    "far-.25": Far(),
+    "far-.5": Far(share=0.5),
+    "far-.75": Far(share=0.75),
+    "far-.25-b2": Far(blocks=2),
+    "far-.25-b3": Far(blocks=3),
+    "far-.25-b4": Far(blocks=4),
+    "far-.25-hidden": Far(space="hidden"),
+    "far-.25-p.25": Far(power=0.25),
+    "far-.25-p.5": Far(power=0.5),
+    "far-.5-p.25": Far(share=0.5, power=0.25),
+    "far-.5-p.5": Far(share=0.5, power=0.5),
+    "far-.25-u.5": Far(until=0.5),
+    "far-.25-u.6": Far(until=0.6),
+    "far-.25-u.7": Far(until=0.7),
+    "far-.25-u.8": Far(until=0.8),
+    "far-0-u.2": Far(share=0.0, until=0.2),
+    "far-0-u.3": Far(share=0.0, until=0.3),
+    "far-0-u.4": Far(share=0.0, until=0.4),
+    "far-0-u.5": Far(share=0.0, until=0.5),
+    "far-.15-u.3": Far(share=0.15, until=0.3),
+    "far-.15-u.3-hidden": Far(share=0.15, until=0.3, space="hidden"),
+    "far-.15-u.4": Far(share=0.15, until=0.4),
+    "far-.15-u.4-hidden": Far(share=0.15, until=0.4, space="hidden"),
+    "far-.15-u.4-b3": Far(share=0.15, until=0.4, blocks=3),
+    "far-.15-u.4-b6": Far(share=0.15, until=0.4, blocks=6),
+    "far-.15-u.5": Far(share=0.15, until=0.5),
+    "far-.15-u.5-hidden": Far(share=0.15, until=0.5, space="hidden"),
+    "far-0-c.07": Far(share=0.0, cap=0.07),
+    "far-0-c.1": Far(share=0.0, cap=0.1),
     # without serial steps
     "t3-product-p.5": Rounds(quality="product", space="tokens", rounds=3, first="top", power=0.5),
     "r3-top-product": Rounds(quality="product", rounds=3, first="top"),

@@ -119,14 +119,19 @@ def scaled(values: dict[int, float]) -> dict[int, float]:
 
 def chosen_by(gain: Callable[[list[int], int], float], image: Plain, keep: int, turns: bool = False) -> list[int]:
     """Greedily the largest gain(kept so far, token); then what shows no patch."""
+    kept = in_order(gain, image, keep, turns)
+    rest = [j for j in range(image.count) if j not in image.shown]
+    return sorted(kept + rest[: keep - len(kept)])
+
+
+def in_order(gain: Callable[[list[int], int], float], image: Plain, keep: int, turns: bool = False) -> list[int]:
     kept: list[int] = []
     for step in range(min(keep, len(image.shown))):
         left = [j for j in image.shown if j not in kept]
         if turns:
             left = [j for j in left if image.crop[j] == step % image.crops] or left
         kept.append(max(left, key=lambda j: (gain(kept, j), -j)))
-    rest = [j for j in range(image.count) if j not in image.shown]
-    return sorted(kept + rest[: keep - len(kept)])
+    return kept
 
 
 def plain_divprune(image: Plain, keep: int, **options: Any) -> list[int]:
@@ -287,8 +292,7 @@ def plain_blocks(gain: Callable[[list[int], int], float], image: Plain, keep: in
             near = [cosine(image.hidden[token], image.hidden[j]) for j in some[:place]]
             score[token] = gains[token] * (1 - max([0.0, *near]))
         kept += sorted(some, key=lambda j: -score[j])[:size]
-    rest = [j for j in range(image.count) if j not in image.shown]
-    return sorted(kept + rest[: keep - len(kept)])
+    return kept
 
 
 def plain_views(image: Plain, views: str) -> tuple[dict[int, float], dict[int, float]]:
@@ -310,25 +314,48 @@ def plain_views(image: Plain, views: str) -> tuple[dict[int, float], dict[int, f
     return saliency, demand
 
 
-def plain_facet(image: Plain, keep: int, far: float = 0.0, **options: Any) -> list[int]:
-    worthy = max(1, keep - round(far * keep))
-    kept = plain_worthy(image, worthy, **options)
-    for _ in range(keep - worthy):
-        free = [j for j in image.shown if j not in kept]
-        if not free:
-            kept = [*kept, next(j for j in range(image.count) if j not in kept)]
-            continue
-        nearest = {j: max(cosine(image.features[i], image.features[j]) for i in kept) for j in free}
-        kept = [*kept, min(free, key=lambda j: nearest[j])]
-    return sorted(kept)
+def plain_facet(image: Plain, keep: int, worthy: float = 0.4, far: float = 0.15, **options: Any) -> list[int]:
+    worth = plain_worth(image, options.get("views", "weighed") if options.get("cover", True) else "alike")
+    kept = plain_worthy(image, worth, max(1, keep - round(far * keep)), **options)
+    if worthy < 1:
+        held = sorted((value**2 for value in worth.values()), reverse=True)
+        kept = kept[: 1 + sum(sum(held[:n]) < worthy * sum(held) - 1e-9 for n in range(1, len(held) + 1))]
+    missing = keep - (1 if worthy < 1 else len(kept))
+    for size in block_sizes(missing, -(-options.get("blocks", 6) // 2) or missing) if missing else []:
+        left = [j for j in image.shown if j not in kept]
+        near = {j: max(cosine(image.features[i], image.features[j]) for i in kept) for j in left}
+        some = sorted(left, key=lambda j: (near[j], j))[: 3 * size if size > 1 else 1]
+        between = {
+            token: max(
+                [near[token]]
+                + [0.0] * (size > 1)
+                + [cosine(image.features[token], image.features[j]) for j in some[:place]]
+            )
+            for place, token in enumerate(some)
+        }
+        kept = kept + sorted(some, key=lambda j: between[j])[:size]
+    kept = kept[:keep]
+    rest = [j for j in range(image.count) if j not in image.shown and j not in kept]
+    return sorted(kept + rest[: keep - len(kept)])
+
+
+def plain_worth(image: Plain, views: str) -> dict[int, float]:
+    saliency, _ = plain_views(image, views)
+    text, salient = plain_relevance(image), scaled({j: math.sqrt(saliency[j]) for j in image.shown})
+    return {j: math.sqrt((text[j] + 0.05) * (salient[j] + 0.05)) for j in image.shown}
 
 
 def plain_worthy(
-    image: Plain, keep: int, rounds: int = 3, cover: bool = True, blocks: int = 6, views: str = "weighed"
+    image: Plain,
+    worth: dict[int, float],
+    keep: int,
+    rounds: int = 3,
+    cover: bool = True,
+    blocks: int = 6,
+    views: str = "weighed",
 ) -> list[int]:
-    saliency, demand = plain_views(image, views if cover else "alike")
-    text, salient = plain_relevance(image), scaled({j: math.sqrt(saliency[j]) for j in image.shown})
-    worth = {j: math.sqrt((text[j] + 0.05) * (salient[j] + 0.05)) for j in image.shown}
+    """As they are chosen, of what shows a patch."""
+    _, demand = plain_views(image, views)
 
     def score(token: int, kept: list[int]) -> float:
         return worth[token] * (1 - max([0.0] + [cosine(image.features[token], image.features[j]) for j in kept]))
@@ -343,16 +370,15 @@ def plain_worthy(
     if cover and blocks:
         return plain_blocks(covers, image, keep, blocks)
     if cover:
-        return chosen_by(covers, image, keep)
+        return in_order(covers, image, keep)
     if not rounds:
-        return chosen_by(lambda kept, token: score(token, kept), image, keep)
+        return in_order(lambda kept, token: score(token, kept), image, keep)
     order = sorted(image.shown, key=lambda j: -worth[j])
     kept = order[:keep]
     for _ in range(rounds):
         scores = {j: score(j, [i for i in kept if order.index(i) < order.index(j)]) for j in order}
         kept = sorted(order, key=lambda j: -scores[j])[:keep]
-    rest = [j for j in range(image.count) if j not in image.shown]
-    return sorted(kept + rest[: keep - len(kept)])
+    return kept
 
 
 PLAIN: dict[str, Callable[..., list[int]]] = {
@@ -372,9 +398,11 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("facet", {"cover": False}),
     ("facet", {"cover": False, "rounds": 1}),
     ("facet", {"cover": False, "rounds": 0}),
-    ("facet", {"far": 0.25}),
-    ("facet", {"far": 0.6, "blocks": 0}),
-    ("facet", {"far": 0.5, "cover": False}),
+    ("facet", {"worthy": 1.0, "far": 0.0}),
+    ("facet", {"worthy": 1.0, "far": 0.6}),
+    ("facet", {"worthy": 0.2, "far": 0.0, "blocks": 0}),
+    ("facet", {"worthy": 0.7, "far": 0.3, "blocks": 2, "views": "alike"}),
+    ("facet", {"worthy": 1.0, "far": 0.0, "cover": False}),
     ("divprune", {}),
     ("cdpruner", {}),
     ("cdpruner", {"words": "mean", "sign": -1, "views": "together"}),
@@ -513,7 +541,7 @@ def test_what_a_device_runs(name: str, options: dict[str, Any], monkeypatch: pyt
             method_named(name, **options).select(tokens, keep)
         made.append(len(watched.made))
     each = options.get("views", "each") == "each" and name in ("scope", "cdpruner")
-    serial = name != "facet" or 0 in (options.get("rounds"), options.get("blocks")) or "far" in options
+    serial = name != "facet" or 0 in (options.get("rounds"), options.get("blocks"))
     assert (made[1] - made[0]) / 4 <= STEP[options.get("on", name)] * serial + 10 * each
     pairs = 2 * tokens.source.shape[1] ** 2 * 4
     assert watched.living.peak <= 4.2 * pairs
@@ -524,18 +552,19 @@ def test_facet_in_rounds_takes_as_few_operations_as_adafv() -> None:
     tokens = images(2, 20, newlines=True)
     for keep in (4, 200):
         with Watched() as watched:
-            method_named("facet", cover=False).select(tokens, keep)
+            method_named("facet", cover=False, worthy=1.0, far=0.0).select(tokens, keep)
         assert len(watched.made) <= MOST_OPERATIONS
 
 
 @pytest.mark.parametrize("tiling", [None, (4, 5)])
 def test_facet_takes_few_operations(tiling: tuple[int, int] | None) -> None:
-    """Scores, what thumbnail and crops weigh, and the search, whatever K is."""
+    """Scores, what thumbnail and crops weigh, and both searches, whatever K is."""
     tokens = images(2, 21, newlines=True, tiling=tiling)
     for keep in (40, 200):
-        with Watched() as watched:
-            method_named("facet").select(tokens, keep)
-        assert len(watched.made) <= (128 if tiling is None else 164)
+        for options, most in (({}, 190), ({"worthy": 1.0, "far": 0.0}, 128)):
+            with Watched() as watched:
+                method_named("facet", **options).select(tokens, keep)
+            assert len(watched.made) <= most + (0 if tiling is None else 36)
 
 
 def test_facet_keeps_little_at_a_time_of_a_long_video(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,14 +606,15 @@ def test_facet_does_not_depend_on_the_order_of_the_tokens(seed: int, keep: int, 
 
     def kept(unit: Tensor, worth: Tensor) -> Tensor:
         shown = torch.ones_like(worth, dtype=torch.bool)
-        return facet_rounds(unit, worth, keep, shown, rounds) if rounds else facet_steps(unit, worth, keep, shown)
+        found = facet_rounds(unit, worth, keep, shown, rounds) if rounds else facet_steps(unit, worth, keep, shown)
+        return found.sort(dim=-1).values
 
     worth = facets.worth(facets.two_scores(tokens, unit), tokens.candidates)
     moved = order[kept(unit[:, order], worth[:, order])].sort(dim=-1).values
     assert torch.equal(moved, kept(unit, worth))
 
 
-STEP = {"facet": 7, "divprune": 5, "cenprune": 6, "cdpruner": 16, "scope": 7, "eadp": 6, "mmtok": 6}
+STEP = {"facet": 12, "divprune": 5, "cenprune": 6, "cdpruner": 16, "scope": 7, "eadp": 6, "mmtok": 6}
 """Operations in a step that make something new."""
 
 
@@ -597,6 +627,10 @@ STEP = {"facet": 7, "divprune": 5, "cenprune": 6, "cdpruner": 16, "scope": 7, "e
         ("facet", {"blocks": -1}),
         ("facet", {"blocks": True}),
         ("facet", {"views": "each"}),
+        ("facet", {"worthy": 0.0}),
+        ("facet", {"worthy": 1.1}),
+        ("facet", {"worthy": True}),
+        ("facet", {"share": 0.0}),
         ("facet", {"far": 1.0}),
         ("facet", {"far": -0.1}),
         ("facet", {"far": True}),

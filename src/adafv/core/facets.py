@@ -15,13 +15,14 @@ whatever K is. The two keep most tokens in common, not all: "more worth" is not 
 """
 
 from dataclasses import replace
+from math import isqrt
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adafv.core.greedy import max_min_search
-from adafv.core.likeness import best_word_cosines, cosines, crop_of, crop_under, min_max
+from adafv.core.greedy import block_sizes, max_min_search
+from adafv.core.likeness import best_word_cosines, cosines, crop_of, crop_under, min_max, self_cosines
 from adafv.core.merging import rows_at
 from adafv.core.tokens import SALIENCY, VisualTokens
 from adafv.errors import BudgetError
@@ -32,6 +33,10 @@ FLOOR = 0.05
 _TINY = 1e-12
 _CELLS = 2**22
 """Cosines that exist at a time, over all images: 16 MiB, twice."""
+_AMONG = 3
+"""Tokens that a block of the farthest is chosen from, for each one in it."""
+_LAST = 4.0
+"""Above any cosine: how near to what is kept a token counts that is no candidate."""
 
 
 def two_scores(tokens: VisualTokens, unit: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ def of_views(tokens: VisualTokens) -> tuple[VisualTokens, Tensor]:
 
 
 def facet_steps(unit: Tensor, worth: Tensor, keep: int, candidates: Tensor) -> Tensor:
-    """[G, K] long, ascending: always the token with the largest score, of which the first is the one of most worth.
+    """[G, K] long, as they are chosen: always the token with the largest score, of which the first is the one of most worth.
 
     Args:
         unit: [G, N, D] float32 vectors of length one.
@@ -97,14 +102,14 @@ def facet_steps(unit: Tensor, worth: Tensor, keep: int, candidates: Tensor) -> T
         keep: K, 1 <= K <= N.
         candidates: [G, N] bool; others are kept only once these are used up.
     """
-    return max_min_search(unit, keep, worth, candidates, start="weight").indices
+    return max_min_search(unit, keep, worth, candidates, start="weight").order
 
 
 def facet_rounds(unit: Tensor, worth: Tensor, keep: int, candidates: Tensor, rounds: int) -> Tensor:
     """The same as `facet_steps`, nearly, without serial steps.
 
     At first the K tokens of most worth are kept. Each round scores all tokens against those that the round before kept, and
-    keeps the K of the largest score.
+    keeps the K of the largest score, which comes first.
 
     Args:
         rounds: at least 1; of equal scores the token of more worth stays.
@@ -120,30 +125,64 @@ def facet_rounds(unit: Tensor, worth: Tensor, keep: int, candidates: Tensor, rou
     for _ in range(rounds):
         score = torch.addcmul(worth, gain, _nearest_better(unit, kept, place), value=-1)
         kept = score.argsort(dim=-1, descending=True, stable=True)[:, :keep]
-    return order.gather(-1, kept).sort(dim=-1).values
+    return order.gather(-1, kept)
 
 
-def with_the_farthest(unit: Tensor, kept: Tensor, keep: int, candidates: Tensor) -> Tensor:
-    """[G, keep], ascending: what is kept, and one after the other the token whose largest cosine to that is least.
+def with_the_farthest(
+    unit: Tensor, chosen: Tensor, enough: Tensor | None, keep: int, candidates: Tensor, blocks: int
+) -> Tensor:
+    """[G, keep], ascending: the first of those that were chosen for their worth, and tokens that are least like any of these.
 
-    One step a token that is added, of N cosines.
+    As DivPrune chooses, from what is kept already: the token whose largest cosine to that is least. In `blocks` steps each
+    takes several, each step more than the one before: of those that are farthest, three times as many as it may take, the
+    ones that are farthest from what is kept and from those of them that are farther. All images take as many steps, for
+    whatever number of tokens, so that the device need not say how many that is.
 
     Args:
         unit: [G, N, D] vectors of length one.
-        kept: [G, K], K <= keep.
+        chosen: [G, W], W <= keep, as they were chosen.
+        enough: [G] long, 1 to W: how many of them stay; None: all.
         keep: how many to keep at last.
         candidates: [G, N] bool; others are added where there are no more of these, in their order.
+        blocks: 0: one token a step.
     """
-    pieces = kept.split(max(1, _CELLS // unit[..., 0].numel()), dim=-1)
-    nearest = torch.stack([cosines(unit, rows_at(unit, some)).amax(-1) for some in pieces]).amax(0)
-    barred = torch.zeros_like(nearest).masked_fill_(~candidates, 4.0).scatter_(-1, kept, float("inf"))
-    found = [kept]
-    for _ in range(keep - kept.shape[-1]):
-        chosen = (nearest * candidates + barred).argmin(-1, keepdim=True)
-        barred.scatter_(-1, chosen, float("inf"))
-        found.append(chosen)
-        nearest = nearest.maximum(cosines(unit, rows_at(unit, chosen)).squeeze(-1))
-    return torch.cat(found, dim=-1).sort(dim=-1).values
+    images, tokens, _ = unit.shape
+    worthy = chosen.shape[-1]
+    missing = keep - (worthy if enough is None else 1)
+    if enough is None:
+        enough = torch.full((images,), worthy, device=unit.device)
+    enough = enough.unsqueeze(-1)
+    stays = torch.arange(worthy, device=unit.device) < enough
+    taken = torch.zeros_like(candidates).scatter_(-1, chosen, stays)
+    nearest = _nearest_of(unit, chosen, stays).masked_fill(~candidates, _LAST).masked_fill_(taken, float("inf"))
+    found = []
+    for size in block_sizes(missing, blocks or missing):
+        near, order = nearest.sort(dim=-1, stable=True)
+        if size > 1:
+            # No more likenesses than exist elsewhere.
+            among = max(size, min(_AMONG * size, isqrt(_CELLS // images)))
+            some = order[:, :among]
+            between = self_cosines(rows_at(unit, some)).tril_(-1).amax(-1)
+            order = some.gather(-1, near[:, :among].maximum(between).argsort(dim=-1, stable=True))
+        farthest = order[:, :size]
+        found.append(farthest)
+        nearest = nearest.maximum(_nearest_of(unit, farthest)).scatter_(-1, farthest, float("inf"))
+    wanted = torch.arange(missing, device=unit.device) < keep - enough
+    both = torch.cat((chosen.masked_fill(~stays, tokens), torch.cat(found, -1).masked_fill(~wanted, tokens)), -1)
+    return both.sort(dim=-1).values[:, :keep]
+
+
+def _nearest_of(unit: Tensor, chosen: Tensor, counts: Tensor | None = None) -> Tensor:
+    """[G, N], the largest cosine of each token to these, [G, K], or to those of them that count, [G, K] bool."""
+    size = max(1, _CELLS // unit[..., 0].numel())
+    nearest = []
+    for first in range(0, chosen.shape[-1], size):
+        some = slice(first, first + size)
+        alike = cosines(rows_at(unit, chosen[:, some]), unit)
+        if counts is not None:
+            alike = alike.masked_fill(~counts[:, some].unsqueeze(-1), -1.0)
+        nearest.append(alike.amax(1))
+    return nearest[0] if len(nearest) == 1 else torch.stack(nearest).amax(0)
 
 
 def _nearest_better(unit: Tensor, kept: Tensor, place: Tensor) -> Tensor:

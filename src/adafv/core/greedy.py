@@ -174,7 +174,7 @@ def coverage_in_blocks(
     demand: Tensor,
     candidates: Tensor,
 ) -> Tensor:
-    """[G, K] long, ascending: what `coverage_search` of cosines keeps, nearly, in `blocks` steps whatever K is.
+    """[G, K] long, as they are chosen: what `coverage_search` of cosines keeps, nearly, in `blocks` steps whatever K is.
 
     A step takes several tokens at once: of those that gain most, three times as many as it may take, the ones with the
     largest gain * (1 - largest cosine to one that gains more, at least 0). Each step takes more than the one before, as the
@@ -218,7 +218,7 @@ def coverage_in_blocks(
         rows = cosines(unit[image, chosen], unit) if whole is None else whole[image, chosen]
         reached = rows.amax(1, keepdim=True)
         best = reached.clamp_min(0.0) if best is None else best.maximum(reached)
-    return torch.cat(found, dim=-1).sort(dim=-1).values
+    return torch.cat(found, dim=-1)
 
 
 def _gains_for(unit: Tensor, whole: Tensor | None, best: Tensor | None, demand: Tensor) -> Tensor:

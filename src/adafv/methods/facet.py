@@ -35,15 +35,19 @@ class Facet(Method):
     Args:
         cover: false: keep the tokens with the largest worth * (1 - largest cosine to a kept token of more worth) instead,
             of the projected tokens, without N x N cosines. See `adafv.core.facets`.
-        blocks: with `cover`, steps of N x N, each of which takes several tokens; 0: K steps, one token each.
+        blocks: with `cover`, steps of N x N, each of which takes several tokens, and half as many for those that are least
+            like any that is kept; 0: one token each.
         views: with `cover`, "weighed", or "alike": every token counts as much, wherever it is from.
         rounds: without `cover`, how often all tokens are judged anew, see `facet_rounds`; 0: one token after the other, K
             serial steps.
         share: below 1: as few tokens as hold this share of the image's worth squared, at least 1 of 36, and no more than the
             budget says. How many that are in the mean depends on the model and on the pictures.
-        far: share of the budget, below 1, that is not for worth: one after the other the token that is least like any that is
-            kept, as DivPrune chooses, of the projected tokens. For what neither words nor [CLS] point at and that looks like
-            nothing else, as letters do; a quarter is enough (docs/facet.md). One serial step for each such token.
+        worthy: no more tokens are chosen for their worth than hold this share of the image's worth squared; the rest of the
+            budget goes to those that are least like any that is kept, as DivPrune chooses, of the projected tokens. In an
+            image whose worth lies in few tokens, these show what was asked about, and whatever else counts is elsewhere. 1:
+            all are chosen for their worth.
+        far: share of the budget, below 1, that goes to those at least: for what neither words nor [CLS] point at and that
+            looks like nothing else, as letters do.
     """
 
     rounds: int = 3
@@ -51,7 +55,8 @@ class Facet(Method):
     blocks: int = 6
     views: str = "weighed"
     share: float = 1.0
-    far: float = 0.0
+    worthy: float = 0.4
+    far: float = 0.15
 
     name = "facet"
     summary = "relevant to the text and striking, times what a token adds to the coverage of all others"
@@ -67,10 +72,10 @@ class Facet(Method):
         check_choice("views", self.views, VIEW_CHOICES)
         if not isinstance(self.cover, bool):
             raise OptionError(f"cover={self.cover!r}; give true or false")
-        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
-            raise OptionError(
-                f"share={self.share!r}; give a number above 0, up to 1, which keeps as many as the budget says"
-            )
+        for option, enough in (("share", "keeps as many as the budget says"), ("worthy", "is for worth alone")):
+            given = getattr(self, option)
+            if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= 1:
+                raise OptionError(f"{option}={given!r}; give a number above 0, up to 1, which {enough}")
         if isinstance(self.far, bool) or not isinstance(self.far, (int, float)) or not 0 <= self.far < 1:
             raise OptionError(f"far={self.far!r}; give a number from 0, below 1: 0.25 for a quarter of the budget")
         if not self.cover:
@@ -93,13 +98,15 @@ class Facet(Method):
             tokens, demand = of_views(tokens)
         scores = two_scores(tokens, unit).detach()
         value = worth(scores, shown)
-        worthy = max(1, keep - round(self.far * keep))
+        most = max(1, keep - round(self.far * keep))
         if self.cover:
-            found = covering(tokens, worthy, value.square(), demand=demand, blocks=self.blocks).indices
+            chosen = covering(tokens, most, value.square(), demand=demand, blocks=self.blocks)
         elif self.rounds:
-            found = facet_rounds(unit, value, worthy, shown, self.rounds)
+            chosen = facet_rounds(unit, value, most, shown, self.rounds)
         else:
-            found = facet_steps(unit, value, worthy, shown)
-        if worthy < keep:
-            found = with_the_farthest(unit, found, keep, shown)
-        return Kept(found, text_attention=scores[0])
+            chosen = facet_steps(unit, value, most, shown)
+        if most == keep and (self.worthy == 1 or keep == 1):
+            return Kept(chosen.sort(dim=-1).values, text_attention=scores[0])
+        enough = None if self.worthy == 1 else fewest(value, self.worthy, shown).clamp_max(most)
+        steps = (self.blocks + 1) // 2
+        return Kept(with_the_farthest(unit, chosen, enough, keep, shown, steps), text_attention=scores[0])

@@ -45,7 +45,8 @@ class Scope(Method):
         check_choice("views", self.views, VIEW_CHOICES)
 
     def select(self, tokens: VisualTokens, keep: int) -> Kept:
-        return covering(tokens, keep, tokens.saliency.detach().float() ** self.alpha, parts_of(tokens, self.views))
+        quality = tokens.saliency.detach().float() ** self.alpha
+        return Kept(covering(tokens, keep, quality, parts_of(tokens, self.views)).sort(dim=-1).values)
 
 
 def covering(
@@ -55,8 +56,8 @@ def covering(
     parts: Parts | None = None,
     demand: Tensor | None = None,
     blocks: int = 0,
-) -> Kept:
-    """One after the other the token u with the largest quality_u * sum_j demand_j * max(0, cos(j, u) - best_j).
+) -> Tensor:
+    """[G, K] long, as they are chosen: one after the other the token u with the largest quality_u * sum_j demand_j * max(0, cos(j, u) - best_j).
 
     Cosines are those of the tower's output.
 
@@ -79,6 +80,6 @@ def covering(
         if parts is not None:
             part = Parts(parts.of[some], parts.number)
             alike.masked_fill_(part.of.unsqueeze(1) != part.of.unsqueeze(2), 0.0)
-        return coverage_search(alike, keep, *given, part).indices
+        return coverage_search(alike, keep, *given, part).order
 
-    return Kept(few_at_a_time(len(shown), shown.shape[1] ** 2, search))
+    return few_at_a_time(len(shown), shown.shape[1] ** 2, search)
