@@ -152,33 +152,38 @@ def with_the_farthest(
     if enough is None:
         enough = torch.full((images,), worthy, device=unit.device)
     enough = enough.unsqueeze(-1)
+    image = torch.arange(images, device=unit.device).unsqueeze(-1)
     stays = torch.arange(worthy, device=unit.device) < enough
     taken = torch.zeros_like(candidates).scatter_(-1, chosen, stays)
-    nearest = _nearest_of(unit, chosen, stays).masked_fill(~candidates, _LAST).masked_fill_(taken, float("inf"))
-    found = []
+    nearest = _nearest_of(unit, image, chosen, stays).masked_fill(~candidates, _LAST).masked_fill_(taken, float("inf"))
+    found: list[Tensor] = []
     for size in block_sizes(missing, blocks or missing):
+        if found:
+            nearest = nearest.maximum(_nearest_of(unit, image, found[-1])).scatter_(-1, found[-1], float("inf"))
         near, order = nearest.sort(dim=-1, stable=True)
         if size > 1:
             # No more likenesses than exist elsewhere.
             among = max(size, min(_AMONG * size, isqrt(_CELLS // images)))
             some = order[:, :among]
-            between = self_cosines(rows_at(unit, some)).tril_(-1).amax(-1)
+            between = self_cosines(unit[image, some]).tril_(-1).amax(-1)
             order = some.gather(-1, near[:, :among].maximum(between).argsort(dim=-1, stable=True))
-        farthest = order[:, :size]
-        found.append(farthest)
-        nearest = nearest.maximum(_nearest_of(unit, farthest)).scatter_(-1, farthest, float("inf"))
-    wanted = torch.arange(missing, device=unit.device) < keep - enough
-    both = torch.cat((chosen.masked_fill(~stays, tokens), torch.cat(found, -1).masked_fill(~wanted, tokens)), -1)
+        found.append(order[:, :size])
+    marks = torch.cat((stays, torch.arange(missing, device=unit.device) < keep - enough), -1)
+    both = torch.cat((chosen, *found), -1).masked_fill(~marks, tokens)
     return both.sort(dim=-1).values[:, :keep]
 
 
-def _nearest_of(unit: Tensor, chosen: Tensor, counts: Tensor | None = None) -> Tensor:
-    """[G, N], the largest cosine of each token to these, [G, K], or to those of them that count, [G, K] bool."""
+def _nearest_of(unit: Tensor, image: Tensor, chosen: Tensor, counts: Tensor | None = None) -> Tensor:
+    """[G, N], the largest cosine of each token to these, [G, K], or to those of them that count, [G, K] bool.
+
+    Args:
+        image: [G, 1] long, 0 to G - 1.
+    """
     size = max(1, _CELLS // unit[..., 0].numel())
     nearest = []
     for first in range(0, chosen.shape[-1], size):
         some = slice(first, first + size)
-        alike = cosines(rows_at(unit, chosen[:, some]), unit)
+        alike = cosines(unit[image, chosen[:, some]], unit)
         if counts is not None:
             alike = alike.masked_fill(~counts[:, some].unsqueeze(-1), -1.0)
         nearest.append(alike.amax(1))

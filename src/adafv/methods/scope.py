@@ -57,9 +57,9 @@ def covering(
     demand: Tensor | None = None,
     blocks: int = 0,
 ) -> Tensor:
-    """[G, K] long, as they are chosen: one after the other the token u with the largest quality_u * sum_j demand_j * max(0, cos(j, u) - best_j).
+    """[G, K] long, as they are chosen: the token u with the largest quality_u * sum_j demand_j * max(0, cos(j, u) - best_j).
 
-    Cosines are those of the tower's output.
+    One after the other. Cosines are those of the tower's output.
 
     Args:
         quality: [G, N], not negative.
