@@ -18,7 +18,7 @@ from test_operations import MOST_OPERATIONS, Watched
 from torch import Tensor
 
 from adafv.core import facets, greedy
-from adafv.core.facets import facet_rounds, facet_steps
+from adafv.core.facets import facet_rounds, facet_steps, with_the_farthest
 from adafv.core.greedy import Greedy, Parts, block_sizes, coverage_search, determinantal_search, max_min_search
 from adafv.core.likeness import self_cosines, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, STRINGS, WORDS, VisualTokens, Words
@@ -592,9 +592,46 @@ def test_facet_in_rounds_keeps_little_at_a_time() -> None:
         unit_vectors(torch.randn(1, 16_384, 16, generator=generator)),
         torch.rand(1, 16_384, generator=generator),
     )
+    shown = torch.ones_like(worth, dtype=torch.bool)
     with Watched() as watched:
-        facet_rounds(unit, worth, 4096, torch.ones_like(worth, dtype=torch.bool), 2)
+        kept = facet_rounds(unit, worth, 4096, shown, 2)
     assert watched.living.peak < 64 * 2**20
+    with Watched() as watched:
+        with_the_farthest(unit, kept[:, :3500], torch.tensor([1000]), 1, 4096, shown, 3)
+    assert watched.living.peak < 64 * 2**20
+
+
+@pytest.mark.parametrize("worthy", [0.1, 0.4, 1.0])
+def test_facet_keeps_the_same_beside_other_images(worthy: float) -> None:
+    """However many tokens their worth lies in."""
+    tokens = images(6, 4, newlines=True, tiling=None)
+    method = method_named("facet", worthy=worthy)
+    for keep in (5, 20, 50):
+        together = method.select(tokens, keep).indices
+        for image in range(6):
+            alone = replace(
+                tokens,
+                **{name: getattr(tokens, name)[image : image + 1] for name in ("features", "candidates", "source")},
+                signals={name: signal[image : image + 1] for name, signal in tokens.signals.items()},
+                words=Words(
+                    *(part[image : image + 1] for part in (tokens.text.embeddings, tokens.text.mask, tokens.text.ids))
+                ),
+            )
+            assert torch.equal(method.select(alone, keep).indices[0], together[image])
+
+
+def test_facet_chooses_for_worth_no_more_than_is_enough() -> None:
+    """The smaller the share of the worth, the more is left to what is far; with all of it, and no share, nothing is."""
+    tokens = images(4, 4)
+    plain = method_named("facet", worthy=1.0, far=0.0).select(tokens, 30).indices
+    shared = [
+        len(
+            set(plain[0].tolist())
+            & set(method_named("facet", worthy=worthy, far=0.0).select(tokens, 30).indices[0].tolist())
+        )
+        for worthy in (0.05, 0.5, 0.999)
+    ]
+    assert shared[0] < shared[1] <= shared[2] == 30
 
 
 @given(st.integers(0, 10**6), st.integers(1, 23), st.sampled_from([0, 1, 3]))

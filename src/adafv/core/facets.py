@@ -129,7 +129,7 @@ def facet_rounds(unit: Tensor, worth: Tensor, keep: int, candidates: Tensor, rou
 
 
 def with_the_farthest(
-    unit: Tensor, chosen: Tensor, enough: Tensor | None, keep: int, candidates: Tensor, blocks: int
+    unit: Tensor, chosen: Tensor, enough: Tensor, least: int, keep: int, candidates: Tensor, blocks: int
 ) -> Tensor:
     """[G, keep], ascending: the first of those that were chosen for their worth, and tokens that are least like any of these.
 
@@ -141,16 +141,14 @@ def with_the_farthest(
     Args:
         unit: [G, N, D] vectors of length one.
         chosen: [G, W], W <= keep, as they were chosen.
-        enough: [G] long, 1 to W: how many of them stay; None: all.
+        enough: [G] long, 1 to W: how many of them stay.
+        least: what the host knows of that: no image has fewer.
         keep: how many to keep at last.
         candidates: [G, N] bool; others are added where there are no more of these, in their order.
         blocks: 0: one token a step.
     """
     images, tokens, _ = unit.shape
-    worthy = chosen.shape[-1]
-    missing = keep - (worthy if enough is None else 1)
-    if enough is None:
-        enough = torch.full((images,), worthy, device=unit.device)
+    worthy, missing = chosen.shape[-1], keep - least
     enough = enough.unsqueeze(-1)
     image = torch.arange(images, device=unit.device).unsqueeze(-1)
     stays = torch.arange(worthy, device=unit.device) < enough
@@ -162,8 +160,8 @@ def with_the_farthest(
             nearest = nearest.maximum(_nearest_of(unit, image, found[-1])).scatter_(-1, found[-1], float("inf"))
         near, order = nearest.sort(dim=-1, stable=True)
         if size > 1:
-            # No more likenesses than exist elsewhere.
-            among = max(size, min(_AMONG * size, isqrt(_CELLS // images)))
+            # No more likenesses than exist elsewhere, however many images there are beside this one.
+            among = max(size, min(_AMONG * size, isqrt(_CELLS)))
             some = order[:, :among]
             between = self_cosines(unit[image, some]).tril_(-1).amax(-1)
             order = some.gather(-1, near[:, :among].maximum(between).argsort(dim=-1, stable=True))

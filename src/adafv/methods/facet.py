@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from adafv.core import ImageLayout
 from adafv.core.facets import facet_rounds, facet_steps, fewest, of_views, two_scores, with_the_farthest, worth
+from adafv.core.greedy import few_at_a_time
 from adafv.core.likeness import unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, Plan, VisualTokens
 from adafv.errors import OptionError
@@ -107,6 +109,13 @@ class Facet(Method):
             chosen = facet_steps(unit, value, most, shown)
         if most == keep and (self.worthy == 1 or keep == 1):
             return Kept(chosen.sort(dim=-1).values, text_attention=scores[0])
-        enough = None if self.worthy == 1 else fewest(value, self.worthy, shown).clamp_max(most)
+        enough = torch.full_like(chosen[:, 0], most)
+        if self.worthy < 1:
+            enough = fewest(value, self.worthy, shown).clamp_max(most)
         steps = (self.blocks + 1) // 2
-        return Kept(with_the_farthest(unit, chosen, enough, keep, shown, steps), text_attention=scores[0])
+
+        def search(some: slice) -> Tensor:
+            given = (chosen[some], enough[some], most if self.worthy == 1 else 1)
+            return with_the_farthest(unit[some], *given, keep, shown[some], steps)
+
+        return Kept(few_at_a_time(len(shown), shown.shape[1] ** 2, search), text_attention=scores[0])
