@@ -12,6 +12,9 @@ token's own two scores, and a token counts for what no kept token of more worth 
 The second follows Matrix NMS (SOLOv2, arXiv 2003.10152), which replaces the serial loop of non-maximum suppression so.
 It takes no steps that wait for each other, N x K cosines a round, and about as many operations as AdaFV's own search,
 whatever K is. The two keep most tokens in common, not all: "more worth" is not "chosen before".
+
+`fewest`             how many tokens hold a share of an image's worth
+`with_the_farthest`  so many of those chosen for their worth, and for the rest of the budget what is unlike them
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Worth times novelty: what the question asks for and the tower finds striking, each thing once."""
+"""What the question asks for and the tower finds striking, each thing once, until that is enough; then what is unlike it."""
 
 from dataclasses import dataclass
 
@@ -31,14 +31,17 @@ class Facet(Method):
     output: what adds to the coverage of all others counts, as in SCOPE. A token's demand is 1; thumbnail and crops of an
     image weigh as much as each other, see `adafv.core.facets.of_views`. docs/facet.md says how it was chosen.
 
+    That is enough once the tokens of most worth hold two fifths of the image's worth squared. What is left of the budget goes
+    to what is least like any token that is kept, see `adafv.core.facets.with_the_farthest`.
+
     Ours; no paper. It was chosen among the candidates of `benchmarks.candidates` on one half of the data and confirmed on the
     other: docs/evidence.md has both.
 
     Args:
         cover: false: keep the tokens with the largest worth * (1 - largest cosine to a kept token of more worth) instead,
             of the projected tokens, without N x N cosines. See `adafv.core.facets`.
-        blocks: with `cover`, steps of N x N, each of which takes several tokens, and half as many for those that are least
-            like any that is kept; 0: one token each.
+        blocks: with `cover`, steps of N x N, each of which takes several tokens; with and without it half as many steps for
+            those that are least like any that is kept. 0: one token each.
         views: with `cover`, "weighed", or "alike": every token counts as much, wherever it is from.
         rounds: without `cover`, how often all tokens are judged anew, see `facet_rounds`; 0: one token after the other, K
             serial steps.
