@@ -64,7 +64,7 @@ class Facet(Method):
     far: float = 0.15
 
     name = "facet"
-    summary = "relevant to the text and striking, times what a token adds to the coverage of all others"
+    summary = "relevant to the text and striking, each thing once, until that is enough; then what is unlike it"
     paper = "adafv, docs/facet.md"
     cost = "N x N, a few times"
     needs = frozenset({WORDS, SALIENCY, HIDDEN})
