@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adafv.core import joint_search, top_tokens
-from adafv.core.facets import facet_rounds, facet_steps, fewest, of_views, two_scores, worth
+from adafv.core.facets import facet_rounds, facet_steps, fewest, of_views, two_scores, with_the_farthest, worth
 from adafv.core.greedy import block_sizes
 from adafv.core.likeness import crop_of, unit_vectors
 from adafv.core.tokens import HIDDEN, SALIENCY, WORDS, Kept, Signal, VisualTokens, saliency_of
@@ -476,7 +476,6 @@ class Far(Method):
     """Of the budget, for the farthest."""
     blocks: int = 0
     """Steps in which the farthest are chosen; 0: one after the other."""
-    among: int = 3
     until: float = 0.0
     """Above 0: no more tokens are chosen for their worth than hold this share of the image's worth squared."""
     cap: float = 1.0
@@ -502,34 +501,16 @@ class Far(Method):
         apart = unit if self.space == "tokens" else unit_vectors(tokens.signals[HIDDEN].detach())
         kept = []
         for image, number in enumerate(numbers):
-            one = one_of(tokens, image)
-            some = covering(one, number, value[image : image + 1].square(), demand=demand[image : image + 1], blocks=6)
-            kept.append(
-                self.fill(apart[image : image + 1], some, keep, shown[image : image + 1], value[image : image + 1])
-            )
+            some, count = slice(image, image + 1), torch.tensor([number])
+            chosen = covering(one_of(tokens, image), number, value[some].square(), demand=demand[some], blocks=6)
+            if not self.power and number < keep:
+                chosen = with_the_farthest(apart[some], chosen, count, number, keep, shown[some], self.blocks)
+            while chosen.shape[-1] < keep:
+                far = (1 - (apart[some] @ apart[some].mT)[:, chosen[0]].amax(1)).clamp_max(1)
+                score = (far * value[some].clamp_min(1e-6) ** self.power).masked_fill(~shown[some], -1e9)
+                chosen = torch.cat((chosen, score.scatter(-1, chosen, float("-inf")).argmax(-1, keepdim=True)), -1)
+            kept.append(chosen.sort(-1).values)
         return Kept(torch.cat(kept))
-
-    def fill(self, unit: Tensor, kept: Tensor, keep: int, shown: Tensor, value: Tensor) -> Tensor:
-        missing = keep - kept.shape[-1]
-        if not missing:
-            return kept
-        alike = unit @ unit.mT
-        far = 1 - alike.gather(1, kept.unsqueeze(-1).expand(-1, -1, unit.shape[1])).amax(1)
-        weight = value.clamp_min(1e-6) ** self.power
-        out = torch.zeros_like(far).masked_fill(~shown, -1e9).scatter(-1, kept, float("-inf"))
-        found = [kept]
-        sizes = block_sizes(missing, self.blocks) if self.blocks else [1] * missing
-        for size in sizes:
-            gain, order = (far * weight + out).sort(dim=-1, descending=True, stable=True)
-            some = order[:, : self.among * size]
-            between = alike[0][some[0]][:, some[0]].unsqueeze(0)
-            nearest = between.tril(-1).amax(-1) if size > 1 else torch.zeros_like(some, dtype=far.dtype)
-            score = torch.minimum(gain[:, : some.shape[1]], (1 - nearest) * weight.gather(-1, some))
-            chosen = some.gather(-1, score.argsort(dim=-1, descending=True, stable=True)[:, :size])
-            found.append(chosen)
-            out = out.scatter(-1, chosen, float("-inf"))
-            far = far.minimum(1 - alike[:, chosen[0]].amax(1))
-        return torch.cat(found, -1).sort(-1).values
 
 
 def one_of(tokens: VisualTokens, image: int) -> VisualTokens:

@@ -21,8 +21,9 @@ from adafv.core import facets, greedy
 from adafv.core.facets import facet_rounds, facet_steps, with_the_farthest
 from adafv.core.greedy import Greedy, Parts, block_sizes, coverage_search, determinantal_search, max_min_search
 from adafv.core.likeness import self_cosines, unit_vectors
+from adafv.core.select import check_kept
 from adafv.core.tokens import HIDDEN, SALIENCY, STRINGS, WORDS, VisualTokens, Words
-from adafv.errors import BudgetError, OptionError
+from adafv.errors import BudgetError, MethodError, OptionError
 from adafv.methods import method_named
 from adafv.methods.facet import Facet
 from adafv.methods.mmtok import content_of
@@ -599,6 +600,22 @@ def test_facet_in_rounds_keeps_little_at_a_time() -> None:
     with Watched() as watched:
         with_the_farthest(unit, kept[:, :3500], torch.tensor([1000]), 1, 4096, shown, 3)
     assert watched.living.peak < 64 * 2**20
+
+
+@pytest.mark.parametrize("worthy", [0.4, 1.0])
+@pytest.mark.parametrize("what", ["features", SALIENCY, HIDDEN])
+def test_facet_is_refused_where_numbers_are_nan(what: Any, worthy: float) -> None:
+    """As from a tower that overflows. Nothing is chosen by what is left, without a word."""
+    tokens = images(2, 4)
+    values = (tokens.features if what == "features" else tokens.signals[what]).clone()
+    values[0, 3] = float("nan")
+    if what == "features":
+        tokens = replace(tokens, features=values)
+    else:
+        tokens = replace(tokens, signals={**tokens.signals, what: values})
+    method = method_named("facet", worthy=worthy)
+    with pytest.raises(MethodError, match="distinct"):
+        check_kept(method, tokens, 20, method.select(tokens, 20))
 
 
 @pytest.mark.parametrize("worthy", [0.1, 0.4, 1.0])

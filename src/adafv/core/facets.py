@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adafv.core.greedy import block_sizes, max_min_search
+from adafv.core.greedy import AMONG, block_sizes, max_min_search
 from adafv.core.likeness import best_word_cosines, cosines, crop_of, crop_under, min_max, self_cosines
 from adafv.core.merging import rows_at
 from adafv.core.tokens import SALIENCY, VisualTokens
@@ -36,8 +36,6 @@ FLOOR = 0.05
 _TINY = 1e-12
 _CELLS = 2**22
 """Cosines that exist at a time, over all images: 16 MiB, twice."""
-_AMONG = 3
-"""Tokens that a block of the farthest is chosen from, for each one in it."""
 _LAST = 4.0
 """Above any cosine: how near to what is kept a token counts that is no candidate."""
 
@@ -164,7 +162,7 @@ def with_the_farthest(
         near, order = nearest.sort(dim=-1, stable=True)
         if size > 1:
             # No more likenesses than exist elsewhere, however many images there are beside this one.
-            among = max(size, min(_AMONG * size, isqrt(_CELLS)))
+            among = max(size, min(AMONG * size, isqrt(_CELLS)))
             some = order[:, :among]
             between = self_cosines(unit[image, some]).tril_(-1).amax(-1)
             order = some.gather(-1, near[:, :among].maximum(between).argsort(dim=-1, stable=True))
@@ -214,4 +212,5 @@ def fewest(worth: Tensor, share: float, candidates: Tensor) -> Tensor:
         candidates: [G, N] bool; others hold nothing.
     """
     held = worth.square().masked_fill(~candidates, 0.0).sort(dim=-1, descending=True).values.cumsum(-1)
-    return ((held < share * held[..., -1:]).sum(-1) + 1).clamp(max=worth.shape[-1])
+    # Not "<": worth that is NaN is held by no number of tokens, rather than by one. So the search has to show it, and does.
+    return ((~(held >= share * held[..., -1:])).sum(-1) + 1).clamp(max=worth.shape[-1])

@@ -27,8 +27,8 @@ _ROW_COSTS = 5
 """What a row of cosines costs on a CPU by itself, in rows of the product of all."""
 _AT_FIRST = 16
 """Stale gains that a step on a CPU looks at first."""
-_AMONG = 3
-"""Tokens that a block is chosen from, for each one in it."""
+AMONG = 3
+"""Tokens that a block is chosen from, for each one in it; of those that cover and of the farthest."""
 _GROWTH = 1.6
 """Of a block, beside the one before."""
 _LAST = torch.finfo(torch.float32).min
@@ -203,13 +203,13 @@ def coverage_in_blocks(
         if size == 1:
             chosen = order[:, :1]
         else:
-            some = order[:, : _AMONG * size]
+            some = order[:, : AMONG * size]
             if whole is None:
                 alike = self_cosines(unit[image, some])
             else:
                 alike = whole[image.unsqueeze(-1), some.unsqueeze(-1), some.unsqueeze(1)]
             near = alike.tril_(-1).amax(-1).clamp_(0, 1)
-            score = gain[:, : _AMONG * size]
+            score = gain[:, : AMONG * size]
             # What is no candidate has the lowest gain of all, and keeps it.
             score = torch.addcmul(score, score.clamp_min(0.0), near, value=-1)
             chosen = some.gather(-1, score.argsort(dim=-1, descending=True, stable=True)[:, :size])

@@ -112,13 +112,13 @@ class Facet(Method):
             chosen = facet_steps(unit, value, most, shown)
         if most == keep and (self.worthy == 1 or keep == 1):
             return Kept(chosen.sort(dim=-1).values, text_attention=scores[0])
-        enough = torch.full_like(chosen[:, 0], most)
-        if self.worthy < 1:
-            enough = fewest(value, self.worthy, shown).clamp_max(most)
+        if self.worthy == 1:
+            enough, least = torch.full_like(chosen[:, 0], most), most
+        else:
+            enough, least = fewest(value, self.worthy, shown).clamp_max(most), 1
         steps = (self.blocks + 1) // 2
 
         def search(some: slice) -> Tensor:
-            given = (chosen[some], enough[some], most if self.worthy == 1 else 1)
-            return with_the_farthest(unit[some], *given, keep, shown[some], steps)
+            return with_the_farthest(unit[some], chosen[some], enough[some], least, keep, shown[some], steps)
 
         return Kept(few_at_a_time(len(shown), shown.shape[1] ** 2, search), text_attention=scores[0])
