@@ -92,6 +92,7 @@ def in_a_copy(work: Callable[[], Any], forget: str = "adafv") -> Any:
     code = 1
     try:
         os.close(reading)
+        _own_threads()
         with open(writing, "w") as saying:
             try:
                 for name in [name for name in sys.modules if name == forget or name.startswith(f"{forget}.")]:
@@ -334,6 +335,7 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     tempfile.tempdir = None
+    _own_threads()
     sys.path[1:1] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     first, *rest = request["arguments"]
     if first == "-c":
@@ -349,6 +351,13 @@ def _become(request: dict[str, Any]) -> None:
         sys.path[0] = str(Path(first).parent)
         sys.argv = request["arguments"]
         runpy.run_path(first, run_name="__main__")
+
+
+def _own_threads() -> None:
+    """torch makes its pool of threads anew at the first use in a forked process, and two threads that use it first at once
+    may find none ("Invalid thread pool!"). So it is used here, by one."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(torch.get_num_threads())
 
 
 def _end(code: int) -> NoReturn:
