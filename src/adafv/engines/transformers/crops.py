@@ -50,7 +50,7 @@ def check_crops(crops: Crops, family: Family, model: Any) -> None:
             f"crops={str(crops)!r}: in {family.name} nothing says which crop lies where, so the thumbnail cannot say which "
             f"of them are worth it; give crops={THUMBNAIL!r} or {AUTO!r}, or {MEND}"
         )
-    if not (family.chooses_crops or family.knows_thumbnail):
+    if not family.spares_crops:
         raise UnsupportedModelError(
             f"crops={str(crops)!r}: in {family.name} images are not cut into a thumbnail and crops, or crops are images of "
             f"their own; {MEND}"
@@ -60,11 +60,7 @@ def check_crops(crops: Crops, family: Family, model: Any) -> None:
 
 def chooses(call: Call, job: ImageJob) -> bool:
     """Whether some crops of an image need not be encoded."""
-    if (
-        not (call.family.chooses_crops or call.family.knows_thumbnail)
-        or job.image.modality != "image"
-        or job.plan is None
-    ):
+    if not call.family.spares_crops or job.image.modality != "image" or job.plan is None:
         return False
     layout, crops = job.image.layout, call.settings.crops_of(job.image.row)
     return need_not_all(crops, layout, job.plan, job.method, arranged=job.layout is not layout)
@@ -102,55 +98,83 @@ def encode_chosen(
         visuals: of these images alone.
         images: by number; where they are encoded already, whole. The same crops are chosen then.
     """
-    layouts = [job.image.layout for job in jobs]
-    if images is not None and call.family.knows_thumbnail:
-        raise UnsupportedCallError(
-            f"crops={str(call.settings.crops)!r}: in {call.family.name} pixels alone say whether a crop is a thumbnail, and "
-            f"these images are encoded already; pass the images themselves, or {MEND}"
-        )
-
-    # Several prompts may show one image.
-    known: dict[Any, Any] = {}
-
-    def once(make: Callable[..., Any], *given: Any) -> Any:
-        key = make, *(each if isinstance(each, tuple) else id(each) for each in given)
-        if key not in known:
-            known[key] = make(*given), given  # which stay alive, and so their ids their own
-        return known[key][0]
-
-    store = call.settings.store if images is None else None
-    remembered = None if store is None else RememberedCrops(store, call.model, call.family, visuals, layouts)
-
-    def encoded(wanted: list[tuple[int, ...]], asked: frozenset[Signal]) -> Sequence[EncodedImage | None]:
-        if remembered is not None:
-            return remembered.encode(wanted, asked)
-        parts = [once(of_some_crops, layout, crops) for layout, crops in zip(layouts, wanted, strict=True)]
-        if images is not None:
-            whole = [images[job.image.number] for job in jobs]
-            return [
-                once(EncodedImage.part, image, places, layout)
-                for image, (places, layout) in zip(whole, parts, strict=True)
-            ]
-        made = call.family.encode_crops(call.model, visuals, layouts, wanted, asked)
-        return [encoded_part(made, i, layout) for i, (_, layout) in enumerate(parts)]
-
+    some = _SomeCrops(call, jobs, visuals, images)
     first = [first_crops(job.plan) for job in jobs]
     deciding = [job for job in jobs if decides(call, job)]
-    found = encoded(first, signals | {SALIENCY} if deciding else signals)
+    found = some.encode(first, signals | {SALIENCY} if deciding else signals)
     others: list[tuple[int, ...]] = [()] * len(jobs)
     if deciding:
         thumbnails = {id(job): image for job, image in zip(jobs, found, strict=True) if image is not None}
         decided = decide(call, deciding, [thumbnails[id(job)] for job in deciding])
         chosen = {id(job): crops for job, crops in zip(deciding, decided, strict=True)}
         others = [chosen.get(id(job), ()) for job in jobs]
-    more = encoded(others, signals) if any(others) else [None] * len(jobs)
-    for job, layout, one, two, crops, rest in zip(jobs, layouts, found, more, first, others, strict=True):
+    more = some.encode(others, signals) if any(others) else [None] * len(jobs)
+    for job, one, two, crops, rest in zip(jobs, found, more, first, others, strict=True):
+        layout = job.image.layout
         job.crops = (*crops, *rest)
-        job.places, left = once(of_some_crops, layout, job.crops)
-        job.encoded = one if two is None or not rest else once(_joined, layout, one, crops, two, rest, left)
-    if store is not None and remembered is not None:
-        store.count(len(jobs) - len(remembered.ran), len(remembered.ran))
-        call.remembered |= {("image", job.image.number) for i, job in enumerate(jobs) if i not in remembered.ran}
+        job.places, left = some.once(of_some_crops, layout, job.crops)
+        job.encoded = one if two is None or not rest else some.once(_joined, layout, one, crops, two, rest, left)
+    some.count()
+
+
+class _SomeCrops:
+    """Some crops of the images of a call: as a store remembers them, as parts of whole encoded images, or from the tower."""
+
+    def __init__(
+        self,
+        call: Call,
+        jobs: Sequence[ImageJob],
+        visuals: Mapping[str, Any],
+        images: Mapping[int, EncodedImage] | None,
+    ) -> None:
+        """See `encode_chosen`.
+
+        Raises:
+            UnsupportedCallError: encoded images do not say whether their first crop is a thumbnail.
+        """
+        if images is not None and call.family.knows_thumbnail:
+            raise UnsupportedCallError(
+                f"crops={str(call.settings.crops)!r}: in {call.family.name} pixels alone say whether a crop is a thumbnail, "
+                f"and these images are encoded already; pass the images themselves, or {MEND}"
+            )
+        self._call, self._jobs, self._visuals = call, jobs, visuals
+        self._whole = None if images is None else [images[job.image.number] for job in jobs]
+        self._layouts = [job.image.layout for job in jobs]
+        self._known: dict[Any, Any] = {}
+        self._store = call.settings.store if images is None else None
+        self._remembered = (
+            None
+            if self._store is None
+            else RememberedCrops(self._store, call.model, call.family, visuals, self._layouts)
+        )
+
+    def once(self, make: Callable[..., Any], *given: Any) -> Any:
+        """`make(*given)`, made once: several prompts may show one image."""
+        key = make, *(each if isinstance(each, tuple) else id(each) for each in given)
+        if key not in self._known:
+            self._known[key] = make(*given), given  # which stay alive, and so their ids their own
+        return self._known[key][0]
+
+    def encode(self, wanted: list[tuple[int, ...]], signals: frozenset[Signal]) -> Sequence[EncodedImage | None]:
+        """Per image the crops that are wanted of it; None, perhaps, where that is none."""
+        if self._remembered is not None:
+            return self._remembered.encode(wanted, signals)
+        parts = [self.once(of_some_crops, layout, crops) for layout, crops in zip(self._layouts, wanted, strict=True)]
+        if self._whole is not None:
+            return [
+                self.once(EncodedImage.part, image, places, layout)
+                for image, (places, layout) in zip(self._whole, parts, strict=True)
+            ]
+        made = self._call.family.encode_crops(self._call.model, self._visuals, self._layouts, wanted, signals)
+        return [encoded_part(made, i, layout) for i, (_, layout) in enumerate(parts)]
+
+    def count(self) -> None:
+        """Tell the store, and the call, for which images the tower ran."""
+        if self._store is None or self._remembered is None:
+            return
+        ran = self._remembered.ran
+        self._store.count(len(self._jobs) - len(ran), len(ran))
+        self._call.remembered |= {("image", job.image.number) for i, job in enumerate(self._jobs) if i not in ran}
 
 
 def decide(call: Call, jobs: Sequence[ImageJob], thumbnails: Sequence[EncodedImage]) -> list[tuple[int, ...]]:

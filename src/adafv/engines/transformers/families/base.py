@@ -101,6 +101,11 @@ class Family(ABC):
     limits: ClassVar[str] = ""
     """One line on what is refused or different, for the catalogue; empty where nothing is."""
 
+    @property
+    def spares_crops(self) -> bool:
+        """Whether crops of an image need not all be encoded."""
+        return self.chooses_crops or self.knows_thumbnail
+
     def owns(self, model: Any) -> bool:
         """Whether a model is of this family: of one of its classes, or of one derived from it.
 
@@ -184,7 +189,7 @@ class Family(ABC):
     ) -> Encoded:
         """Run tower and projector on some crops of the images alone, all in one run.
 
-        Asked for where `chooses_crops` or `knows_thumbnail` says so.
+        Asked for where `spares_crops`.
 
         Args:
             wanted: per image the numbers of the crops, ascending; of an image maybe none, of all at least one.
