@@ -15,9 +15,11 @@ import torch
 from cli_checkpoint import TOKENS, save_llava
 from command_line import refused, run
 from PIL import Image
+from typer.main import get_command
 from typer.testing import Result
 
 import adafv.asking.session
+from adafv.cli import app
 from adafv.core import Budget
 from adafv.errors import BudgetError
 from adafv.methods import known_methods
@@ -639,3 +641,20 @@ def test_a_model_that_has_learned_something(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.stderr
     assert "red" in result.stdout.lower()
+
+
+def test_commands_name_alike_what_is_alike() -> None:
+    """What several commands have has one name, and each takes the other one that somebody may remember."""
+    names = [{"--output", "--to"}, {"--matching", "--rule"}, {"--batch", "--batch-size"}, {"--methods", "--method"}]
+    commands = {
+        ("check",): names,
+        ("bench", "accuracy"): names,
+        ("analyze",): names[:1],
+        ("eval",): [names[0], names[2]],
+    }
+    for path, expected in commands.items():
+        command: Any = get_command(app)
+        for name in path:
+            command = command.commands[name]
+        for each in expected:
+            assert any(each <= set(option.opts) for option in command.params), (path, each)

@@ -378,7 +378,7 @@ WORLD = ["bench", "accuracy", "--world", "--no-photos", "--questions", 14, "--ke
 
 class TestCommand:
     def test_goes_on_and_says_the_same(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        first = run(*WORLD, "--to", tmp_path)
+        first = run(*WORLD, "--output", tmp_path)
         assert first.exit_code == 0, first.output
         written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         assert set(written) == {"accuracy.md", "accuracy.csv", "accuracy.json", "accuracy.svg", "answers.jsonl"}
@@ -392,7 +392,7 @@ class TestCommand:
         monkeypatch.setattr(
             Asker, "_answers", lambda self, some, *rest: asked.append(len(some)) or answers(self, some, *rest)
         )
-        again = run(*WORLD, "--to", tmp_path)
+        again = run(*WORLD, "--output", tmp_path)
         assert again.stdout == first.stdout
         assert sum(asked) == len(lines) - 30
         assert json.loads((tmp_path / "accuracy.json").read_bytes()) == json.loads(written["accuracy.json"])
@@ -440,7 +440,7 @@ class TestCommand:
         """With its own message; what was answered stays for the next run."""
         monkeypatch.setattr(accuracy, "_process", broken_process)
         monkeypatch.setattr(accuracy, "get_context", lambda _: ForkedAsSpawned())
-        result = run(*WORLD, "--jobs", 2, "--to", tmp_path)
+        result = run(*WORLD, "--jobs", 2, "--output", tmp_path)
         refused(result, 1, "the disk is full; make room")
 
     def test_all_leaves_out_what_the_model_does_not_take(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,7 +488,7 @@ class TestCommand:
 
     def test_a_folder_that_cannot_be(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        refused(run(*WORLD, "--to", tmp_path / "file"), 2, "--to", "is a file")
+        refused(run(*WORLD, "--output", tmp_path / "file"), 2, "--output", "is a file")
 
 
 def test_the_asker_is_what_the_settings_say(session: Session) -> None:

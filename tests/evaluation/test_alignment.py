@@ -265,7 +265,7 @@ class TestCommand:
         assert "boxes: 1 of 1 pictures" in result.stderr
 
     def test_world(self, tmp_path: Path) -> None:
-        result = run("analyze", "--world", "--scenes", 4, "--no-photos", "--to", tmp_path / "new")
+        result = run("analyze", "--world", "--scenes", 4, "--no-photos", "--output", tmp_path / "new")
         assert result.exit_code == 0, result.output
         assert "the word finds the object better than chance" in " ".join(result.stdout.split())
         written = {path.name for path in (tmp_path / "new").iterdir()}

@@ -21,7 +21,7 @@ def adafv(*arguments: str) -> Any:
 
 
 def run(drawn: Drawn, *arguments: str) -> Any:
-    done = adafv("--include", str(drawn.folder), "--batch-size", "4", "--device", "cpu", *arguments)
+    done = adafv("--include", str(drawn.folder), "--batch", "4", "--device", "cpu", *arguments)
     assert done.exit_code == 0, done.stderr
     return done
 

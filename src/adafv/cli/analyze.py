@@ -58,10 +58,13 @@ def analyze(
         ),
     ] = None,
     text: TextOption = None,
-    to: Annotated[
+    output: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the figures, the report and analysis.json; made if needed.", rich_help_panel=_OUTPUT
+            "--output",
+            "--to",
+            help="Folder for the figures, the report and analysis.json; made if needed.",
+            rich_help_panel=_OUTPUT,
         ),
     ] = None,
     as_json: Annotated[
@@ -76,8 +79,8 @@ def analyze(
     Prints a report: areas under the curve of text similarity and saliency, how similarities are distributed, and how many
     tokens it takes until one lies on the object; by data set and by size of the object, with 95 % intervals.
 
-        adafv analyze --world --to analysis
-        adafv analyze photos/images.json --model llava-hf/llava-1.5-7b-hf --to analysis
+        adafv analyze --world --output analysis
+        adafv analyze photos/images.json --model llava-hf/llava-1.5-7b-hf --output analysis
     """
     with failures_as_messages():
         sources = list(boxes or [])
@@ -91,7 +94,7 @@ def analyze(
                 raise UsageError(
                     "--ask has neither {} nor {a}, which stand for what is asked for; as in: Where is the {}?"
                 )
-        folder = None if to is None else writable_folder("--to", to)
+        folder = None if output is None else writable_folder("--output", output)
         checked = checked_model(model)
         hub_options(folder_or_id(checked))
         _run(

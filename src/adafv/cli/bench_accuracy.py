@@ -10,7 +10,18 @@ import typer
 from adafv.asking.failures import UsageError, check_text
 from adafv.asking.models import about, checked_model, folder_or_id, hub_options
 from adafv.cli.failures import failures_as_messages, put, say, warnings_as_messages
-from adafv.cli.options import DTYPES, METHOD, RUN, DeviceOption, DtypeOption, ModelOption, TextOption, one_of, parts_of
+from adafv.cli.options import (
+    DTYPES,
+    METHOD,
+    RUN,
+    BatchOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    TextOption,
+    one_of,
+    parts_of,
+)
 from adafv.cli.output import counted, model_label, writable_folder, write_whole
 from adafv.core.budget import Budget
 from adafv.printable import shortened
@@ -38,6 +49,8 @@ def accuracy(
     methods: Annotated[
         str,
         typer.Option(
+            "--methods",
+            "--method",
             metavar="METHOD,...",
             help="Beside random: uniform,adafv:objective=split,adafv:text=turn, or all.",
             rich_help_panel=METHOD,
@@ -111,17 +124,21 @@ def accuracy(
     suffix: Annotated[
         str, typer.Option(help="Put behind every question, such as ' Answer with yes or no.'", rich_help_panel=_DATA)
     ] = "",
-    rule: Annotated[
+    matching: Annotated[
         str | None,
         typer.Option(
-            help="What is right: auto, exact, first or vqa. Default: first for drawn scenes, else auto.",
+            "--matching",
+            "--rule",
+            help="When an answer is right: auto, exact, first or vqa. Default: first for drawn scenes, else auto.",
             show_default=False,
             rich_help_panel=_DATA,
         ),
     ] = None,
-    to: Annotated[
+    output: Annotated[
         Path | None,
         typer.Option(
+            "--output",
+            "--to",
             help="Folder for the figures, accuracy.md, .csv and .json, and the answers; made if needed.",
             rich_help_panel=_OUTPUT,
         ),
@@ -129,7 +146,7 @@ def accuracy(
     store: Annotated[
         Path | None,
         typer.Option(
-            help=f"File of the answers, to go on from. Default: {STORE} in the folder of --to, else none.",
+            help=f"File of the answers, to go on from. Default: {STORE} in the folder of --output, else none.",
             show_default=False,
             rich_help_panel=_OUTPUT,
         ),
@@ -162,7 +179,7 @@ def accuracy(
     ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
-    batch: Annotated[int, typer.Option(min=1, help="Questions at a time.", rich_help_panel=RUN)] = 20,
+    batch: BatchOption = 20,
     jobs: Annotated[
         int, typer.Option(min=1, help="Processes, each with the model and one thread.", rich_help_panel=RUN)
     ] = 1,
@@ -178,12 +195,12 @@ def accuracy(
 ) -> None:
     """Ask every question unpruned, with the picture blanked, and by every method at every budget; count who is right.
 
-    Prints tables in Markdown; --to writes them, with a figure, as CSV and as JSON. Differences are paired and have 95 %
+    Prints tables in Markdown; --output writes them, with a figure, as CSV and as JSON. Differences are paired and have 95 %
     intervals that count pictures. What was answered is kept in the folder: a run that was stopped goes on, and methods or
     budgets can be added later.
 
-        adafv bench accuracy --world --to bench
-        adafv bench accuracy photos --model llava-hf/llava-1.5-7b-hf --choices Yes,No --keep 192,128,64 --to bench
+        adafv bench accuracy --world --output bench
+        adafv bench accuracy photos --model llava-hf/llava-1.5-7b-hf --choices Yes,No --keep 192,128,64 --output bench
     """
     wish = _Wish(**locals())
     with failures_as_messages():
@@ -211,8 +228,8 @@ class _Wish:
     answers: str | None
     max_new_tokens: int
     suffix: str
-    rule: str | None
-    to: Path | None
+    matching: str | None
+    output: Path | None
     store: Path | None
     merge: list[Path] | None
     against: str | None
@@ -265,9 +282,9 @@ def _run(wish: _Wish) -> None:
     share = _share(wish.share)
     if share[1] > 1 and wish.jobs > 1:
         raise UsageError("--share and --jobs both divide the questions; give one of them")
-    if share[1] > 1 and wish.to is None and wish.store is None:
+    if share[1] > 1 and wish.output is None and wish.store is None:
         raise UsageError("--share needs --store, the file whose answers are merged later")
-    folder = None if wish.to is None else writable_folder("--to", wish.to)
+    folder = None if wish.output is None else writable_folder("--output", wish.output)
     model = checked_model(wish.model)
     hub_options(folder_or_id(model))
 
@@ -280,7 +297,7 @@ def _run(wish: _Wish) -> None:
     one_of("--bad-records", wish.bad_records, BAD_RECORDS)
     for option, value, known in (
         ("--answers", wish.answers, WAYS_TO_ANSWER),
-        ("--rule", wish.rule, RULES),
+        ("--matching", wish.matching, RULES),
         ("--text", wish.text, SCOPES),
         ("--positions", wish.positions, ("compact", "original")),
     ):
@@ -395,10 +412,10 @@ def _answered(
         for each in data:
             each, keys = _filled(wish, asker, model, each, ways, store, settings, share)
             _tell_of_nothing_pruned(each.name, ways, store, keys)
-            rule = wish.rule or each.rule or "auto"
+            rule = wish.matching or each.rule or "auto"
             scores.append(Scores(each, ways, store, keys, what=SURE if wish.sure else RIGHT, rule=rule))
         told = {str(way): why for way, why in refusals.items()}
-        shown = {**settings, "rule": wish.rule, "dtype": session.dtype, "device": str(session.device)}
+        shown = {**settings, "rule": wish.matching, "dtype": session.dtype, "device": str(session.device)}
         report = AccuracyReport(model_label(model), scores, against, wish.part, wish.kinds, told, shown)
         figures: dict[str, str] = {}
         written = json.dumps(report.as_dict(), indent=1, allow_nan=False)

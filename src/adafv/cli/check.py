@@ -16,7 +16,17 @@ from adafv import defaults
 from adafv.asking.failures import UsageError, check_text
 from adafv.asking.models import checked_model, folder_or_id, hub_options
 from adafv.cli.failures import OutputError, failures_as_messages, put, say, warnings_as_messages
-from adafv.cli.options import DTYPES, METHOD, RUN, DeviceOption, DtypeOption, ModelOption, TextOption, one_of
+from adafv.cli.options import (
+    DTYPES,
+    METHOD,
+    RUN,
+    BatchOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    TextOption,
+    one_of,
+)
 from adafv.cli.output import model_label, writable_folder, write_whole
 from adafv.core.budget import Budget
 from adafv.printable import printable, shortened
@@ -54,6 +64,8 @@ def check(
     method: Annotated[
         list[str] | None,
         typer.Option(
+            "--methods",
+            "--method",
             metavar="METHOD,...",
             help=f"Methods to try, as in adafv:objective=split; see `adafv methods`. Default: {defaults.METHOD}.",
             rich_help_panel=METHOD,
@@ -74,7 +86,10 @@ def check(
         ),
     ] = "auto",
     matching: Annotated[
-        str, typer.Option(help="When an answer is right: auto, exact, first or vqa.", rich_help_panel=_OUTPUT)
+        str,
+        typer.Option(
+            "--matching", "--rule", help="When an answer is right: auto, exact, first or vqa.", rich_help_panel=_OUTPUT
+        ),
     ] = "auto",
     suffix: Annotated[
         str, typer.Option(help='Put behind every question, as " Answer with one word."', rich_help_panel=RUN)
@@ -88,12 +103,13 @@ def check(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=RUN)] = 32,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
-    batch: Annotated[int, typer.Option(min=1, help="Questions that are asked together.", rich_help_panel=RUN)] = 8,
+    batch: BatchOption = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn by chance.", rich_help_panel=RUN)] = 0,
     output: Annotated[
         Path,
         typer.Option(
             "--output",
+            "--to",
             "--store",
             metavar="DIR",
             help=f"Folder for {STORE}, {RESULT} and {PAGE}. A run that was stopped goes on from there.",

@@ -13,7 +13,7 @@ from adafv.cli.failures import failures_as_messages, put, say
 from adafv.cli.options import (
     DTYPES,
     METHOD,
-    RUN,
+    BatchOption,
     DeviceOption,
     DtypeOption,
     MethodOption,
@@ -56,12 +56,14 @@ def evaluate(
         Path | None, typer.Option(help="Folder with tasks of your own, as lmms-eval's YAML.", show_default=False)
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per task, the first ones; to try things.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions that are read at once.", rich_help_panel=RUN)] = 1,
+    batch: BatchOption = 1,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
+            "--output",
+            "--to",
             help="Folder for results, one file per task and budget; those that are there are not run again.",
             show_default=False,
         ),
@@ -72,7 +74,7 @@ def evaluate(
 
     Needs lmms-eval, and for its tasks the Hugging Face Hub; tasks of your own run without a network.
 
-        adafv eval --model llava-hf/llava-v1.6-vicuna-7b-hf --tasks pope,gqa --keep 640,320,160 --batch-size 8
+        adafv eval --model llava-hf/llava-v1.6-vicuna-7b-hf --tasks pope,gqa --keep 640,320,160 --batch 8
     """
     with failures_as_messages():
         budgets = _budgets(keep)
@@ -107,7 +109,7 @@ def evaluate(
             "dtype": session.dtype,
             "versions": {package: version(package) for package in ("adafv", "lmms-eval", "transformers", "torch")},
         }
-        models = list(_models(session, chosen, budgets, text, batch_size))
+        models = list(_models(session, chosen, budgets, text, batch))
         results = harness.evaluate(found, models, settings=settings, limit=limit, folder=output, tell=say)
         tables = [table for table in published_for(named) if any(set(row.scores) & set(names) for row in table.rows)]
         tables = published_for(named) if tables else []
@@ -145,11 +147,11 @@ def _made(folder: Path) -> None:
 
 
 def _models(
-    session: "Session", method: "Method", budgets: dict[str, Budget], text: str | None, batch_size: int
+    session: "Session", method: "Method", budgets: dict[str, Budget], text: str | None, batch: int
 ) -> "Iterator[tuple[str, BatchedModel]]":
     from adafv.evaluation.batched import BatchedModel
     from adafv.evaluation.harness import UNPRUNED
 
-    yield UNPRUNED, BatchedModel(session, None, batch_size)
+    yield UNPRUNED, BatchedModel(session, None, batch)
     for word, budget in budgets.items():
-        yield word, BatchedModel(session, session.pruner(method, budget, text), batch_size)
+        yield word, BatchedModel(session, session.pruner(method, budget, text), batch)

@@ -55,6 +55,11 @@ DeviceOption = Annotated[
     str | None, typer.Option(help="Such as cpu, cuda, cuda:1. Default: cuda where there is one.", rich_help_panel=RUN)
 ]
 
+BatchOption = Annotated[
+    int,
+    typer.Option("--batch", "--batch-size", min=1, help="Questions that are asked together.", rich_help_panel=RUN),
+]
+
 
 def one_of(option: str, value: str, known: tuple[str, ...]) -> str:
     """`value`, if it is known.
