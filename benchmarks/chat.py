@@ -24,6 +24,7 @@ from adafv.asking.session import CHAT_SCOPE, Session
 from adafv.core.tokens import Kept, VisualTokens
 from adafv.evaluation.drawn import drawn_questions, side_for
 from adafv.evaluation.questions import Question
+from adafv.evaluation.world.backgrounds import check_photographs
 from adafv.methods import Method
 from adafv.methods.options import method_from_text
 
@@ -45,9 +46,9 @@ class Chosen(Method):
         return Kept(self.places.unsqueeze(0))
 
 
-def pairs_of(model: object, count: int) -> Iterator[tuple[Question, Question]]:
+def pairs_of(model: object, count: int, photos: bool) -> Iterator[tuple[Question, Question]]:
     """`count` pairs of questions about a scene, each in both orders."""
-    asked = drawn_questions(4 * count, side_for(model))
+    asked = drawn_questions(4 * count, side_for(model), photos=photos)
     groups = [list(group) for _, group in itertools.groupby(asked, key=lambda question: question.group)]
     for one, other in [group for group in groups if len(group) == 2][:count]:
         yield one, other
@@ -79,10 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", default="facet,adafv")
     parser.add_argument("--keep", type=int, default=7)
     parser.add_argument("--pairs", type=int, default=70)
+    parser.add_argument("--no-photos", action="store_true", help="no pieces of photographs behind the scenes")
     options = parser.parse_args(arguments)
+    if not options.no_photos:
+        check_photographs()
     torch.set_num_threads(1)
     session = Session.load(options.model, "float32", torch.device("cpu"))
-    pairs = list(pairs_of(session.model, options.pairs))
+    pairs = list(pairs_of(session.model, options.pairs, not options.no_photos))
     print(f"{len(pairs)} second questions, {options.keep} tokens kept; % right\n\n| method | {' | '.join(WAYS)} |")
     print("|---" * (1 + len(WAYS)) + "|")
     for named in options.methods.split(","):
