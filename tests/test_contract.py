@@ -135,7 +135,9 @@ def expectation(
             target[at] = mixed(layer[tokens], mixes)
     counts = [count for count in (int(r.sum()) for r in inputs["input_ids"] == token) if count]
     parts: Any = list(written.split(counts))
-    made = BaseModelOutputWithPooling(pooler_output=torch.stack(parts) if one and len(set(counts)) == 1 else parts)
+    if one:  # prompts of different lengths as images of one token, which every release reads
+        parts = torch.stack(parts) if len(set(counts)) == 1 else written.unsqueeze(1)
+    made = BaseModelOutputWithPooling(pooler_output=parts)
     if layers:
         made.deepstack_features = [list(layer.split(counts)) for layer in stacked]
     return Expected(kept, members, {**inputs, "mm_encoder_outputs": {modality: made}}, mask)

@@ -23,6 +23,7 @@ from adafv.core.merging import evenly, in_turn, outliers
 from adafv.core.select import Wanted, check_kept, plan_of, select_tokens
 from adafv.core.tokens import HIDDEN, KEYS, SALIENCY, Kept, VisualTokens, Words
 from adafv.engines.transformers.families import family_of
+from adafv.engines.transformers.releases import cannot_be_repeated
 from adafv.errors import BudgetError, MethodError, OptionError, StaleImagesError, UnsupportedModelError
 from adafv.methods import Method
 from adafv.methods.evs import EVS
@@ -612,6 +613,8 @@ def layouts_of(model: Any, inputs: dict[str, Any]) -> list[ImageLayout]:
 
 def handed(short: Any, modality: str = "image") -> Tensor:
     made = short["mm_encoder_outputs"][modality].pooler_output
+    if cannot_be_repeated(made):  # before transformers 5.23
+        return made.squeeze(-1)
     return torch.cat([part.flatten(0, -2) for part in made])
 
 
