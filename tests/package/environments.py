@@ -105,13 +105,14 @@ class Environment:
         cwd: Path | None = None,
         timeout: float = 180,
         variables: Mapping[str, str] | None = None,
+        entered: str = "",
     ) -> "subprocess.CompletedProcess[str]":
-        """One line of a shell, as a user types it."""
+        """One line of a shell, as a user types it, and what is entered then."""
         return subprocess.run(
             ["bash", "-e", "-o", "pipefail", "-c", command],
             cwd=cwd or self.clone,
             env=self.variables(variables),
-            stdin=subprocess.DEVNULL,
+            input=entered,
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -14,6 +14,12 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+NOT_HERE = {
+    r"adafv eval|lmms-eval|.*adafv eval --include": "it needs lmms-eval and the Hub; `make test-lmms` has the first",
+    r"adafv (bench accuracy|analyze)": "it needs scikit-image, or minutes; tests/evaluation runs it",
+    r"adafv bench speed": "it takes minutes, a GPU or a checkpoint; tests/test_speed.py runs it",
+}
+"""Commands, by how they begin, that many documents name and that cannot run here."""
 _MARKED_FENCE = re.compile(
     r"(?P<marks>(?:^[ ]*<!--.*?-->\n)*)^(?P<indent>[ ]*)```(?P<language>\w*)\n(?P<body>.*?)^(?P=indent)```$",
     re.M | re.S,
@@ -53,6 +59,8 @@ def _of(document: str, text: str) -> list[Snippet]:
 
     def add(place: int, language: str, snippet: str, reason: str, needs: tuple[str, ...] = ()) -> None:
         reason = reason or next((why for start, why in excluded.items() if snippet.startswith(start)), "")
+        if language == "bash":
+            reason = reason or next((why for start, why in NOT_HERE.items() if re.match(start, snippet)), "")
         found.append(Snippet(document, text.count("\n", 0, place) + 1, language, snippet, reason, needs))
 
     for fence in _MARKED_FENCE.finditer(text):

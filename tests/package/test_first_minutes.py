@@ -39,12 +39,15 @@ class TestDocuments:
     def test_command(self, environment: Environment, photo: Path, address: str, command: Snippet) -> None:
         """Each command runs as it is written.
 
-        In a clone that has a photo.jpg. The checkpoint that it names is on disk, see hub_checkpoint.py. pip only says
-        what it would do, so that the next test finds the environment as it was.
+        In a clone that has a photo.jpg, questions.txt and questions.jsonl. The checkpoint that it names is on disk, see
+        hub_checkpoint.py. pip only says what it would do, so that the next test finds the environment as it was.
         """
         if command.not_run:
             pytest.skip(f"{command.text}: {command.not_run}")
         (photo.parent / "chelsea.png").write_bytes(photo.read_bytes())
+        (photo.parent / "questions.txt").write_text("what is in the picture?\n")
+        asked = {"image": photo.name, "question": "what is in the picture?", "answer": "a banana"}
+        (photo.parent / "questions.jsonl").write_text(json.dumps(asked) + "\n")
         if command.text.startswith("adafv page"):
             pytest.skip("adafv page: see TestPage")
         if command.text.startswith("adafv serve"):
@@ -61,7 +64,7 @@ class TestDocuments:
             constraints = {"PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "HOME": str(Path.home())}
             done = environment.run(line, variables=constraints)
         else:
-            done = environment.run(as_written(command.text, address))
+            done = environment.run(as_written(command.text, address), entered="what is in the picture?\n")
         assert done.returncode == 0, done.stderr
         no_traceback(done)
         assert done.stdout
@@ -196,7 +199,14 @@ class TestPage:
         command = [str(environment.folder / "bin" / "adafv"), "page", "--port", str(free_port)]
         variables = environment.variables(NO_NETWORK)
         with subprocess.Popen(
-            command, cwd=environment.clone, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=environment.clone,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Who runs tests in the background of a shell has it ignored, and so would this process.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as server:
             try:
                 assert server.stdout is not None
