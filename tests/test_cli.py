@@ -623,6 +623,34 @@ class TestProcess:
         assert [path.name for path in tmp_path.iterdir()] == [".bashrc"]
         assert (tmp_path / ".bashrc").read_text() == "# mine\n"
 
+    @pytest.mark.parametrize(
+        ("stream", "image", "question", "code", "message"),
+        [
+            ("stdin", None, "-", 2, "error: no question came from standard input"),
+            ("stdin", "-", QUESTION, 1, "error: standard input is empty"),
+            ("stderr", None, QUESTION, 0, ""),
+        ],
+    )
+    def test_a_stream_that_is_closed(
+        self,
+        stream: str,
+        image: str,
+        question: str,
+        code: int,
+        message: str,
+        checkpoint: Path,
+        photo: Path,
+        tmp_path: Path,
+    ) -> None:
+        """As by `<&-`: Python then has None for it."""
+        program = tmp_path / "closed.py"
+        program.write_text(f"import sys\nfrom adafv.cli import main\nsys.{stream} = None\nmain()\n")
+        options = ("--model", checkpoint, "--max-new-tokens", 2, "--json")
+        done = forking.ran([program, "ask", image or photo, question, *options])
+        assert done.returncode == code
+        assert done.stderr.startswith(message)
+        assert bool(done.stdout) == (code == 0)
+
     def test_mistake(self, photo: Path) -> None:
         done = self.start("ask", photo, "")
         assert (done.returncode, done.stdout) == (2, "")

@@ -12,7 +12,7 @@ from adafv.core import ImageLayout
 from adafv.core.tokens import Kept
 from adafv.engines.transformers import ImageRecord, Record
 from adafv.errors import OptionError
-from adafv.picture import _level, draw, tower_view
+from adafv.picture import _level, draw, panels, tower_view
 
 GREY = 200.0
 TOP = 24 + (22 + 7 + 2) + (15 + 5 + 2) + 8
@@ -140,6 +140,13 @@ class TestPanels:
             left = LEFT + panel * (side + 20)
             first, last = (sum(pixel(drawn, left + (i + 0.5) * patch, TOP + (i + 0.5) * patch)) for i in (0, 3))
             assert (first < last) == rising
+
+    @pytest.mark.parametrize(
+        ("method", "meaning"), [("adafv", "what the search ranks by"), ("facet", "the two scores, added")]
+    )
+    def test_only_of_adafv_it_is_said_that_the_search_ranks_by_both(self, method: str, meaning: str) -> None:
+        drawn = panels(record(one_crop(), [1], method=method), 0, plain(), width=100)
+        assert (drawn[-1].title, drawn[-1].subtitle) == ("both", meaning)
 
     def test_level(self) -> None:
         level = _level(torch.tensor([0.0, 0.25, 1.0, float("nan")]))

@@ -325,6 +325,8 @@ class TestCommand:
             (["--device", "tpu"], ["cpu or cuda"]),
             (["--dtype", "int8"], ["float32"]),
             (["--rounds", "0"], ["1 or more"]),
+            (["--method", "scope,facet:blocks=0"], ["facet:blocks=0", "by default; give facet"]),
+            (["--methods", "facet:blocks=0"], ["facet:blocks=0", "by default; give facet"]),
             (["llava-tiny", "--layers", "9"], ["layers=9"]),
             (["llava-tiny", "--picture", "nothing.png"], ["there is no file nothing.png"]),
             (["llava-tiny", "--json", "."], ["--json . is a folder"]),

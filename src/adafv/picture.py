@@ -54,7 +54,7 @@ def draw(
         saliency        s, what the tower finds striking
         text attention  t, what the text asks for
         both            t / sum of t over kept + s / sum of s over kept: how much a patch adds to either, which is what
-                        the search ranks patches by; the kept ones outlined
+                        AdaFV's search ranks patches by; the kept ones outlined
 
     Scores are heavy-tailed: a few patches hold most of the mass, and drawn as they are all others would be black. So
     colours follow the square root of the score between its minimum and its 99th percentile. Ranks would show every
@@ -130,7 +130,9 @@ def _maps(record: Record, index: int) -> _Maps:
         maps.append(("text attention", "what the question asks for", text))
     if saliency is not None and text is not None:
         _, kept = _shown_and_kept(record, index)
-        maps.append(("both", "what the search ranks by", _mixture(text, saliency, kept)))
+        # Of other methods that read both, such as facet, the sum of two shares is no more than that.
+        meaning = "what the search ranks by" if record.images[index].method == "adafv" else "the two scores, added"
+        maps.append(("both", meaning, _mixture(text, saliency, kept)))
     return maps
 
 

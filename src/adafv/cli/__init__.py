@@ -92,6 +92,11 @@ def families() -> None:
 
 def main() -> None:
     """Entry point of the `adafv` command."""
+    # A stream that was closed before the start (`adafv ... <&-`) is None, which libraries do not reckon with. To questions it
+    # is an empty one, and what would be said there nobody hears; an answer is no worse for that.
+    for name, mode in (("stdin", "r"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     # Where torchao is installed, transformers imports it, and it warns of kernels for other machines.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

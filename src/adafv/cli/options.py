@@ -27,7 +27,8 @@ MethodOption = Annotated[str, typer.Option(help="How tokens are chosen; see `ada
 DefaultMethodOption = Annotated[
     str | None,
     typer.Option(
-        help=f"How tokens are chosen; see `adafv methods`. Default: {defaults.METHOD}, with --objective {defaults.PAPER}.",
+        help=f"How tokens are chosen; see `adafv methods`. Default: {defaults.METHOD}; {defaults.PAPER} where --objective is "
+        "given.",
         rich_help_panel=METHOD,
     ),
 ]

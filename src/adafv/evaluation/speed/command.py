@@ -13,6 +13,7 @@ from adafv.evaluation.speed.report import SCHEMA, machine
 from adafv.evaluation.speed.run import Options, measure
 from adafv.evaluation.speed.shapes import DTYPES, subject
 from adafv.methods import method_named
+from adafv.printable import shortened
 
 ALL = "all"
 
@@ -43,6 +44,12 @@ def bench_speed(
     if min(batch, rounds) < 1 or decode < 0:
         raise OptionError("batch and rounds are 1 or more, decode is 0 or more")
     kept = [Budget.of(each).keep for each in budgets]
+    for name in [*beside, *alone]:
+        method, colon, _ = name.partition(":")
+        if colon:
+            raise OptionError(
+                f"{shortened(name)}: methods are timed with the options that they have by default; give {method}"
+            )
     for name in beside:
         method_named(name)
     named = [] if list(alone) == [ALL] else list(alone)
