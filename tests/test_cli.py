@@ -629,6 +629,7 @@ class TestProcess:
             ("stdin", None, "-", 2, "error: no question came from standard input"),
             ("stdin", "-", QUESTION, 1, "error: standard input is empty"),
             ("stderr", None, QUESTION, 0, ""),
+            ("stdout", None, QUESTION, 1, "error: standard output cannot be written (it is closed)"),
         ],
     )
     def test_a_stream_that_is_closed(

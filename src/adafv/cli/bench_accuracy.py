@@ -55,7 +55,7 @@ def accuracy(
             help="Beside random: uniform,adafv:objective=split,adafv:text=turn, or all.",
             rich_help_panel=METHOD,
         ),
-    ] = "adafv,saliency,text,uniform,downsample",
+    ] = "facet,adafv,saliency,text,uniform,downsample",
     keep: Annotated[
         str, typer.Option(help="Budgets: 0.5,0.1 or 50%,10% or 64,32.", rich_help_panel=METHOD)
     ] = "0.5,0.25,0.1,0.05",

@@ -1,6 +1,7 @@
 """How the command line ends when something goes wrong: one line on standard error and an exit code, no traceback."""
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,9 +29,11 @@ def put(text: str) -> None:
     """A result on standard output.
 
     Raises:
-        OutputError: the disk is full, or nobody reads.
+        OutputError: the disk is full, or nobody reads, or it is closed.
     """
     try:
+        if sys.stdout is None:  # closed before the start, as in `adafv ... >&-`
+            raise ValueError("it is closed")
         typer.echo(text)
     except (OSError, ValueError) as error:
         raise OutputError from error
