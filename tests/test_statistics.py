@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from adafv.evaluation import statistics
-from adafv.evaluation.statistics import Paired, fixed_sequences, interval
+from adafv.evaluation.statistics import Paired, fixed_sequences, interval, share_interval
 
 Sample = tuple[np.ndarray, np.ndarray]
 
@@ -195,3 +195,11 @@ class TestSequences:
     def test_nothing_to_test(self) -> None:
         assert fixed_sequences([]) == []
         assert fixed_sequences([[]]) == [[]]
+
+
+def test_shares_that_never_differ_are_no_certainty() -> None:
+    """The rule of three, by pictures; where something differs it is the usual interval."""
+    assert share_interval([1.0] * 8, [0, 0, 1, 1, 2, 2, 3, 3]) == (1.0, 0.75)
+    assert share_interval([0.0, 0.0], [0, 1]) == (0.0, 1.0)
+    mixed = [1.0, 0.0, 1.0, 1.0]
+    assert share_interval(mixed, range(4)) == interval(mixed, range(4))

@@ -189,6 +189,8 @@ class TestAnalysis:
         assert self.made.median(own, RANDOM)[0] == pytest.approx(101 / 5)
         assert self.made.reached(own, ADAFV, 0.02).mean == pytest.approx(0.5)
         assert self.made.reached(own, SALIENCY, 0.09).mean == 1.0
+        assert self.made.reached(own, SALIENCY, 0.09).half > 0  # which is no certainty
+        assert self.made.reached(own, SALIENCY, 1.0).half == 0  # all are kept
         assert self.made.reached(own, RANDOM, 0.01).mean == pytest.approx(0.04)
 
     def test_json_and_tables(self) -> None:

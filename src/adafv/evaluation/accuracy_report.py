@@ -20,7 +20,7 @@ from adafv.evaluation.answers import BLANK, UNPRUNED, Configuration
 from adafv.evaluation.chart import Level, Line, Point, line_chart
 from adafv.evaluation.first_token import chance_of_right
 from adafv.evaluation.matching import score
-from adafv.evaluation.statistics import interval
+from adafv.evaluation.statistics import share_interval
 from adafv.evaluation.store import Given, Store
 from adafv.printable import printable
 
@@ -139,10 +139,7 @@ class Scores:
             return None
         values = [mine[name] - (other[name] if minus else 0.0) for name in names]
         clusters = [self.questions[name].cluster for name in names]
-        mean, half = interval(values, clusters)
-        if half < 1e-9:  # nothing varied from picture to picture, which is no certainty: the rule of three
-            half = min(1.0, 3 / len(set(clusters)))
-        return Mean(mean, half, len(names))
+        return Mean(*share_interval(values, clusters), len(names))
 
     def columns(self) -> dict[str, frozenset[str]]:
         """Kinds of questions and the marks of the data set, with the names of their questions."""

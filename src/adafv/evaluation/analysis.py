@@ -29,7 +29,7 @@ from adafv.evaluation.alignment import (
     reached_by_chance,
 )
 from adafv.evaluation.chart import Line, Point, Value, line_chart, value_chart
-from adafv.evaluation.statistics import interval
+from adafv.evaluation.statistics import interval, share_interval
 from adafv.printable import printable
 
 VERSION = 1
@@ -235,7 +235,9 @@ class Analysis:
 
     def reached(self, found: Sequence[Measured], way: str, share: float) -> Mean:
         """How many of the objects have a token on them when this share of the tokens is kept (one at least)."""
-        return Mean.of(found, lambda each: _reached(each, way, share))
+        values = [float(_reached(each, way, share)) for each in found]
+        known = share == 1  # then each has one
+        return Mean(*(interval if known else share_interval)(values, [(each.data, each.picture) for each in found]))
 
     def fewest_figures(self) -> list[tuple[str, str]]:
         """(data set, figure) of each."""

@@ -52,6 +52,15 @@ def interval(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[float
     return mean, 1.96 * math.sqrt(variance) / len(values)
 
 
+def share_interval(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[float, float]:
+    """The same of shares, or of differences between them, from -1 to 1: that nothing varied is no certainty.
+
+    Half the width is then that of the rule of three, 3 / groups: what never happened in n groups may happen in 3 of n.
+    """
+    mean, half = interval(values, groups)
+    return mean, min(1.0, 3 / len(set(groups))) if half < 1e-9 else half
+
+
 @dataclass(frozen=True)
 class Paired:
     """Differences between two ways of answering, per question in [-1, 1], and the pictures that they stand on.
