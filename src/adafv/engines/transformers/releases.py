@@ -26,7 +26,7 @@ from adafv.errors import CacheError, UnsupportedCallError, UnsupportedModelError
 
 OLDEST_TESTED = "5.18.0"
 NEWEST_TESTED = "5.24.0"
-"""The releases on which the whole suite runs in CI (`make oldest`, `make test`)."""
+"""The releases that tests run on: the newest and a slice on the oldest in CI, all on both in `make test-all`."""
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of the argument, and of the output's field, that hold the key/value cache, the newest first."""
