@@ -54,6 +54,11 @@ def _plan_cuts(call: Call, job: ImageJob) -> None:
             f"the method {job.method.name} acts inside the language model and elsewhere ({others}); one method acts in one "
             "place: make two of it"
         )
+    if job.method.may_repeat:
+        raise MethodError(
+            f"the method {job.method.name} acts inside the language model, where a token cannot be repeated; leave "
+            "may_repeat out"
+        )
     depth = len(decoder_of(call.model).layers)
     job.cuts = cuts_of(job.method, depth, job.image.layout.tokens, job.keep)
     job.keep = job.image.layout.tokens
