@@ -29,7 +29,7 @@ from adafv.core.layout import ImageLayout
 from adafv.core.tokens import SALIENCY, Signal
 from adafv.engines.transformers.call import Call, ImageJob
 from adafv.engines.transformers.devices import spread_over_processes
-from adafv.engines.transformers.encoded import encoded_part
+from adafv.engines.transformers.encoded import encoded_parts
 from adafv.engines.transformers.families.base import Family
 from adafv.engines.transformers.record import ImageRecord
 from adafv.engines.transformers.releases import cache_of
@@ -132,7 +132,7 @@ def encode_chosen(
                 for image, (places, layout) in zip(whole, parts, strict=True)
             ]
         made = call.family.encode_crops(call.model, visuals, layouts, wanted, asked)
-        return [encoded_part(made, i, layout) for i, (_, layout) in enumerate(parts)]
+        return encoded_parts(call.family, made, [layout for _, layout in parts])
 
     first = [first_crops(job.plan) for job in jobs]
     deciding = [job for job in jobs if decides(call, job)]
