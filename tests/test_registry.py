@@ -14,14 +14,17 @@ from forking import in_a_copy
 from models import make_inputs
 from rows import llava, llava_next
 
-from adafv import AdaFV
+from adafv import AdaFV, Pruner
+from adafv.asking.session import Session
 from adafv.bundled import sample_pictures
 from adafv.engines.serving.settings import ServerSettings
 from adafv.engines.transformers.families import base, family_of, found_families, known_families
 from adafv.environment import as_text, environment
 from adafv.errors import OptionError, UnsupportedModelError
+from adafv.evaluation.answers import Asker, configurations
 from adafv.methods import found_methods, known_methods, method_named
 from adafv.methods.base import Method
+from adafv.methods.options import method_from_options
 from adafv.registry import Found, cause, find
 
 FAMILIES = "adafv.engines.transformers.families"
@@ -139,6 +142,7 @@ class TestOtherDistributions:
             (METHOD.replace('name = "outliers"', 'name = "inliers"'), "class is named 'inliers'"),
             (METHOD.replace('    name = "outliers"\n', ""), "has no name"),
             (METHOD.replace("    summary", "    other"), "has no summary"),
+            (METHOD.replace("power: float", 'power: "Nowhere"'), "name 'Nowhere' is not defined"),
         ],
     )
     def test_what_is_wrong_with_a_method_is_said(self, install: Install, source: str, why: str) -> None:
@@ -203,6 +207,58 @@ class TestOtherDistributions:
         ):
             family_of(llava.ROW.build())
         assert family_of(llava_next.ROW.build()).name == "LLaVA-NeXT"
+
+    @pytest.mark.parametrize(
+        ("kind", "default", "given"),
+        [
+            ("tuple[int, int]", "(1, 2)", (3, 4)),
+            ("list[str]", "field(default_factory=list)", ["a"]),
+            ("Callable[[int], float]", "float", abs),
+            ("tuple[float, float] | None", "None", (0.5, 0.5)),
+        ],
+    )
+    def test_options_that_python_code_alone_can_give(
+        self, install: Install, kind: str, default: str, given: Any
+    ) -> None:
+        """They are listed, kept as they are, refused on the command line; and the others beside them are read."""
+        source = METHOD.replace("power: float = 1.0", f"power: float = 1.0\n    sizes: {kind} = {default}")
+        source = source.replace("import dataclass\n", "import dataclass, field\nfrom collections.abc import Callable\n")
+        install("outliers", {"outlying": source}, {"adafv.methods": {"outliers": "outlying:Outliers"}})
+        assert run("methods").exit_code == 0
+        assert Pruner("outliers", 4, sizes=given).settings.method == method_named("outliers", sizes=given)
+        with pytest.raises(OptionError, match="sizes is an object of Python"):
+            method_from_options("outliers", ["sizes=3"])
+        assert method_from_options("outliers", ["power=3"]) == method_named("outliers", power=3.0)
+        assert ServerSettings.of({"keep": 8, "method": "outliers"}).identity
+
+    def test_what_is_known_of_a_release_is_not_taken_for_the_next(self, install: Install, tmp_path: Path) -> None:
+        """Stored answers, and pruned images in a server's caches: what the method chooses may be otherwise."""
+        entries = {
+            "adafv.methods": {"outliers": "outlying:Outliers"},
+            "adafv.families": {"f": "foreign_models:Foreign"},
+        }
+        install("outliers", {"outlying": METHOD, "foreign_models": FAMILY}, entries)
+
+        def known() -> tuple[Any, ...]:
+            unpruned, way, saliency = configurations(["outliers:power=2", "saliency"], [8], blank=False)
+            asker = Asker(Session.load("bundled", "float32", "cpu"))
+            asker.session.model.__class__ = type("ForeignForConditionalGeneration", (type(asker.session.model),), {})
+            identity = ServerSettings.of({"keep": 8, "method": "outliers"}).identity
+            assert (unpruned.stored, saliency.stored) == (("unpruned", "1.0"), ("saliency", "8"))
+            assert way.way == ("outliers:power=2.0", "8")
+            return *way.stored, identity, asker.fingerprint()["versions"]["family Foreign"]
+
+        before = known()
+        assert before[0] == "outliers:power=2.0 of outlying:Outliers (outliers 1.5)"
+        (tmp_path / "outliers-1.5.dist-info").rename(tmp_path / "outliers-1.6.dist-info")
+        metadata = tmp_path / "outliers-1.6.dist-info/METADATA"
+        metadata.write_text(metadata.read_text().replace("1.5", "1.6"))
+        importlib.invalidate_caches()
+        for cached in (found_methods, found_families, known_families):
+            cached.cache_clear()
+        after = known()
+        assert after[0] == "outliers:power=2.0 of outlying:Outliers (outliers 1.6)"
+        assert [one == two for one, two in zip(before, after, strict=True)] == [False, True, False, False]
 
     def test_an_option_without_a_default_is_asked_for(self, install: Install) -> None:
         source = METHOD.replace("power: float = 1.0", "power: float")

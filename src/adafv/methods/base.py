@@ -24,14 +24,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.select import is_ours
 from adafv.core.tokens import READ, Cut, Kept, Plan, Signal, VisualTokens
 from adafv.errors import MethodError, OptionError
-from adafv.registry import Found, find
+from adafv.registry import Found, cause, find
 
 IMAGE, TOWER, TOKENS, LAYERS = "image", "tower", "tokens", "layers"
 
@@ -173,6 +174,20 @@ def method_named(name: str, **parameters: Any) -> Method:
     return method(**parameters)
 
 
+def origin_of(method: Method) -> str:
+    """Where a method that is not adafv's own comes from, with the release of its distribution; "" for adafv's own.
+
+    What it chooses may be otherwise in its next release, of which nothing else here knows: so it is part of what answers and
+    pruned images are kept under.
+    """
+    if is_ours(method):
+        return ""
+    found = found_methods()
+    if found.classes.get(method.name) is type(method):
+        return found.homes[method.name]
+    return f"{type(method).__module__}:{type(method).__qualname__}"
+
+
 TAKEN = frozenset({"keep", "method", "positions", "text", "processor", "video", "logits", "crops", "remember"})
 """Arguments of `Pruner` beside a method's options: one of the same name could not be given."""
 
@@ -188,4 +203,8 @@ def _fault(method: type[Method]) -> str | None:
         return f"has an option {', '.join(taken)}, which is one of Pruner's own: rename it"
     if not isinstance(getattr(method, "summary", None), str):
         return "has no summary: set `summary`, one line"
+    try:
+        get_type_hints(method)
+    except Exception as error:
+        return f"has a type that is not known where its module is loaded: {cause(error)}"
     return None

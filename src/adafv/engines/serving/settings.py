@@ -12,7 +12,7 @@ from adafv.core.select import check_method, plan_of
 from adafv.core.tokens import SALIENCY, WORDS, Plan, Signal
 from adafv.errors import BudgetError, MethodError, OptionError
 from adafv.methods import Method
-from adafv.methods.base import TOKENS, TOWER
+from adafv.methods.base import TOKENS, TOWER, origin_of
 from adafv.methods.options import method_of
 from adafv.prompts.text import SCOPES
 
@@ -123,7 +123,10 @@ class ServerSettings:
         if not budget.within(most):
             raise BudgetError(f"keep={budget} is above max_keep={most}; raise max_keep or leave it out")
         shown = asdict(method) | {"method": method.name, "text": scope}  # type: ignore[call-overload]
-        identity = json.dumps(shown, sort_keys=True)
+        if origin := origin_of(method):
+            shown["origin"] = origin
+        # What JSON has no word for cannot have been given: it is the default.
+        identity = json.dumps(shown, sort_keys=True, default=lambda value: type(value).__qualname__)
         crops = _crops(options.get("crops", ALL))
         return cls(method, budget, most, scope, int(cache * MEBIBYTE), crops, identity)
 
