@@ -20,7 +20,7 @@ from adafv.engines.transformers.families import family_of, known_families
 from adafv.engines.transformers.families.base import Encoded
 from adafv.engines.transformers.families.catalogue import catalogue
 from adafv.engines.transformers.towers import TappedTower
-from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
+from adafv.errors import MethodError, PromptError, UnsupportedCallError, UnsupportedModelError
 from adafv.methods.published import arranged
 
 NEWEST = Version(transformers.__version__) >= Version("5.23")
@@ -210,6 +210,7 @@ def test_published_features_are_what_the_indices_say() -> None:
     with torch.no_grad():
         features = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output[0][kept]
         is_image = inputs["input_ids"][0] == 119
+        assert adafv.last.keep_mask[0][is_image].nonzero().flatten().tolist() == sorted({*kept.tolist()})
         start = int(is_image.nonzero()[0])
         ids = inputs["input_ids"][0][~is_image]
         ids = torch.cat((ids[:start], torch.full((8,), 119), ids[start:]))[None]
@@ -217,6 +218,17 @@ def test_published_features_are_what_the_indices_say() -> None:
             input_ids=ids, mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=[features])}
         )
     torch.testing.assert_close(pruned, expected.logits)
+
+
+@pytest.mark.parametrize("row", [row for row in FAMILIES if row.rotary], ids=lambda row: row.name)
+def test_what_may_repeat_has_no_positions_on_three_axes(row: FamilyRow) -> None:
+    """It would get those of the image's first tokens, whichever it is."""
+    with (
+        shared_model(row) as model,
+        AdaFV(keep=6, variant="published", text="turn")(model),
+        pytest.raises(MethodError, match="no positions in time, height and width"),
+    ):
+        model(**make_inputs(row, model, [1]))
 
 
 def test_every_family_names_itself() -> None:
