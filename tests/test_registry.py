@@ -190,6 +190,14 @@ class TestOtherDistributions:
         with pytest.warns(UserWarning, match="adafv.methods.random:Random"):
             assert type(method_named("random")).__module__ == "adafv.methods.random"
 
+    @pytest.mark.parametrize("name", ["blank", "unpruned", "all", "a,b", "a:b"])
+    def test_names_that_mean_something_else_are_refused(self, install: Install, name: str) -> None:
+        """A table of answers has a row of blanked pictures; a method of that name was asked about them, and had none."""
+        source = METHOD.replace('"outliers"', repr(name))
+        install("outliers", {"outlying": source}, {"adafv.methods": {name: "outlying:Outliers"}})
+        assert "read as something else" in str(found_methods().broken[0])
+        assert name not in known_methods()
+
     def test_of_two_with_one_name_neither_is_taken(self, install: Install) -> None:
         install("one", {"of_one": METHOD}, {"adafv.methods": {"outliers": "of_one:Outliers"}})
         install("two", {"of_two": METHOD}, {"adafv.methods": {"outliers": "of_two:Outliers"}})

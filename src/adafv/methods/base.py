@@ -191,9 +191,14 @@ def origin_of(method: Method) -> str:
 TAKEN = frozenset({"keep", "method", "positions", "text", "processor", "video", "logits", "crops", "remember"})
 """Arguments of `Pruner` beside a method's options: one of the same name could not be given."""
 
+RESERVED = frozenset({"all", "blank", "unpruned"})
+"""Names by which lists of methods, and tables, mean something else."""
+
 
 def _fault(method: type[Method]) -> str | None:
     """Why a class cannot be offered by name: its options must be known."""
+    if method.name in RESERVED or method.name != method.name.strip() or {":", ","} & set(method.name):
+        return f"has the name {method.name!r}, which lists of methods read as something else: rename it"
     if "__dataclass_fields__" not in vars(method):
         return "is no dataclass, so its options are not known: put @dataclass(frozen=True) in front of the class"
     options = {field.name for field in fields(method) if field.init}  # type: ignore[arg-type]
