@@ -143,6 +143,12 @@ class TestOtherDistributions:
             (METHOD.replace('    name = "outliers"\n', ""), "has no name"),
             (METHOD.replace("    summary", "    other"), "has no summary"),
             (METHOD.replace("power: float", 'power: "Nowhere"'), "name 'Nowhere' is not defined"),
+            (
+                METHOD.replace("= 1.0", "= field(default_factory=lambda: 1 / 0)").replace(
+                    "dataclass\n", "dataclass, field\n", 1
+                ),
+                "cannot be listed, by type and default: ZeroDivisionError",
+            ),
         ],
     )
     def test_what_is_wrong_with_a_method_is_said(self, install: Install, source: str, why: str) -> None:
@@ -189,6 +195,8 @@ class TestOtherDistributions:
         assert "adafv.methods.random:Random" in str(broken)
         with pytest.warns(UserWarning, match="adafv.methods.random:Random"):
             assert type(method_named("random")).__module__ == "adafv.methods.random"
+        with pytest.warns(UserWarning, match="the name 'random' is also that of adafv.methods.random:Random"):
+            assert type(Pruner("random", 4).settings.method).__module__ == "adafv.methods.random"
 
     @pytest.mark.parametrize("name", ["blank", "unpruned", "all", "a,b", "a:b"])
     def test_names_that_mean_something_else_are_refused(self, install: Install, name: str) -> None:

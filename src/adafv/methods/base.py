@@ -155,8 +155,7 @@ def method_named(name: str, **parameters: Any) -> Method:
         if broken := found.named(name):
             raise OptionError(f"the method {name!r} could not be loaded: {'; '.join(map(str, broken))}; {known}")
         raise OptionError(f"there is no method {name!r}; {known}{found.lacking()}")
-    for refused in found.named(name):  # of the same name
-        warnings.warn(f"the method {name!r} is that of {found.homes[name]}; {refused}", stacklevel=2)
+    warn_of_namesakes(name)
     method: Any = found.classes[name]
     options = {field.name: field for field in fields(method) if field.init}
     for parameter in parameters:
@@ -172,6 +171,13 @@ def method_named(name: str, **parameters: Any) -> Method:
     if needed:
         raise OptionError(f"the method {name!r} has no default for {', '.join(needed)}; give a value")
     return method(**parameters)
+
+
+def warn_of_namesakes(name: str) -> None:
+    """Whoever installed another method of this name may mean that one."""
+    found = found_methods()
+    for refused in found.named(name):
+        warnings.warn(f"the method {name!r} is that of {found.homes[name]}; {refused}", stacklevel=3)
 
 
 def origin_of(method: Method) -> str:
@@ -210,6 +216,9 @@ def _fault(method: type[Method]) -> str | None:
         return "has no summary: set `summary`, one line"
     try:
         get_type_hints(method)
+        for field in fields(method):  # type: ignore[arg-type]
+            if field.default_factory is not MISSING:
+                field.default_factory()
     except Exception as error:
-        return f"has a type that is not known where its module is loaded: {cause(error)}"
+        return f"has options that cannot be listed, by type and default: {cause(error)}"
     return None

@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from adafv.errors import OptionError
-from adafv.methods.base import Method, found_methods, known_methods, method_named
+from adafv.methods.base import Method, found_methods, known_methods, method_named, warn_of_namesakes
 from adafv.printable import shortened
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -123,6 +123,7 @@ def method_of(name: str, parameters: Mapping[str, Any]) -> Method:
     lacking = [option for option in known.values() if option.default is MISSING and option.name not in values]
     if lacking:
         raise OptionError(f"the method {name!r} needs the option {lacking[0].name}; give {lacking[0].takes}")
+    warn_of_namesakes(name)
     method: Any = known_methods()[name]
     made: Method = method(**values)
     return made
