@@ -533,6 +533,18 @@ def test_a_method_that_returns_the_same_buffers_each_time() -> None:
     assert torch.equal(torch.cat(handed(found)), torch.cat(handed(expected)))
 
 
+def test_tokens_of_other_crops_than_planned() -> None:
+    """With crops="thumbnail" they would not be there, and the answer another."""
+
+    def selects(tokens: VisualTokens, keep: int) -> Kept:
+        return Kept(top_tokens(tokens.source.float(), keep))
+
+    row = ROWS["llava-next"]
+    method = Breaking(plans=lambda layout, keep: Plan(keep, crops=(0,)), selects=selects)
+    with shared_model(row) as model, pytest.raises(MethodError, match=r"of the crops \(0,\) alone, and chose others"):
+        compress(model, make_inputs(row, model, [1]), 4, method=method)
+
+
 def needing(*signals: Signal, stage: str = TOKENS) -> Method:
     @dataclass(frozen=True)
     class Needing(Breaking):

@@ -132,6 +132,7 @@ class TestOtherDistributions:
             ("raise SystemExit(3)", "SystemExit: 3"),
             ("Outliers = print", "no class derived from adafv.methods.base.Method"),
             ("class Outliers: pass", "no class derived from adafv.methods.base.Method"),
+            (METHOD + "\nOutliers.__signature__ = 3", "TypeError: unexpected object 3 in __signature__"),
             (METHOD.replace("def select", "def choose"), "is abstract: it lacks select"),
             (METHOD.replace("@dataclass(frozen=True)", ""), "is no dataclass"),
             (

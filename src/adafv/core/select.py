@@ -228,6 +228,12 @@ def select_tokens(images: Sequence[Wanted], agree: Callable[[Kept], Kept] = lamb
         first = images[members[0]]
         for part, keep, some in _counted(first, tokens, members):
             kept = chosen_by(first.method, some, keep)
+            planned = first.plan.crops
+            if planned is not None and not (is_ours(first.method) or some.candidates.gather(1, kept.indices).all()):
+                raise MethodError(
+                    f"the method {first.method.name} plans to keep tokens of the crops {planned} alone, and chose others: choose "
+                    "from `candidates`"
+                )
             selected.append(_taken(images, part, some, agree(kept)))
     return selected
 
