@@ -143,6 +143,8 @@ class TestOtherDistributions:
             (METHOD.replace('name = "outliers"', 'name = "inliers"'), "class is named 'inliers'"),
             (METHOD.replace('    name = "outliers"\n', ""), "has no name"),
             (METHOD.replace("    summary", "    other"), "has no summary"),
+            (METHOD.replace("    summary", "    needs = {'saliency'}\n    summary"), "has needs that are no signals"),
+            (METHOD.replace("    summary", "    stages = 'tokens'\n    summary"), "has stages that are no set"),
             (METHOD.replace("power: float", 'power: "Nowhere"'), "name 'Nowhere' is not defined"),
             (
                 METHOD.replace("= 1.0", "= field(default_factory=lambda: 1 / 0)").replace(

@@ -231,8 +231,8 @@ def select_tokens(images: Sequence[Wanted], agree: Callable[[Kept], Kept] = lamb
             planned = first.plan.crops
             if planned is not None and not (is_ours(first.method) or some.candidates.gather(1, kept.indices).all()):
                 raise MethodError(
-                    f"the method {first.method.name} plans to keep tokens of the crops {planned} alone, and chose others: choose "
-                    "from `candidates`"
+                    f"the method {first.method.name} plans to keep tokens of the crops {planned} alone, and chose others: "
+                    "choose from `candidates`"
                 )
             selected.append(_taken(images, part, some, agree(kept)))
     return selected

@@ -21,7 +21,7 @@ An image that keeps all its tokens is never shown to a method.
 import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, ClassVar, get_type_hints
@@ -214,6 +214,13 @@ def _fault(method: type[Method]) -> str | None:
         return f"has an option {', '.join(taken)}, which is one of Pruner's own: rename it"
     if not isinstance(getattr(method, "summary", None), str):
         return "has no summary: set `summary`, one line"
+    needs: Any = method.needs  # of some methods a property
+    if not (
+        hasattr(needs, "__get__") or (isinstance(needs, Collection) and all(isinstance(one, Signal) for one in needs))
+    ):
+        return "has needs that are no signals: set `needs`, as to frozenset({SALIENCY})"
+    if not (hasattr(method.stages, "__get__") or isinstance(method.stages, Set)):
+        return "has stages that are no set: set `stages`, as to frozenset({TOKENS})"
     try:
         get_type_hints(method)
         for field in fields(method):  # type: ignore[arg-type]
