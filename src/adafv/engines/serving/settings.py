@@ -124,7 +124,7 @@ class ServerSettings:
             raise BudgetError(f"keep={budget} is above max_keep={most}; raise max_keep or leave it out")
         shown = asdict(method) | {"method": method.name, "text": scope}  # type: ignore[call-overload]
         if origin := origin_of(method):
-            shown["origin"] = origin
+            shown["comes from"] = origin  # which no option can be called
         # What JSON has no word for cannot have been given: it is the default.
         identity = json.dumps(shown, sort_keys=True, default=lambda value: type(value).__qualname__)
         crops = _crops(options.get("crops", ALL))
