@@ -17,10 +17,11 @@ from rows import llava, llava_next
 from adafv import AdaFV, Pruner
 from adafv.asking.session import Session
 from adafv.bundled import sample_pictures
+from adafv.core import ImageLayout
 from adafv.engines.serving.settings import ServerSettings
 from adafv.engines.transformers.families import base, family_of, found_families, known_families
 from adafv.environment import as_text, environment
-from adafv.errors import OptionError, UnsupportedModelError
+from adafv.errors import MethodError, OptionError, UnsupportedModelError
 from adafv.evaluation.answers import Asker, configurations
 from adafv.methods import found_methods, known_methods, method_named
 from adafv.methods.base import Method
@@ -249,6 +250,19 @@ class TestOtherDistributions:
             method_from_options("outliers", ["sizes=3"])
         assert method_from_options("outliers", ["power=3"]) == method_named("outliers", power=3.0)
         assert ServerSettings.of({"keep": 8, "method": "outliers"}).identity
+
+    def test_a_plan_that_is_another_each_time(self, install: Install) -> None:
+        """Where vLLM's worker kept more than the prompt has places for, it would read the first of them."""
+        source = METHOD.replace(
+            "import dataclass\n", "import dataclass\nfrom itertools import cycle\nfrom adafv import Plan\n"
+        )
+        source += (
+            "\n    def plan(self, layout, keep):\n        return Plan(next(NUMBERS))\n\n\nNUMBERS = cycle([3, 4])\n"
+        )
+        install("outliers", {"outlying": source}, {"adafv.methods": {"outliers": "outlying:Outliers"}})
+        settings = ServerSettings.of({"keep": 8, "method": "outliers"})
+        with pytest.raises(MethodError, match="the method outliers plans otherwise each time"):
+            settings.tokens_of(ImageLayout(torch.arange(16), 1, 4, 4), settings.budget, words=True)
 
     def test_what_is_known_of_a_release_is_not_taken_for_the_next(self, install: Install, tmp_path: Path) -> None:
         """Stored answers, and pruned images in a server's caches: what the method chooses may be otherwise."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from adafv.core import Budget, ImageLayout
 from adafv.core.crops import ALL, ALL_CROPS, AUTO, CERTAIN, THUMBNAIL, Crops, chooses
-from adafv.core.select import check_method, plan_of
+from adafv.core.select import check_method, is_ours, plan_of
 from adafv.core.tokens import SALIENCY, WORDS, Plan, Signal
 from adafv.errors import BudgetError, MethodError, OptionError
 from adafv.methods import Method
@@ -75,6 +75,12 @@ class ServerSettings:
             raise MethodError(
                 f"the method {method.name} counts its tokens after the tower, or looks at another image; vLLM writes the "
                 "prompt before that: use another method"
+            )
+        # vLLM would read the first K of what the worker kept, whichever they are.
+        if not is_ours(method) and plan_of(method, layout, keep) != plan:
+            raise MethodError(
+                f"the method {method.name} plans otherwise each time, and vLLM asks once where it writes the prompt and once "
+                "where tokens are chosen: plan by the image and the budget alone"
             )
         return plan
 
