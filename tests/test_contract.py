@@ -21,7 +21,7 @@ from sharing import shared_model
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from adafv import Pruner, compress
+from adafv import Pruner, compress, encode
 from adafv.core import ImageLayout, top_tokens
 from adafv.core.tokens import KEYS, SALIENCY, STRINGS, WORDS, Kept, Plan, Signal, VisualTokens, hidden_of, keys_of
 from adafv.engines.transformers.families import family_of
@@ -386,6 +386,11 @@ PLANS: dict[str, tuple[Callable[[ImageLayout, int], Any], str]] = {
     "number": (lambda layout, keep: keep, "returned a int; return a Plan"),
     "no such crop": (lambda layout, keep: Plan(keep, crops=(7,)), r"crops \(7,\) alone, which show none"),
     "no crop": (lambda layout, keep: Plan(keep, crops=()), r"crops \(\) alone, which show none"),
+    "crops in a list": (lambda layout, keep: Plan(keep, crops=[0]), r"crops \[0\]; give a tuple"),  # type: ignore[arg-type]
+    "grid in a list": (lambda layout, keep: Plan(4, grid=[2, 2]), r"grid \[2, 2\]; give \(rows"),  # type: ignore[arg-type]
+    "no grid": (lambda layout, keep: Plan(4, grid=(0, 4)), r"grid \(0, 4\); give \(rows, columns\)"),
+    "less than the grid": (lambda layout, keep: Plan(3, grid=(2, 2)), "3 tokens of a grid of 2 x 2, .* plan 4"),
+    "grid, and counting": (lambda layout, keep: Plan(None, grid=(2, 2)), "None tokens of a grid of 2 x 2"),
 }
 COUNTS: dict[str, tuple[Callable[[VisualTokens, int], Any] | None, str]] = {
     "above": (lambda t, k: torch.tensor([k + 1]), r"counts \[5\] tokens where the budget leaves 4"),
@@ -434,6 +439,112 @@ def test_more_than_the_crops_have() -> None:
         [image] = compress(model, inputs, 17, method=counting).record.images
         assert image.tokens_after == 16
         assert image.crop.tolist() == [0] * 16
+
+
+# ------------------------------------------------------------------------------------- what is left as it was
+
+
+def centred(tokens: VisualTokens) -> Tensor:
+    """[G, N], the distance from the mean; of float32 written into the very tokens, as it is no copy."""
+    features = tokens.features.detach().float()
+    features -= features.mean(1, keepdim=True)
+    return features.norm(dim=-1)
+
+
+def centred_by_numpy(tokens: VisualTokens) -> Tensor:
+    for image in tokens.features.detach().float().cpu().numpy():
+        image -= image.mean(0)
+    return tokens.features.norm(dim=-1)
+
+
+WRITES: dict[str, Callable[[VisualTokens, int], Kept]] = {
+    "tokens": lambda tokens, keep: Kept(top_tokens(centred(tokens), keep, tokens.candidates)),
+    "tokens, by NumPy": lambda tokens, keep: Kept(top_tokens(centred_by_numpy(tokens), keep, tokens.candidates)),
+    "signals": lambda tokens, keep: Kept(top_tokens(tokens.saliency.neg_(), keep, tokens.candidates)),
+    "everything": lambda tokens, keep: emptied(tokens, Far().select(tokens, keep)),
+}
+
+
+def emptied(tokens: VisualTokens, kept: Kept) -> Kept:
+    for values in (tokens.features, tokens.source, tokens.candidates, *tokens.signals.values(), tokens.text.embeddings):
+        values.zero_()
+    return kept
+
+
+def handed(short: Any) -> list[Tensor]:
+    made = short["mm_encoder_outputs"]["image"]
+    return [*made.pooler_output, *(part for layer in getattr(made, "deepstack_features", None) or [] for part in layer)]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("written", WRITES)
+@pytest.mark.parametrize("family", ["llava", "llava-next", "qwen3-vl"])
+def test_a_method_that_writes_into_what_it_sees(family: str, written: str, inference: bool) -> None:
+    """Neither the language model nor the next question about the same image reads what it wrote."""
+    method = replace(needing(SALIENCY, WORDS), selects=WRITES[written])  # type: ignore[type-var]
+    row = ROWS[family]
+    with shared_model(row) as model, torch.inference_mode(inference):
+        inputs = make_inputs(row, model, [1])
+        [whole] = [features.flatten(0, -2) for features in handed(compress(model, inputs, 1.0))[:1]]
+        images = encode(model, inputs, method=method)
+        for keep in (4, 6):
+            short = compress(model, {**inputs, "images": images}, keep, method=method, text="turn")
+            [kept] = short.record.kept
+            assert torch.equal(handed(short)[0].flatten(0, -2), whole[kept])
+        del images  # and with it a hook on the model
+
+
+def test_a_method_that_counts_or_plans_in_what_it_sees() -> None:
+    def counts(tokens: VisualTokens, keep: int) -> Tensor:
+        return (centred(tokens) > 0).sum(1).clamp(1, keep)
+
+    def plans(layout: ImageLayout, keep: int) -> Plan:
+        layout.source.floor_divide_(layout.rows * layout.columns)  # which crop each token shows
+        return Plan(None)
+
+    row = ROWS["llava-next"]
+    with shared_model(row) as model:
+        inputs = make_inputs(row, model, [1])
+        found = compress(model, inputs, 4, method=Breaking(plans, counts))
+        expected = compress(model, inputs, 4, method=Far())
+    assert torch.equal(handed(found)[0], handed(expected)[0])
+    assert torch.equal(found.record.layouts[0].source, expected.record.layouts[0].source)
+
+
+def test_a_method_that_returns_the_same_buffers_each_time() -> None:
+    """Images of other sizes come after it returned; what it chose of the first is not theirs."""
+    indices, weights = torch.zeros(4, 4, dtype=torch.long), torch.zeros(4, 4, 200)
+
+    def selects(tokens: VisualTokens, keep: int) -> Kept:
+        kept = Merging().select(tokens, keep)
+        assert kept.weights is not None
+        count = len(kept.indices)
+        mixes = weights[:count, :keep, : kept.weights.shape[-1]]
+        return Kept(indices[:count].copy_(kept.indices), mixes.copy_(kept.weights))
+
+    row = ROWS["llava-next"]
+    with shared_model(row) as model:
+        inputs = make_inputs(row, model, [1, 2])
+        found = compress(model, inputs, 4, method=Breaking(selects=selects))
+        expected = compress(model, inputs, 4, method=Merging())
+    assert torch.equal(found["attention_mask"], expected["attention_mask"])
+    assert torch.equal(found.compaction.columns, expected.compaction.columns)
+    for one, two in zip(found.record.images, expected.record.images, strict=True):
+        assert torch.equal(one.kept, two.kept)
+        assert torch.equal(one.weights, two.weights)
+    assert torch.equal(torch.cat(handed(found)), torch.cat(handed(expected)))
+
+
+def test_tokens_of_other_crops_than_planned() -> None:
+    """With crops="thumbnail" they would not be there, and the answer another."""
+
+    def selects(tokens: VisualTokens, keep: int) -> Kept:
+        return Kept(top_tokens(tokens.source.float(), keep))
+
+    row = ROWS["llava-next"]
+    method = Breaking(plans=lambda layout, keep: Plan(keep, crops=(0,)), selects=selects)
+    with shared_model(row) as model, pytest.raises(MethodError, match=r"of the crops \(0,\) alone, and chose others"):
+        compress(model, make_inputs(row, model, [1]), 4, method=method)
 
 
 def needing(*signals: Signal, stage: str = TOKENS) -> Method:

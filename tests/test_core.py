@@ -502,6 +502,23 @@ def test_half_precision_inputs_are_scored_in_float32() -> None:
     torch.testing.assert_close(found, text_to_image_attention(text.float(), visual.float()))
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [
+        torch.tensor([9.0, float("-inf"), 1.0, float("-inf"), 9.0]),
+        torch.tensor([True, False, True, False, True]),
+        torch.tensor([9, -5, 1, -5, 9]),
+        torch.tensor([9.0, float("-inf"), 1.0, float("-inf"), 9.0]).half(),
+    ],
+    ids=lambda scores: str(scores.dtype),
+)
+def test_top_tokens_of_candidates_that_score_nothing(scores: torch.Tensor) -> None:
+    """As where a method leaves out duplicates by -inf: newlines still come last."""
+    candidates = torch.tensor([False, True, True, True, False])
+    expected = [[2], [1, 2], [1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert [top_tokens(scores, keep, candidates).tolist() for keep in range(1, 6)] == expected
+
+
 def test_top_tokens() -> None:
     values = torch.tensor([1.0, 5.0, 5.0, 2.0])
     assert top_tokens(values, 1).tolist() == [1]  # of equals, the lower index

@@ -1,5 +1,7 @@
 """Towers and layouts: what is read off the model agrees with the stock model itself."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from adafv import AdaFV, Pruner
 from adafv.core.tokens import SALIENCY
 from adafv.engines.transformers.families import family_of, known_families
+from adafv.engines.transformers.families.base import Encoded
 from adafv.engines.transformers.families.catalogue import catalogue
 from adafv.engines.transformers.towers import TappedTower
-from adafv.errors import PromptError, UnsupportedCallError, UnsupportedModelError
+from adafv.errors import MethodError, PromptError, UnsupportedCallError, UnsupportedModelError
 from adafv.methods.published import arranged
 
 NEWEST = Version(transformers.__version__) >= Version("5.23")
@@ -207,6 +210,7 @@ def test_published_features_are_what_the_indices_say() -> None:
     with torch.no_grad():
         features = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output[0][kept]
         is_image = inputs["input_ids"][0] == 119
+        assert adafv.last.keep_mask[0][is_image].nonzero().flatten().tolist() == sorted({*kept.tolist()})
         start = int(is_image.nonzero()[0])
         ids = inputs["input_ids"][0][~is_image]
         ids = torch.cat((ids[:start], torch.full((8,), 119), ids[start:]))[None]
@@ -214,6 +218,17 @@ def test_published_features_are_what_the_indices_say() -> None:
             input_ids=ids, mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=[features])}
         )
     torch.testing.assert_close(pruned, expected.logits)
+
+
+@pytest.mark.parametrize("row", [row for row in FAMILIES if row.rotary], ids=lambda row: row.name)
+def test_what_may_repeat_has_no_positions_on_three_axes(row: FamilyRow) -> None:
+    """It would get those of the image's first tokens, whichever it is."""
+    with (
+        shared_model(row) as model,
+        AdaFV(keep=6, variant="published", text="turn")(model),
+        pytest.raises(MethodError, match="no positions in time, height and width"),
+    ):
+        model(**make_inputs(row, model, [1]))
 
 
 def test_every_family_names_itself() -> None:
@@ -318,3 +333,47 @@ def test_the_example_in_the_docs_is_what_is_there() -> None:
 def test_the_catalogue_in_the_docs_is_what_the_command_prints() -> None:
     text = (Path(__file__).parent.parent / "docs/families.md").read_text()
     assert catalogue() in text, "copy what `adafv families` prints into docs/families.md"
+
+
+MISFITS: dict[str, Callable[[Encoded], Any]] = {
+    "tokens": lambda made: [torch.cat((tokens[:1], tokens)) for tokens in made.features],
+    "fewer images": lambda made: made.features[:-1],
+    "more images": lambda made: made.features * 2,
+    "a row": lambda made: [tokens.unsqueeze(0) for tokens in made.features],
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+@pytest.mark.parametrize("what", ["features", "saliency"])
+def test_a_family_that_encodes_other_tokens_than_it_says(what: str, misfit: str, monkeypatch: Any) -> None:
+    """With [CLS] left in front, say, every token would be the one before it."""
+
+    def encode(self: Any, *given: Any) -> Encoded:
+        made = encode_all(self, *given)
+        parts = MISFITS[misfit](made if what == "features" else Encoded(made.signals[SALIENCY]))
+        return replace(made, features=parts) if what == "features" else replace(made, signals={SALIENCY: parts})
+
+    row = next(row for row in FAMILIES if row.name == "llava-next")
+    with shared_model(row) as model:
+        owner = type(family_of(model))
+        encode_all = owner.encode
+        monkeypatch.setattr(owner, "encode", encode)
+        inputs = make_inputs(row, model, [2])
+        with (
+            Pruner("saliency", keep=3)(model),
+            pytest.raises(UnsupportedModelError, match=rf"LLaVA-NeXT says .* \[88, 52\] tokens, but gave {what}"),
+        ):
+            model(**inputs)
+
+
+def test_a_family_that_encodes_another_grid_than_was_asked_for(monkeypatch: Any) -> None:
+    row = next(row for row in FAMILIES if row.name == "llava")
+    with shared_model(row) as model:
+        owner = type(family_of(model))
+        smaller = owner.encode_smaller
+        monkeypatch.setattr(owner, "encode_smaller", lambda *given: smaller(*given[:-1], (1, 2)))
+        with (
+            Pruner("downsample", keep=4)(model),
+            pytest.raises(UnsupportedModelError, match=r"LLaVA-1.5 gave \[2\] tokens for images at 2 x 2; give 4"),
+        ):
+            model(**make_inputs(row, model, [1]))

@@ -698,6 +698,37 @@ def test_attention_of_layers_is_for_methods_that_act_there(model: Any) -> None:
         compress(model, inputs, 4, method=method)
 
 
+def test_a_token_cannot_be_repeated(model: Any) -> None:
+    """Places would be left over, and filled with tokens that were to go."""
+
+    class Repeating(FastV):
+        may_repeat = True
+
+    with torch.no_grad(), pruner(Repeating(), 4)(model), pytest.raises(MethodError, match="cannot be repeated"):
+        model(**make_inputs(ROWS["llava"], model, [1]))
+
+
+def test_what_a_method_writes_into_what_it_sees(model: Any) -> None:
+    class Writing(FastV):
+        def select(self, tokens: VisualTokens, keep: int) -> Kept:
+            kept = super().select(tokens, keep)
+            assert tokens.read is not None
+            for values in (tokens.read, tokens.features, *tokens.signals.values()):
+                values.zero_()
+            return kept
+
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    images = encode(model, inputs, method=Writing())
+    before = images.images["image"][0].features.clone()
+    with torch.no_grad():
+        with pruner(FastV(), 4)(model):
+            expected = model(**inputs, images=images).logits
+        with pruner(Writing(), 4)(model):
+            found = model(**inputs, images=images).logits
+    assert torch.equal(images.images["image"][0].features, before)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 # ------------------------------------------------------------------------------------- words, encoded images, the model
 
 

@@ -190,3 +190,9 @@ def test_options_beside_a_method_that_has_its_own() -> None:
     """They had no effect, and nobody said so."""
     with pytest.raises(OptionError, match="seed: a Method has its options already"):
         Pruner(Random(), keep=4, seed=3)
+
+
+@pytest.mark.parametrize("value", [Random, None, 3])
+def test_what_is_no_method(value: Any) -> None:
+    with pytest.raises(OptionError, match="or a Method: not a class, but what it makes"):
+        Pruner(value, keep=4)

@@ -14,14 +14,18 @@ from forking import in_a_copy
 from models import make_inputs
 from rows import llava, llava_next
 
-from adafv import AdaFV
+from adafv import AdaFV, Pruner
+from adafv.asking.session import Session
 from adafv.bundled import sample_pictures
+from adafv.core import ImageLayout
 from adafv.engines.serving.settings import ServerSettings
 from adafv.engines.transformers.families import base, family_of, found_families, known_families
 from adafv.environment import as_text, environment
-from adafv.errors import OptionError, UnsupportedModelError
+from adafv.errors import MethodError, OptionError, UnsupportedModelError
+from adafv.evaluation.answers import Asker, configurations
 from adafv.methods import found_methods, known_methods, method_named
 from adafv.methods.base import Method
+from adafv.methods.options import method_from_options
 from adafv.registry import Found, cause, find
 
 FAMILIES = "adafv.engines.transformers.families"
@@ -129,6 +133,7 @@ class TestOtherDistributions:
             ("raise SystemExit(3)", "SystemExit: 3"),
             ("Outliers = print", "no class derived from adafv.methods.base.Method"),
             ("class Outliers: pass", "no class derived from adafv.methods.base.Method"),
+            (METHOD + "\nOutliers.__signature__ = 3", "TypeError: unexpected object 3 in __signature__"),
             (METHOD.replace("def select", "def choose"), "is abstract: it lacks select"),
             (METHOD.replace("@dataclass(frozen=True)", ""), "is no dataclass"),
             (
@@ -139,6 +144,15 @@ class TestOtherDistributions:
             (METHOD.replace('name = "outliers"', 'name = "inliers"'), "class is named 'inliers'"),
             (METHOD.replace('    name = "outliers"\n', ""), "has no name"),
             (METHOD.replace("    summary", "    other"), "has no summary"),
+            (METHOD.replace("    summary", "    needs = {'saliency'}\n    summary"), "has needs that are no signals"),
+            (METHOD.replace("    summary", "    stages = 'tokens'\n    summary"), "has stages that are no set"),
+            (METHOD.replace("power: float", 'power: "Nowhere"'), "name 'Nowhere' is not defined"),
+            (
+                METHOD.replace("= 1.0", "= field(default_factory=lambda: 1 / 0)").replace(
+                    "dataclass\n", "dataclass, field\n", 1
+                ),
+                "cannot be listed, by type and default: ZeroDivisionError",
+            ),
         ],
     )
     def test_what_is_wrong_with_a_method_is_said(self, install: Install, source: str, why: str) -> None:
@@ -185,6 +199,16 @@ class TestOtherDistributions:
         assert "adafv.methods.random:Random" in str(broken)
         with pytest.warns(UserWarning, match="adafv.methods.random:Random"):
             assert type(method_named("random")).__module__ == "adafv.methods.random"
+        with pytest.warns(UserWarning, match="the name 'random' is also that of adafv.methods.random:Random"):
+            assert type(Pruner("random", 4).settings.method).__module__ == "adafv.methods.random"
+
+    @pytest.mark.parametrize("name", ["blank", "unpruned", "all", "a,b", "a:b"])
+    def test_names_that_mean_something_else_are_refused(self, install: Install, name: str) -> None:
+        """A table of answers has a row of blanked pictures; a method of that name was asked about them, and had none."""
+        source = METHOD.replace('"outliers"', repr(name))
+        install("outliers", {"outlying": source}, {"adafv.methods": {name: "outlying:Outliers"}})
+        assert "read as something else" in str(found_methods().broken[0])
+        assert name not in known_methods()
 
     def test_of_two_with_one_name_neither_is_taken(self, install: Install) -> None:
         install("one", {"of_one": METHOD}, {"adafv.methods": {"outliers": "of_one:Outliers"}})
@@ -203,6 +227,71 @@ class TestOtherDistributions:
         ):
             family_of(llava.ROW.build())
         assert family_of(llava_next.ROW.build()).name == "LLaVA-NeXT"
+
+    @pytest.mark.parametrize(
+        ("kind", "default", "given"),
+        [
+            ("tuple[int, int]", "(1, 2)", (3, 4)),
+            ("list[str]", "field(default_factory=list)", ["a"]),
+            ("Callable[[int], float]", "float", abs),
+            ("tuple[float, float] | None", "None", (0.5, 0.5)),
+        ],
+    )
+    def test_options_that_python_code_alone_can_give(
+        self, install: Install, kind: str, default: str, given: Any
+    ) -> None:
+        """They are listed, kept as they are, refused on the command line; and the others beside them are read."""
+        source = METHOD.replace("power: float = 1.0", f"power: float = 1.0\n    sizes: {kind} = {default}")
+        source = source.replace("import dataclass\n", "import dataclass, field\nfrom collections.abc import Callable\n")
+        install("outliers", {"outlying": source}, {"adafv.methods": {"outliers": "outlying:Outliers"}})
+        assert run("methods").exit_code == 0
+        assert Pruner("outliers", 4, sizes=given).settings.method == method_named("outliers", sizes=given)
+        with pytest.raises(OptionError, match="sizes is an object of Python"):
+            method_from_options("outliers", ["sizes=3"])
+        assert method_from_options("outliers", ["power=3"]) == method_named("outliers", power=3.0)
+        assert ServerSettings.of({"keep": 8, "method": "outliers"}).identity
+
+    def test_a_plan_that_is_another_each_time(self, install: Install) -> None:
+        """Where vLLM's worker kept more than the prompt has places for, it would read the first of them."""
+        source = METHOD.replace(
+            "import dataclass\n", "import dataclass\nfrom itertools import cycle\nfrom adafv import Plan\n"
+        )
+        source += (
+            "\n    def plan(self, layout, keep):\n        return Plan(next(NUMBERS))\n\n\nNUMBERS = cycle([3, 4])\n"
+        )
+        install("outliers", {"outlying": source}, {"adafv.methods": {"outliers": "outlying:Outliers"}})
+        settings = ServerSettings.of({"keep": 8, "method": "outliers"})
+        with pytest.raises(MethodError, match="the method outliers plans otherwise each time"):
+            settings.tokens_of(ImageLayout(torch.arange(16), 1, 4, 4), settings.budget, words=True)
+
+    def test_what_is_known_of_a_release_is_not_taken_for_the_next(self, install: Install, tmp_path: Path) -> None:
+        """Stored answers, and pruned images in a server's caches: what the method chooses may be otherwise."""
+        entries = {
+            "adafv.methods": {"outliers": "outlying:Outliers"},
+            "adafv.families": {"f": "foreign_models:Foreign"},
+        }
+        install("outliers", {"outlying": METHOD, "foreign_models": FAMILY}, entries)
+
+        def known() -> tuple[Any, ...]:
+            unpruned, way, saliency = configurations(["outliers:power=2", "saliency"], [8], blank=False)
+            asker = Asker(Session.load("bundled", "float32", "cpu"))
+            asker.session.model.__class__ = type("ForeignForConditionalGeneration", (type(asker.session.model),), {})
+            identity = ServerSettings.of({"keep": 8, "method": "outliers"}).identity
+            assert (unpruned.stored, saliency.stored) == (("unpruned", "1.0"), ("saliency", "8"))
+            assert way.way == ("outliers:power=2.0", "8")
+            return *way.stored, identity, asker.fingerprint()["versions"]["family Foreign"]
+
+        before = known()
+        assert before[0] == "outliers:power=2.0 of outlying:Outliers (outliers 1.5)"
+        (tmp_path / "outliers-1.5.dist-info").rename(tmp_path / "outliers-1.6.dist-info")
+        metadata = tmp_path / "outliers-1.6.dist-info/METADATA"
+        metadata.write_text(metadata.read_text().replace("1.5", "1.6"))
+        importlib.invalidate_caches()
+        for cached in (found_methods, found_families, known_families):
+            cached.cache_clear()
+        after = known()
+        assert after[0] == "outliers:power=2.0 of outlying:Outliers (outliers 1.6)"
+        assert [one == two for one, two in zip(before, after, strict=True)] == [False, True, False, False]
 
     def test_an_option_without_a_default_is_asked_for(self, install: Install) -> None:
         source = METHOD.replace("power: float = 1.0", "power: float")

@@ -92,10 +92,10 @@ def find(
         home = _home(entry)
         try:
             value = entry.load()
+            wrong = _not_derived(value, base) or fault(value)
         except (Exception, SystemExit) as error:
             broken.append(Broken(entry.name, home, cause(error)))
             continue
-        wrong = _not_derived(value, base) or fault(value)
         if wrong is None and called_by_entry and value.name != entry.name:
             wrong = (
                 f"the entry point is called {entry.name!r}, but the class is named {value.name!r}; give both one name"

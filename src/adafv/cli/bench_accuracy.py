@@ -437,7 +437,7 @@ def _tell_of_nothing_pruned(name: str, ways: "list[Configuration]", store: "Stor
     """A budget above what there is: all its methods are the unpruned model, and their differences 0."""
     told = set()
     for way in ways:
-        given = [answer for key in keys.values() if (answer := store.get(key, way.way)) is not None]
+        given = [answer for key in keys.values() if (answer := store.get(key, way.stored)) is not None]
         if way.pruned and given and all(each.kept >= each.tokens for each in given) and way.budget not in told:
             told.add(way.budget)
             most = max(each.tokens for each in given)

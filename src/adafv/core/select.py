@@ -4,9 +4,10 @@ Images of one size, plan and method go through the method together. What it deci
 tokens are mixed, from weights, so that features and whatever travels with them are mixed alike.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -85,9 +86,10 @@ def plan_of(method: Chooser, layout: Any, keep: int) -> Plan:
     """The method's plan for an image of which the budget leaves `keep` tokens, checked.
 
     Raises:
-        MethodError: it plans more tokens than that, or none.
+        MethodError: it plans more tokens than that, or none, or for another grid or crops than there can be.
     """
-    plan = method.plan(layout, keep)
+    # Images of one size may share their layout, and `source` be counted in as it lies there.
+    plan = method.plan(layout if is_ours(method) else replace(layout, source=layout.source.clone()), keep)
     if not isinstance(plan, Plan):
         raise MethodError(f"`plan` of the method {method.name} returned a {type(plan).__name__}; return a Plan")
     if plan.keep is not None and (isinstance(plan.keep, bool) or not isinstance(plan.keep, int)):
@@ -100,7 +102,16 @@ def plan_of(method: Chooser, layout: Any, keep: int) -> Plan:
             f"the method {method.name} plans to keep {plan.keep} tokens where the budget leaves {keep}; it may keep fewer, "
             "and at least one, but never more"
         )
+    if plan.grid is not None and not (_are_numbers(plan.grid) and len(plan.grid) == 2 and min(plan.grid) > 0):
+        raise MethodError(f"the method {method.name} plans the grid {plan.grid!r}; give (rows, columns), whole numbers")
+    if plan.grid is not None and plan.keep != math.prod(plan.grid):
+        raise MethodError(
+            f"the method {method.name} plans to keep {plan.keep} tokens of a grid of {plan.grid[0]} x {plan.grid[1]}, all of "
+            f"whose tokens stay; plan {math.prod(plan.grid)}"
+        )
     if plan.crops is not None:
+        if not _are_numbers(plan.crops):
+            raise MethodError(f"the method {method.name} plans the crops {plan.crops!r}; give a tuple of whole numbers")
         allowed = plan.allowed(layout)
         if not allowed:
             raise MethodError(
@@ -113,6 +124,10 @@ def plan_of(method: Chooser, layout: Any, keep: int) -> Plan:
                 f"{allowed} tokens; give at most that"
             )
     return plan
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(number, SupportsIndex) for number in value)
 
 
 def cuts_of(method: Chooser, depth: int, tokens: int, keep: int) -> tuple[Cut, ...]:
@@ -212,10 +227,40 @@ def select_tokens(images: Sequence[Wanted], agree: Callable[[Kept], Kept] = lamb
         tokens = visual_tokens([images[i] for i in members])
         first = images[members[0]]
         for part, keep, some in _counted(first, tokens, members):
-            kept = first.method.select(some, keep)
-            check_kept(first.method, some, keep, kept)
+            kept = chosen_by(first.method, some, keep)
+            planned = first.plan.crops
+            if planned is not None and not (is_ours(first.method) or some.candidates.gather(1, kept.indices).all()):
+                raise MethodError(
+                    f"the method {first.method.name} plans to keep tokens of the crops {planned} alone, and chose others: "
+                    "choose from `candidates`"
+                )
             selected.append(_taken(images, part, some, agree(kept)))
     return selected
+
+
+def chosen_by(method: Chooser, tokens: VisualTokens, keep: int) -> Kept:
+    """What a method chooses, checked.
+
+    What it returns it may hold on to, as a buffer for the next images; of that, copies are kept.
+
+    Raises:
+        MethodError: it does not keep its contract.
+    """
+    kept = method.select(_shown_to(method, tokens), keep)
+    check_kept(method, tokens, keep, kept)
+    return kept if is_ours(method) else kept.copy()
+
+
+def is_ours(method: Chooser) -> bool:
+    """Whether a method is one of adafv's own, whose contract the tests hold it to."""
+    return type(method).__module__.startswith("adafv.")
+
+
+def _shown_to(method: Chooser, tokens: VisualTokens) -> VisualTokens:
+    """Copies for methods that are not adafv's own. These tensors are what the language model reads, and what the next
+    question about an encoded image will; `detach().float()` of float32 is no copy, and what is then written into it, through
+    NumPy or in inference mode, nothing counts."""
+    return tokens if is_ours(method) else tokens.copy()
 
 
 def visual_tokens(images: Sequence[Wanted]) -> VisualTokens:
@@ -333,7 +378,7 @@ def _counted(
         return [(tuple(members), image.plan.keep, tokens)]
     # No more than there are in the crops that the method looks at: what it keeps beyond them would be of other crops.
     most = min(image.most, image.plan.allowed(image.encoded.layout))
-    counted = image.method.count(tokens, most)
+    counted = image.method.count(_shown_to(image.method, tokens), most)
     if not isinstance(counted, Tensor) or counted.shape != (len(members),) or counted.dtype != torch.long:
         given = f"{counted.dtype} {list(counted.shape)}" if isinstance(counted, Tensor) else type(counted).__name__
         raise MethodError(
@@ -402,7 +447,7 @@ def check_kept(method: Chooser, tokens: VisualTokens, keep: int, kept: Kept) -> 
         value = getattr(kept, name)
         if value is not None and tuple(value.shape) != shape:
             refuse(f"{name} is {list(value.shape)}, not {list(shape)}")
-    if indices.device.type != "cpu" and type(method).__module__.startswith("adafv."):
+    if indices.device.type != "cpu" and is_ours(method):
         return
     if method.may_repeat:
         if not bool(((indices >= 0) & (indices < available)).all()):

@@ -66,8 +66,12 @@ def geometric_mean(text_attention: Tensor, saliency: Tensor, indices: Tensor) ->
 def top_tokens(scores: Tensor, keep: int, candidates: Tensor | None = None) -> Tensor:
     """Indices of the `keep` largest scores, ascending. [..., N] -> [..., K].
 
-    Tokens outside `candidates` ([..., N] bool) are taken only once the candidates are used up.
+    Tokens outside `candidates` ([..., N] bool) are taken only once the candidates are used up, whatever these score: -inf,
+    whole numbers, or bool.
     """
+    if candidates is not None:
+        scores = scores if scores.is_floating_point() else scores.float()
+        scores = scores.clamp_min(torch.finfo(scores.dtype).min)
     return _descending(scores, candidates)[..., :keep].sort(dim=-1).values
 
 

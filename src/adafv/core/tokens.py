@@ -6,7 +6,7 @@ not have is refused before anything runs.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -90,6 +90,10 @@ class Words:
     strings: Sequence[Sequence[str]] | None = None
     """Per image, its tokens as text; None unless the method needs STRINGS."""
 
+    def copy(self) -> "Words":
+        """The same in memory of its own."""
+        return replace(self, embeddings=self.embeddings.clone(), mask=self.mask.clone(), ids=self.ids.clone())
+
 
 @dataclass(frozen=True)
 class VisualTokens:
@@ -128,6 +132,18 @@ class VisualTokens:
         """The words; of methods that need WORDS."""
         assert self.words is not None
         return self.words
+
+    def copy(self) -> "VisualTokens":
+        """The same in memory of its own."""
+        return replace(
+            self,
+            features=self.features.clone(),
+            candidates=self.candidates.clone(),
+            source=self.source.clone(),
+            signals={signal: values.clone() for signal, values in self.signals.items()},
+            words=None if self.words is None else self.words.copy(),
+            read=None if self.read is None else self.read.clone(),
+        )
 
 
 @dataclass(frozen=True)
@@ -180,3 +196,8 @@ class Kept:
     """[G] geometric mean of the kept set, where the method maximises it."""
     certificate: Tensor | None = None
     """[G] share by which the objective may fall short of the best set of K tokens, where it is known."""
+
+    def copy(self) -> "Kept":
+        """The same in memory of its own."""
+        optional = (self.weights, self.text_attention, self.objective, self.certificate)
+        return Kept(self.indices.clone(), *(None if values is None else values.clone() for values in optional))

@@ -162,7 +162,7 @@ def refused(asker: Asker, ways: Sequence[Configuration], question: Question, sto
     except ImageError:  # a matter of the picture, which the run will name
         return found
     for way in ways:
-        if way.pruned and store.get(key, way.way) is None:
+        if way.pruned and store.get(key, way.stored) is None:
             try:
                 asker.record(question, way)
             except AdaFVError as error:

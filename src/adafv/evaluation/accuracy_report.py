@@ -97,7 +97,7 @@ class Scores:
             own: dict[str, float] = {}
             given: list[Given] = []
             for name, question in self.questions.items():
-                answer = store.get(keys[name], way.way)
+                answer = store.get(keys[name], way.stored)
                 if answer is not None:
                     value = self._value(answer, question)
                     if value is not None:

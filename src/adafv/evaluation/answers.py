@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from adafv.core.crops import Crops
 from adafv.core.encoded import EncodedImage
 from adafv.engines.transformers import EncodedImages, Pruner, Record, encode
 from adafv.engines.transformers.encoded import ENCODED
+from adafv.engines.transformers.families import family_of, found_families
 from adafv.engines.transformers.settings import POSITIONS
 from adafv.errors import ImageError, OptionError
 from adafv.evaluation.questions import REFUSE, BadRecord, Question, Questions, refusal
@@ -32,7 +34,7 @@ from adafv.evaluation.store import Chances, Given, Store, Way, key_of
 from adafv.extras import release
 from adafv.images import check_shape
 from adafv.methods import Method
-from adafv.methods.base import LAYERS
+from adafv.methods.base import LAYERS, origin_of
 from adafv.methods.options import method_from_text
 from adafv.printable import shortened
 from adafv.prompts.text import SCOPES
@@ -55,8 +57,14 @@ class Configuration:
 
     @property
     def way(self) -> Way:
-        """What the store calls it."""
+        """What it is told from others by."""
         return self.name, self.budget.key
+
+    @cached_property
+    def stored(self) -> Way:
+        """What the store calls it: of another distribution's method, its release too, as the next may answer otherwise."""
+        origin = "" if self.method is None else origin_of(self.method)
+        return f"{self.name} of {origin}" if origin else self.name, self.budget.key
 
     @property
     def pruned(self) -> bool:
@@ -156,13 +164,16 @@ class Asker:
     def fingerprint(self) -> dict[str, Any]:
         """Who answers, for a `Store`: what an answer depends on beside the question and the way."""
         settings = {"suffix": self.suffix, "scope": self._scope, **self._options, "prompt": self.session.prompt("x")}
+        family = family_of(self.session.model).name
+        home = found_families().homes.get(family, "")
+        elsewhere = {} if home.startswith("adafv.") else {f"family {family}": home}  # with its release
         return {
             "model": weights_hash(self.session.model),
             "precision": self.session.dtype,
             "prompt": _short_hash(settings),
             "picture_settings": _short_hash(json.loads(self.session.processor.image_processor.to_json_string())),
             "longest_answer": self.max_new_tokens,
-            "versions": {name: release(name) for name in ("adafv", "torch", "transformers")},
+            "versions": {name: release(name) for name in ("adafv", "torch", "transformers")} | elsewhere,
         }
 
     def check_ways(self, ways: Sequence[Configuration]) -> None:
@@ -227,7 +238,7 @@ class Asker:
         questions = replace(questions, questions=grouped)
         keys = {each.name: key_of(each, digests[each.name]) for each in questions.questions}
         total = len(keys) * len(ways)
-        done = sum(store.get(key, way.way) is not None for key in keys.values() for way in ways)
+        done = sum(store.get(key, way.stored) is not None for key in keys.values() for way in ways)
         asked, told = 0, False
         progress(Progress(done, total, asked))
         batches = list(_batches(questions.questions, digests, batch))
@@ -235,7 +246,7 @@ class Asker:
             lacking = [
                 (way, missing)
                 for way in ways
-                if (missing := [each for each in these if store.get(keys[each.name], way.way) is None])
+                if (missing := [each for each in these if store.get(keys[each.name], way.stored) is None])
             ]
             if lacking:
                 pictures, broken = self._loaded(these, digests)
@@ -249,7 +260,7 @@ class Asker:
                     these = [each for each in these if each.name not in bad]
                     total -= len(bad) * len(ways)
                     gone = [keys.pop(name) for name in bad]
-                    done -= sum(store.get(key, way.way) is not None for key in gone for way in ways)
+                    done -= sum(store.get(key, way.stored) is not None for key in gone for way in ways)
                 for way, missing in lacking:
                     missing = [each for each in missing if each.name not in bad]
                     if missing:
@@ -259,7 +270,9 @@ class Asker:
                         size = 1 if way.method is not None and LAYERS in way.method.stages else len(asks)
                         parts = [asks[start : start + size] for start in range(0, len(asks), size)]
                         given = [answer for part in parts for answer in self._answers(part, pictures, way, others)]
-                        store.add(way.way, [(keys[e.name], *answer) for e, answer in zip(missing, given, strict=True)])
+                        store.add(
+                            way.stored, [(keys[e.name], *answer) for e, answer in zip(missing, given, strict=True)]
+                        )
                         asked, done = asked + len(missing), done + len(missing)
                         progress(Progress(done, total, asked))
             soon = {digests[each.name] for each in batches[number + 1]} if number + 1 < len(batches) else set()
@@ -394,7 +407,7 @@ def refuse_idle_budgets(
         UsageError: there is one.
     """
     for way in ways:
-        given = [store.get(key, way.way) for _, key in asked]
+        given = [store.get(key, way.stored) for _, key in asked]
         if way.pruned and all(each is not None and each.kept >= each.tokens for each in given):
             most = max(each.tokens for each in given if each is not None)
             raise UsageError(

@@ -75,7 +75,7 @@ class Counted:
         self.groups = [question.cluster for question in self.questions]
         self.given: dict[Configuration, list[Given]] = {}
         for way in self.ways:
-            found = [store.get(keys[each.name], way.way) for each in self.questions]
+            found = [store.get(keys[each.name], way.stored) for each in self.questions]
             assert None not in found, "every question was asked"
             self.given[way] = [each for each in found if each is not None]
         self.unpruned = next(way for way in self.ways if way.name == UNPRUNED)

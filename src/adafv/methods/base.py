@@ -21,17 +21,18 @@ An image that keeps all its tokens is never shown to a method.
 import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import MISSING, fields
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 from torch import Tensor
 
 from adafv.core import ImageLayout
+from adafv.core.select import is_ours
 from adafv.core.tokens import READ, Cut, Kept, Plan, Signal, VisualTokens
 from adafv.errors import MethodError, OptionError
-from adafv.registry import Found, find
+from adafv.registry import Found, cause, find
 
 IMAGE, TOWER, TOKENS, LAYERS = "image", "tower", "tokens", "layers"
 
@@ -154,8 +155,7 @@ def method_named(name: str, **parameters: Any) -> Method:
         if broken := found.named(name):
             raise OptionError(f"the method {name!r} could not be loaded: {'; '.join(map(str, broken))}; {known}")
         raise OptionError(f"there is no method {name!r}; {known}{found.lacking()}")
-    for refused in found.named(name):  # of the same name
-        warnings.warn(f"the method {name!r} is that of {found.homes[name]}; {refused}", stacklevel=2)
+    warn_of_namesakes(name)
     method: Any = found.classes[name]
     options = {field.name: field for field in fields(method) if field.init}
     for parameter in parameters:
@@ -173,12 +173,38 @@ def method_named(name: str, **parameters: Any) -> Method:
     return method(**parameters)
 
 
+def warn_of_namesakes(name: str) -> None:
+    """Whoever installed another method of this name may mean that one."""
+    found = found_methods()
+    for refused in found.named(name):
+        warnings.warn(f"the method {name!r} is that of {found.homes[name]}; {refused}", stacklevel=3)
+
+
+def origin_of(method: Method) -> str:
+    """Where a method that is not adafv's own comes from, with the release of its distribution; "" for adafv's own.
+
+    What it chooses may be otherwise in its next release, of which nothing else here knows: so it is part of what answers and
+    pruned images are kept under.
+    """
+    if is_ours(method):
+        return ""
+    found = found_methods()
+    if found.classes.get(method.name) is type(method):
+        return found.homes[method.name]
+    return f"{type(method).__module__}:{type(method).__qualname__}"
+
+
 TAKEN = frozenset({"keep", "method", "positions", "text", "processor", "video", "logits", "crops", "remember"})
 """Arguments of `Pruner` beside a method's options: one of the same name could not be given."""
+
+RESERVED = frozenset({"all", "blank", "unpruned"})
+"""Names by which lists of methods, and tables, mean something else."""
 
 
 def _fault(method: type[Method]) -> str | None:
     """Why a class cannot be offered by name: its options must be known."""
+    if method.name in RESERVED or method.name != method.name.strip() or {":", ","} & set(method.name):
+        return f"has the name {method.name!r}, which lists of methods read as something else: rename it"
     if "__dataclass_fields__" not in vars(method):
         return "is no dataclass, so its options are not known: put @dataclass(frozen=True) in front of the class"
     options = {field.name for field in fields(method) if field.init}  # type: ignore[arg-type]
@@ -188,4 +214,18 @@ def _fault(method: type[Method]) -> str | None:
         return f"has an option {', '.join(taken)}, which is one of Pruner's own: rename it"
     if not isinstance(getattr(method, "summary", None), str):
         return "has no summary: set `summary`, one line"
+    needs: Any = method.needs  # of some methods a property
+    if not (
+        hasattr(needs, "__get__") or (isinstance(needs, Collection) and all(isinstance(one, Signal) for one in needs))
+    ):
+        return "has needs that are no signals: set `needs`, as to frozenset({SALIENCY})"
+    if not (hasattr(method.stages, "__get__") or isinstance(method.stages, Set)):
+        return "has stages that are no set: set `stages`, as to frozenset({TOKENS})"
+    try:
+        get_type_hints(method)
+        for field in fields(method):  # type: ignore[arg-type]
+            if field.default_factory is not MISSING:
+                field.default_factory()
+    except Exception as error:
+        return f"has options that cannot be listed, by type and default: {cause(error)}"
     return None

@@ -11,11 +11,11 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from adafv.errors import OptionError
-from adafv.methods.base import Method, found_methods, known_methods, method_named
+from adafv.methods.base import Method, found_methods, known_methods, method_named, warn_of_namesakes
 from adafv.printable import shortened
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -97,9 +97,12 @@ def options_of(method: type[Method]) -> list[MethodOption]:
     for each in fields(method):  # type: ignore[arg-type]
         if not each.init:
             continue
-        kinds = set(get_args(hints[each.name]) or (hints[each.name],))
+        hint = hints[each.name]
+        # Of `tuple[int, int]` the arguments are no kinds of its own.
+        kinds = list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
         optional = NoneType in kinds
-        kind = next(iter(kinds - {NoneType})) if len(kinds - {NoneType}) == 1 else None
+        others = [kind for kind in kinds if kind is not NoneType]
+        kind = others[0] if len(others) == 1 and isinstance(others[0], type) else None
         default = each.default if each.default_factory is MISSING else each.default_factory()
         meaning = each.metadata.get("help", meanings.get(each.name, ""))
         found.append(MethodOption(each.name, kind if kind in _KINDS else None, optional, default, meaning))
@@ -120,6 +123,7 @@ def method_of(name: str, parameters: Mapping[str, Any]) -> Method:
     lacking = [option for option in known.values() if option.default is MISSING and option.name not in values]
     if lacking:
         raise OptionError(f"the method {name!r} needs the option {lacking[0].name}; give {lacking[0].takes}")
+    warn_of_namesakes(name)
     method: Any = known_methods()[name]
     made: Method = method(**values)
     return made

@@ -8,11 +8,11 @@ from typing import Any
 
 from adafv.core import Budget, ImageLayout
 from adafv.core.crops import ALL, ALL_CROPS, AUTO, CERTAIN, THUMBNAIL, Crops, chooses
-from adafv.core.select import check_method, plan_of
+from adafv.core.select import check_method, is_ours, plan_of
 from adafv.core.tokens import SALIENCY, WORDS, Plan, Signal
 from adafv.errors import BudgetError, MethodError, OptionError
 from adafv.methods import Method
-from adafv.methods.base import TOKENS, TOWER
+from adafv.methods.base import TOKENS, TOWER, origin_of
 from adafv.methods.options import method_of
 from adafv.prompts.text import SCOPES
 
@@ -76,6 +76,12 @@ class ServerSettings:
                 f"the method {method.name} counts its tokens after the tower, or looks at another image; vLLM writes the "
                 "prompt before that: use another method"
             )
+        # vLLM would read the first K of what the worker kept, whichever they are.
+        if not is_ours(method) and plan_of(method, layout, keep) != plan:
+            raise MethodError(
+                f"the method {method.name} plans otherwise each time, and vLLM asks once where it writes the prompt and once "
+                "where tokens are chosen: plan by the image and the budget alone"
+            )
         return plan
 
     def chooses(self, layout: ImageLayout, plan: Plan, words: bool, crops: Crops) -> bool:
@@ -123,7 +129,10 @@ class ServerSettings:
         if not budget.within(most):
             raise BudgetError(f"keep={budget} is above max_keep={most}; raise max_keep or leave it out")
         shown = asdict(method) | {"method": method.name, "text": scope}  # type: ignore[call-overload]
-        identity = json.dumps(shown, sort_keys=True)
+        if origin := origin_of(method):
+            shown["comes from"] = origin  # which no option can be called
+        # What JSON has no word for cannot have been given: it is the default.
+        identity = json.dumps(shown, sort_keys=True, default=lambda value: type(value).__qualname__)
         crops = _crops(options.get("crops", ALL))
         return cls(method, budget, most, scope, int(cache * MEBIBYTE), crops, identity)
 

@@ -29,7 +29,7 @@ from adafv.core.layout import ImageLayout
 from adafv.core.tokens import SALIENCY, Signal
 from adafv.engines.transformers.call import Call, ImageJob
 from adafv.engines.transformers.devices import spread_over_processes
-from adafv.engines.transformers.encoded import encoded_part
+from adafv.engines.transformers.encoded import encoded_parts
 from adafv.engines.transformers.families.base import Family
 from adafv.engines.transformers.record import ImageRecord
 from adafv.engines.transformers.releases import cache_of
@@ -166,7 +166,7 @@ class _SomeCrops:
                 for image, (places, layout) in zip(self._whole, parts, strict=True)
             ]
         made = self._call.family.encode_crops(self._call.model, self._visuals, self._layouts, wanted, signals)
-        return [encoded_part(made, i, layout) for i, (_, layout) in enumerate(parts)]
+        return encoded_parts(self._call.family, made, [layout for _, layout in parts])
 
     def count(self) -> None:
         """Tell the store, and the call, for which images the tower ran."""

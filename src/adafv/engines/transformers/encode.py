@@ -10,7 +10,7 @@ from adafv.engines.transformers.call import Call, ImageJob
 from adafv.engines.transformers.crops import chooses, decides, encode_chosen
 from adafv.engines.transformers.encoded import encode_modality
 from adafv.engines.transformers.remembered import encode_remembering
-from adafv.errors import StaleImagesError
+from adafv.errors import StaleImagesError, UnsupportedModelError
 
 
 def encode_images(call: Call) -> None:
@@ -60,6 +60,11 @@ def _run(
             part = _encoded(call, modality, wanted, some, lying, signals)
         else:
             smaller = family.encode_smaller(model, some, lying, grid)
+            if any(len(features) != grid[0] * grid[1] for features in smaller):
+                raise UnsupportedModelError(
+                    f"the family {family.name} gave {[len(features) for features in smaller]} tokens for images at "
+                    f"{grid[0]} x {grid[1]}; give {grid[0] * grid[1]} for each"
+                )
             part = [EncodedImage(features, {}, layout) for features, layout in zip(smaller, lying, strict=True)]
         images.update(zip(wanted, part, strict=True))
     return images

@@ -24,9 +24,10 @@ from adafv.engines.transformers.devices import host_by_default
 from adafv.engines.transformers.families import Family, family_of
 from adafv.engines.transformers.families.base import Encoded, stock_model
 from adafv.engines.transformers.reading import ENCODE_AGAIN, WEIGHTS_CHANGED, read_prompt
-from adafv.errors import PromptError, StaleImagesError, UnsupportedCallError
+from adafv.errors import PromptError, StaleImagesError, UnsupportedCallError, UnsupportedModelError
 from adafv.methods import Method, method_named
 from adafv.methods.base import LAYERS, TOKENS
+from adafv.printable import shortened
 
 ENCODED = "images"
 """Name under which encoded images are passed to `generate`, `forward` and `compress`."""
@@ -315,11 +316,36 @@ def encode_modality(
 ) -> list[EncodedImage]:
     """Run the tower on all images, or all videos, of a call."""
     made = family.encode(model, modality, visuals, layouts, signals)
-    return [encoded_part(made, i, layout) for i, layout in enumerate(layouts)]
+    return encoded_parts(family, made, layouts)
 
 
-def encoded_part(made: Encoded, number: int, layout: ImageLayout) -> EncodedImage:
-    """One of the images that a family encoded, or a part of it."""
+def encoded_parts(family: Family, made: Encoded, layouts: Sequence[ImageLayout]) -> list[EncodedImage]:
+    """The images that a family encoded, or parts of them.
+
+    Raises:
+        UnsupportedModelError: they are not as many, or as long, as it said before. A [CLS] that was left in, say, would shift
+            every token by one, and nothing behind this would notice.
+    """
+    given = [
+        ("features", 2, made.features),
+        *((str(each), _DIMENSIONS[each.kind], made.signals[each]) for each in made.signals),
+    ]
+    if made.deepstack:
+        given.append(("deepstack rows", 3, made.deepstack))
+    for what, dims, parts in given:
+        if [(part.dim(), tuple(part.shape[:1])) for part in parts] != [(dims, (each.tokens,)) for each in layouts]:
+            shapes = shortened([list(part.shape) for part in parts], 120)
+            raise UnsupportedModelError(
+                f"the family {family.name} says that these images have {[each.tokens for each in layouts]} tokens, but gave "
+                f"{what} of {shapes}; give one tensor of {dims} dimension(s) for each image, one row for each token"
+            )
+    return [_encoded_part(made, i, layout) for i, layout in enumerate(layouts)]
+
+
+_DIMENSIONS = {"saliency": 1, "keys": 3, "hidden": 2, "read": 2}
+
+
+def _encoded_part(made: Encoded, number: int, layout: ImageLayout) -> EncodedImage:
     return EncodedImage(
         made.features[number],
         {signal: values[number] for signal, values in made.signals.items()},

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from adafv.core.select import Wanted, at_places, check_kept, visual_tokens
+from adafv.core.select import Wanted, at_places, chosen_by, visual_tokens
 from adafv.core.tokens import LAST_ATTENTION, WORD_ATTENTION, Cut, Kept, Plan, VisualTokens
 from adafv.engines.transformers.cache import HeldColumns
 from adafv.engines.transformers.call import Call, CompressedInputs, ImageJob
@@ -351,8 +351,7 @@ class InsideRun:
             assert image.words is not None
             looked[WORD_ATTENTION] = looks.of(image.words.to(device), columns).mT.unsqueeze(0)
         tokens = replace(tokens, signals={**tokens.signals, **looked})
-        chosen = job.method.select(tokens, cut.keep)
-        check_kept(job.method, tokens, cut.keep, chosen)
+        chosen = chosen_by(job.method, tokens, cut.keep)
         if chosen.weights is not None:
             raise MethodError(
                 f"the method {job.method.name} merges tokens inside the language model, where they only go"

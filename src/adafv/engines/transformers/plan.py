@@ -54,6 +54,11 @@ def _plan_cuts(call: Call, job: ImageJob) -> None:
             f"the method {job.method.name} acts inside the language model and elsewhere ({others}); one method acts in one "
             "place: make two of it"
         )
+    if job.method.may_repeat:
+        raise MethodError(
+            f"the method {job.method.name} acts inside the language model, where a token cannot be repeated; leave "
+            "may_repeat out"
+        )
     depth = len(decoder_of(call.model).layers)
     job.cuts = cuts_of(job.method, depth, job.image.layout.tokens, job.keep)
     job.keep = job.image.layout.tokens
@@ -90,6 +95,11 @@ def _check_method(call: Call, job: ImageJob) -> None:
 
     stages = {IMAGE, TOKENS, LAYERS} if call.wrapped else {IMAGE, TOKENS}  # `compress` makes inputs and no more
     check_method(job.method, "transformers", frozenset(stages), has, (TOKENS, TOWER))
+    if job.method.may_repeat and call.family.rotary_axes:
+        raise MethodError(
+            f"the method {job.method.name} may repeat tokens, or turn their order, so they have no positions in time, height "
+            f"and width, as {call.family.name} gives them; use another method, or another option of it"
+        )
     try:
         call.family.check_signals(call.model, job.method.of_tower)
     except UnsupportedModelError as error:

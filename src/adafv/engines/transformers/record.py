@@ -181,9 +181,10 @@ class Record:
         mask = torch.zeros(len(columns), whole + 1, dtype=torch.bool, device=columns.device)
         mask = mask.scatter(1, columns.where(columns >= 0, whole), True)[:, :-1]
         for image in self.images:
-            if image._restated:  # its tokens stand in other places than they come from
+            if image.selected is not None:  # its tokens may stand in other places than they come from
                 stays = torch.zeros(image.tokens_before, dtype=torch.bool)
-                stays[image.kept[image.kept >= 0]] = True
+                kept = image.kept.cpu()
+                stays[kept[kept >= 0]] = True
                 mask[image.prompt, image.columns.to(mask.device)] = stays.to(mask.device)
         return mask[:, whole - self.given :]
 

@@ -29,7 +29,7 @@ from adafv.engines.transformers.encoded import (
     Fingerprint,
     digest_of,
     encode_modality,
-    encoded_part,
+    encoded_parts,
     outside_the_language_model,
 )
 from adafv.engines.transformers.families import Family
@@ -330,10 +330,8 @@ class RememberedCrops:
 
     def _run(self, wanted: list[tuple[int, ...]], signals: frozenset[Signal]) -> list[EncodedImage | None]:
         made = self._family.encode_crops(self._model, self._visuals, self._layouts, wanted, signals)
-        return [
-            encoded_part(made, i, of_some_crops(layout, crops)[1])
-            for i, (layout, crops) in enumerate(zip(self._layouts, wanted, strict=True))
-        ]
+        parts = [of_some_crops(layout, crops)[1] for layout, crops in zip(self._layouts, wanted, strict=True)]
+        return [*encoded_parts(self._family, made, parts)]
 
 
 def _known_to_be_the_same(store: ImageStore, model: Any, visuals: Mapping[str, Any]) -> bool:

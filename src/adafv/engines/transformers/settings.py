@@ -14,6 +14,7 @@ from adafv.errors import MethodError, OptionError
 from adafv.methods import Method
 from adafv.methods.base import TOKENS
 from adafv.methods.options import method_of
+from adafv.printable import shortened
 from adafv.prompts.text import ChatTemplate, resolve_scope
 
 POSITIONS = ("compact", "original")
@@ -63,6 +64,11 @@ class Settings:
         """Check the options, see `Pruner`."""
         if isinstance(method, str):
             method = method_of(method, parameters)
+        elif not isinstance(method, Method):
+            raise OptionError(
+                f"method={shortened(repr(method), 80)}; give a name (see `adafv methods`), or a Method: not a class, but "
+                "what it makes"
+            )
         elif parameters:
             raise OptionError(f"{', '.join(parameters)}: a Method has its options already; give them where it is made")
         if positions not in POSITIONS:

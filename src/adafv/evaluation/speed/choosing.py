@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adafv.core.encoded import EncodedImage
 from adafv.core.layout import ImageLayout
-from adafv.core.select import Wanted, check_kept, cuts_of, plan_of, select_tokens, visual_tokens
+from adafv.core.select import Wanted, chosen_by, cuts_of, plan_of, select_tokens, visual_tokens
 from adafv.core.tokens import LAST_ATTENTION, SALIENCY, WORD_ATTENTION, Plan, Signal, VisualTokens
 from adafv.errors import AdaFVError, OptionError
 from adafv.evaluation.speed.counting import Counting, counted_waits
@@ -213,6 +213,6 @@ def _chosen_inside(
     def run() -> None:
         for steps in shown:
             for keep, some in steps:
-                check_kept(method, some, keep, method.select(some, keep))
+                chosen_by(method, some, keep)
 
     return run
