@@ -189,7 +189,7 @@ def origin_of(method: Method) -> str:
     if is_ours(method):
         return ""
     found = found_methods()
-    if found.classes.get(method.name) is type(method):
+    if found.classes.get(method.name) is type(method) and method.name in found.homes:
         return found.homes[method.name]
     return f"{type(method).__module__}:{type(method).__qualname__}"
 
