@@ -22,6 +22,7 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from adafv.engines.transformers.encoded import encoded_in
 from adafv.engines.transformers.families import Family
 from adafv.engines.transformers.releases import CHUNKED_PREFILL_KEEPS_IMAGES, cannot_be_repeated
 from adafv.engines.transformers.settings import setting
@@ -48,7 +49,7 @@ def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) ->
             "this release of transformers loses the images in chunked prefill; leave prefill_chunk_size out, or run: "
             "pip install --upgrade transformers"
         )
-    if family.images[0] in arguments:
+    if family.images[0] in arguments or encoded_in(arguments) is not None:
         family.check_generate(functools.partial(setting, model, arguments))
     if setting(model, arguments, "guidance_scale") not in (None, 1.0):
         if family.rotary_axes:
