@@ -204,6 +204,17 @@ class RestoredPrompts:
     caller's replaces one of the same type, as in stock; then each is wrapped.
     """
 
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What `generate` decodes with on a static cache, on accelerators: compiled for an object like this one.
+
+        What it has compiled outside the block is bound to the model, and would lead back into the wrapper at every token. As
+        there, it stays on the model, for the next block: to compile takes long.
+        """
+        own = self.__dict__.get(_COMPILED)
+        if own is None or type(own.model) is not type(self) or own.model.__dict__ is not self.__dict__:
+            own = self.__dict__[_COMPILED] = _Compiled(self)
+        return super().get_compiled_call.__func__(own, compile_config)  # type: ignore[misc]
+
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         first = _FIRST.get()
         processors = self._restored_processors(*args, **kwargs)
@@ -238,6 +249,24 @@ class RestoredPrompts:
         given = inspect.signature(stock).bind(*args, **kwargs).arguments
         given["generation_config"] = _lengthened(given["generation_config"], restorer.removed)
         return _RestoredCriteria((_restored(item, restorer) for item in stock(**given)), restorer.removed)
+
+
+_COMPILED = "_adafv_compiled"
+
+
+class _Compiled:
+    """Passes for a model whose call nobody has compiled yet, and keeps what is compiled. A copy of the model has none."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_compiled_call", "_last_compile_config"):
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 def _lengthened(config: Any, removed: int) -> Any:

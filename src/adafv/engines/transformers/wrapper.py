@@ -180,6 +180,8 @@ class PrunedModel:
         self.family = family_of(self.model)
         check_crops(settings.crops, self.family, self.model)
         self._stock: Any = None
+        # What is raised while a model is being compiled is not seen outside, so this is not compiled.
+        self._refuse_compiled = torch.compiler.disable(_refuse_compiled)
         self._latest: Record | None = None
         self._own = threading.local()
 
@@ -255,6 +257,7 @@ class PrunedModel:
         both = "inputs" in arguments and "input_ids" in arguments  # an error, which is for the stock model to raise
         if both or not self._concerned(arguments):
             return stock.generate(*args, **kwargs)
+        self._check_compiled()
         arguments = named_for_this_release(arguments)
         if "inputs" in arguments:
             arguments["input_ids"] = arguments.pop("inputs")
@@ -336,6 +339,7 @@ class PrunedModel:
         arguments = _by_name(stock.forward, args, kwargs)
         if not self._concerned(arguments):
             return stock.forward(*args, **kwargs)
+        self._check_compiled()
         if self._visuals(arguments):
             check_auto(self.settings.crops)
         arguments = named_for_this_release(arguments)
@@ -370,6 +374,12 @@ class PrunedModel:
                 )
         return self._visuals(arguments) or any(arguments.get(name) is not None for name in CACHE_NAMES)
 
+    def _check_compiled(self) -> None:
+        """Raise UnsupportedCallError where the model as a whole is compiled, or is being compiled."""
+        # What is compiled of `model.compile()` is bound to the wrapped model: `generate` would come back here at every token.
+        if torch.compiler.is_compiling() or self.model.__dict__.get("_compiled_call_impl") is not None:
+            self._refuse_compiled()
+
     def _visuals(self, arguments: Mapping[str, Any]) -> bool:
         """Whether images or videos are among the arguments, as pixels or encoded."""
         if encoded_in(arguments) is not None:
@@ -394,7 +404,9 @@ class PrunedModel:
         if inside is None:
             self._latest = self._own.record = record
             with timed(record.seconds, "model"):
-                return function(**call)
+                output = function(**call)
+            self._own.record = record  # a logits processor may have called the model meanwhile
+            return output
         with timed(record.seconds, "model"), inside.hooked():
             output = function(**call)
         if inside.images:
@@ -439,6 +451,13 @@ class _UnsureError(Exception):
         super().__init__()
         self.rows = rows
         """Prompts that are to be asked again."""
+
+
+def _refuse_compiled() -> None:
+    raise UnsupportedCallError(
+        "the model is compiled as a whole, and choosing tokens cannot be compiled with it; compile its language model alone: "
+        "model.model.language_model.compile()"
+    )
 
 
 _enabling = threading.Lock()
