@@ -249,6 +249,17 @@ def test_what_is_no_weight(change: Callable[[Any], None], message: str) -> None:
     refused(model, inputs, encoded, message + ".*encode the images again")
 
 
+def test_a_class_that_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As faster kernels are put in."""
+    model = ROWS["llava"].build()
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    encoded = adafv.encode(model, inputs)
+    projector = type(model.model.multi_modal_projector)
+    stock = projector.forward
+    monkeypatch.setattr(projector, "forward", lambda *args: stock(*args) * 2)
+    refused(model, inputs, encoded, "a module or its forward was replaced")
+
+
 def test_settings_that_do_not_concern_images_may_change() -> None:
     """As a Trainer aligns special tokens, and switches the cache off for checkpointing."""
     model = ROWS["llava"].build()

@@ -404,8 +404,8 @@ class Fingerprint:
     """Per tensor: version, type, device, where it is, and shape."""
     flags: list[tuple[str, str]]
     """Of adapters."""
-    built: list[tuple[str, int | None]]
-    """Per module its class, and the function that was put in place of its `forward`."""
+    built: list[tuple[str, int]]
+    """Per module its class, and its `forward`: of the class, or what was put in its place."""
     settings: dict[str, str]
     """The configuration, less what does not concern images."""
     samples: list[Tensor]
@@ -423,8 +423,7 @@ class Fingerprint:
                 if PER_PROMPT in (getattr(hook, "keywords", None) or {}):
                     flags.append((PER_PROMPT, repr(hook.keywords[PER_PROMPT])))
             if module is not model and module is not base:  # which accelerate and the wrapper itself change
-                replaced = inside.get("forward")
-                built.append((type(module).__qualname__, None if replaced is None else id(replaced)))
+                built.append((type(module).__qualname__, id(inside.get("forward", type(module).forward))))
             for held in (inside["_parameters"], inside["_buffers"]):
                 for name, tensor in held.items():
                     if tensor is not None:
