@@ -498,3 +498,37 @@ def test_a_processor_that_calls_the_model(family: FamilyRow, model: Any) -> None
         assert torch.equal(adafv.last.kept[0], kept[0])
     assert torch.equal(found, plain)
     assert torch.equal(inner[-1].nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("guessing", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_assisted_decoding_of_a_later_turn_is_refused(family: FamilyRow, model: Any, guessing: str) -> None:
+    """Stock transformers reads what is cached once more, and goes on as if the conversation had begun twice."""
+    inputs = make_inputs(family, model, [1], seed=1)
+    assistant = LlamaForCausalLM(text_config()).eval()
+    option = {guessing: 3 if guessing == "prompt_lookup_num_tokens" else assistant}
+    options = {**GREEDY, "min_new_tokens": 6, "return_dict_in_generate": True}
+    with AdaFV(keep=KEEP)(model):
+        cache = DynamicCache(config=model.config)
+        one = model.generate(**inputs, past_key_values=cache, **options)  # empty: a first turn
+        chat = torch.cat((one.sequences, torch.tensor([words(3, 7)])), 1)
+        with pytest.raises(UnsupportedCallError, match=f"{guessing} on a cache that is filled .* out of later turns"):
+            model.generate(input_ids=chat, past_key_values=cache, **options, **option)
+        config = copy.deepcopy(model.generation_config)
+        if guessing == "prompt_lookup_num_tokens":
+            config.prompt_lookup_num_tokens = 3
+            with pytest.raises(UnsupportedCallError, match="on a cache that is filled"):
+                model.generate(input_ids=chat, past_key_values=cache, generation_config=config, **options)
+        two = model.generate(input_ids=chat, past_key_values=cache, **options)
+        whole = {"attention_mask": torch.ones_like(chat), "pixel_values": inputs["pixel_values"]}
+        whole |= {name: inputs[name] for name in ("image_sizes",) if name in inputs}
+        mended = model.generate(input_ids=chat, **whole, **options, **option)
+    assert mended.sequences.shape == two.sequences.shape
+    # The stock model by itself, without an image: should a release mend it, the refusal can go.
+    text = torch.tensor([[1, *words(6, 0)]])
+    caches, found = [DynamicCache(config=model.config) for _ in range(2)], []
+    for cache, extra in zip(caches, ({}, option), strict=True):
+        first = model.generate(text, past_key_values=cache, **options)
+        more = torch.cat((first.sequences, torch.tensor([words(3, 1)])), 1)
+        model.generate(more, past_key_values=cache, **options, **extra)
+        found.append(cache.get_seq_length())
+    assert found[1] > found[0]
