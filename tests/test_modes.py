@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import DEEP, END, IMAGE, PAD, FamilyRow, finish, image_lengths, make_inputs, text_config, words
@@ -421,6 +422,30 @@ def test_compiled_language_model(name: str) -> None:
         torch.testing.assert_close(model(**inputs).logits, plain, **TOLERANCE, equal_nan=True)
         output = model.generate(**inputs, **(GREEDY | {"max_new_tokens": 2}))
     assert output.shape[1] <= inputs["input_ids"].shape[1] + 2
+
+
+@pytest.mark.parametrize(
+    "asked", [[2, 1], slice(-3, None), slice(1, 4), -2, torch.tensor([-1, 3]), range(2, 5), np.array([5, -1])], ids=repr
+)
+def test_logits_of_columns_named_in_any_way(family: FamilyRow, model: Any, asked: Any) -> None:
+    """The stock model takes whatever indexes a tensor, though it says int or Tensor; columns are those of the caller's."""
+    inputs = make_inputs(family, model, [1])
+    with torch.no_grad(), AdaFV(keep=KEEP)(model) as adafv:
+        found, whole = model(**inputs, logits_to_keep=asked).logits, model(**inputs).logits
+        keep = adafv.last.keep_mask
+    with torch.no_grad():
+        expected = model(**masked_inputs(inputs, keep), logits_to_keep=asked).logits
+    columns = slice(2, None) if isinstance(asked, int) else asked
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, whole[:, columns], atol=0, rtol=0, equal_nan=True)
+    kept = keep[:, columns]
+    torch.testing.assert_close(found[kept], expected[kept], **TOLERANCE)
+    assert found[~kept].isnan().all()
+    with AdaFV(keep=KEEP, logits="kept")(model), pytest.raises(UnsupportedCallError, match="must be a number"):
+        model(**inputs, logits_to_keep=asked)
+    with torch.no_grad(), AdaFV(keep=1.0)(model):
+        found, whole = model(**inputs, logits_to_keep=asked).logits, model(**inputs).logits
+    torch.testing.assert_close(found, whole[:, columns], **TOLERANCE)  # the head ran on fewer columns
 
 
 @pytest.mark.slow
