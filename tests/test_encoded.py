@@ -473,7 +473,11 @@ def test_outside_a_wrapped_model() -> None:
         model(**text_of(inputs), images=copied)
 
 
-@pytest.mark.parametrize("call", [{"images": "list"}, {"encoded_images": "one"}], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [{"images": "list"}, {"encoded_images": "one"}, {"images": "named"}, {"images": "nested"}, {"images": "parts"}],
+    ids=str,
+)
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_what_nothing_reads_is_refused(call: dict[str, str], wrapped: bool) -> None:
     """The stock model ignores arguments that it does not know, and would answer without the image."""
@@ -481,7 +485,9 @@ def test_what_nothing_reads_is_refused(call: dict[str, str], wrapped: bool) -> N
     model = row.build()
     inputs = make_inputs(row, model, [1])
     encoded = adafv.encode(model, inputs)
-    given = {name: [encoded] if how == "list" else encoded for name, how in call.items()}
+    ways = {"list": [encoded], "one": encoded, "named": {"image": encoded}, "nested": [[encoded]]}
+    ways["parts"] = encoded.images["image"]
+    given = {name: ways[how] for name, how in call.items()}
     bare = {name: value for name, value in inputs.items() if name not in VISUAL_INPUTS}
     with torch.no_grad():
         if wrapped:
@@ -490,6 +496,20 @@ def test_what_nothing_reads_is_refused(call: dict[str, str], wrapped: bool) -> N
             model(**bare, **given)
         with pytest.raises(UnsupportedCallError, match="read as images= alone"):
             compress(model, {**bare, **given}, 4)
+
+
+def test_pictures_under_the_name_of_encoded_ones() -> None:
+    model = small("llava")
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    given = {**text_of(inputs), "images": inputs["pixel_values"]}
+    with torch.no_grad(), AdaFV(keep=4)(model):
+        for call in (
+            model,
+            lambda **given: model.generate(**given, max_new_tokens=1),
+            lambda **given: compress(model, given, 4),
+        ):
+            with pytest.raises(UnsupportedCallError, match=r"takes what adafv.encode returned, and this is a Tensor"):
+                call(**given)
 
 
 def test_training_of_what_has_no_gradients_is_refused() -> None:

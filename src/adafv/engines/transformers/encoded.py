@@ -288,14 +288,31 @@ def encoded_in(arguments: Mapping[str, Any]) -> EncodedImages | None:
             arguments that it does not know, and would answer as if there were no image.
     """
     for name, value in arguments.items():
-        inside = value if isinstance(value, (list, tuple)) else [value]
-        if any(isinstance(part, EncodedImages) for part in inside) and (name != ENCODED or inside is value):
+        if _holds_encoded(value) and not (name == ENCODED and isinstance(value, EncodedImages)):
             raise UnsupportedCallError(
                 f"encoded images are read as {ENCODED}= alone, all of a call in one object, not as {name}= or in a list: "
                 "adafv.encode takes the images of a whole batch, and `repeated` one for several prompts"
             )
     found = arguments.get(ENCODED)
     return found if isinstance(found, EncodedImages) else None
+
+
+def _holds_encoded(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_encoded, value))
+    return isinstance(value, (EncodedImages, EncodedImage))
+
+
+def refuse_other_images(arguments: Mapping[str, Any]) -> None:
+    """Raise UnsupportedCallError where pictures have the name of encoded ones: the stock model would ignore them."""
+    found = arguments.get(ENCODED)
+    if found is not None and not isinstance(found, EncodedImages):
+        raise UnsupportedCallError(
+            f"{ENCODED}= takes what adafv.encode returned, and this is a {type(found).__name__}; pass what the processor "
+            "made of pictures under the names that it gave: model(**inputs)"
+        )
 
 
 def refuse_training(model: Any) -> None:

@@ -31,7 +31,7 @@ from adafv.engines.transformers.call import CompressedInputs
 from adafv.engines.transformers.compress import compress_call
 from adafv.engines.transformers.crops import check_auto, check_crops, check_twice, unsure_rows
 from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
-from adafv.engines.transformers.encoded import encoded_in
+from adafv.engines.transformers.encoded import encoded_in, refuse_other_images
 from adafv.engines.transformers.families.base import family_of, stock_model
 from adafv.engines.transformers.generation import (
     FirstToken,
@@ -364,8 +364,10 @@ class PrunedModel:
         """Whether a call has images or continues a cache; text alone goes straight to the stock model.
 
         Raises:
-            UnsupportedCallError: a cache under a name that is not known; what it holds would not be looked at.
+            UnsupportedCallError: a cache under a name that is not known, or pictures under that of encoded ones; nobody would
+                look at what they hold.
         """
+        refuse_other_images(arguments)
         for name, value in arguments.items():
             if name not in CACHE_NAMES and holds_a_cache(value):
                 raise UnsupportedCallError(
