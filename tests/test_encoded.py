@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from contract import Looking, Merging
-from models import FAMILIES, make_inputs, present, token_types, words
+from models import END, FAMILIES, make_inputs, present, token_types, words
 from oracle import VISUAL_INPUTS
 from sharing import state_of
 
 import adafv
 from adafv import AdaFV, EncodedImages, Pruner, compress
+from adafv.engines.transformers.encoded import digest_of
 from adafv.engines.transformers.families import family_of
 from adafv.errors import AdaFVError, PromptError, StaleImagesError, UnsupportedCallError
 
@@ -213,6 +214,107 @@ def test_other_weights(change: str) -> None:
     refused(model, inputs, encoded, CHANGES[change][1] + ".*encode the images again")
 
 
+def another_layer(model: Any) -> None:
+    model.config.vision_feature_layer = -1
+
+
+def smaller_steps(model: Any) -> None:
+    model.config.vision_config.layer_norm_eps = 0.1
+
+
+def replaced_forward(model: Any) -> None:
+    projector = model.model.multi_modal_projector
+    stock = projector.forward
+    projector.forward = lambda *args: stock(*args) * 2
+
+
+def another_activation(model: Any) -> None:
+    model.model.multi_modal_projector.act = torch.nn.ReLU()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (another_layer, "vision_feature_layer of the model's configuration has changed since"),
+        (smaller_steps, r"vision_config.layer_norm_eps of the model's configuration has changed since"),
+        (replaced_forward, "a module or its forward was replaced in the vision tower or the projector since"),
+        (another_activation, "a module or its forward was replaced in the vision tower or the projector since"),
+    ],
+)
+def test_what_is_no_weight(change: Callable[[Any], None], message: str) -> None:
+    model = ROWS["llava"].build()
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    encoded = adafv.encode(model, inputs)
+    change(model)
+    refused(model, inputs, encoded, message + ".*encode the images again")
+
+
+def test_a_class_that_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As faster kernels are put in."""
+    model = ROWS["llava"].build()
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    encoded = adafv.encode(model, inputs)
+    projector = type(model.model.multi_modal_projector)
+    stock = projector.forward
+    monkeypatch.setattr(projector, "forward", lambda *args: stock(*args) * 2)
+    refused(model, inputs, encoded, "a module or its forward was replaced")
+
+
+def test_settings_that_do_not_concern_images_may_change() -> None:
+    """As a Trainer aligns special tokens, and switches the cache off for checkpointing."""
+    model = ROWS["llava"].build()
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    encoded = adafv.encode(model, inputs)
+    model.config.use_cache = False
+    model.config.pad_token_id = END
+    model.config.remark = "of the caller's own"
+    model.config.get_text_config().attention_dropout = 0.1
+    agree(model, inputs, encoded, "adafv", 4)
+
+
+def test_another_model_where_this_one_lay() -> None:
+    """On an accelerator the next checkpoint gets the memory of the last one; they may share a tower, and what is sampled."""
+    model = ROWS["llava"].build()
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    encoded, other = adafv.encode(model, inputs), copy.deepcopy(model)
+    for weight, before in zip(other.parameters(), model.parameters(), strict=True):
+        weight.data = before.data
+    for buffer, before in zip(other.buffers(), model.buffers(), strict=True):
+        buffer.data = before.data
+    refused(other, inputs, encoded, "encoded by another model, or by this one in another process")
+    agree(model, inputs, encoded, "adafv", 4)
+
+
+def test_a_copy_of_a_model_with_encoded_images_is_refused_by_that_name() -> None:
+    model = ROWS["llava"].build()
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    encoded = adafv.encode(model, inputs)
+    refused(copy.deepcopy(model), inputs, encoded, "before it was copied; encode the images again")
+
+
+def test_dropout_in_training() -> None:
+    """One draw would stand for all calls, also of a model that is put back into evaluation."""
+    model = ROWS["llava"].build(vision={"attention_dropout": 0.5}).train()
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    with pytest.raises(UnsupportedCallError, match=r"drops out at random \(dropout=0.5\).*call model.eval\(\) before"):
+        adafv.encode(model, inputs)
+    agree(model.eval(), inputs, adafv.encode(model, inputs), "adafv", 4)
+    model.model.multi_modal_projector.act = torch.nn.Dropout(0.1)
+    with pytest.raises(UnsupportedCallError, match=r"multi_modal_projector.act is in training mode .*\(p=0.1\)"):
+        adafv.encode(model.train(), inputs)
+
+
+@pytest.mark.parametrize("place", present("llava-next", "qwen2.5-vl", "qwen3-vl"), indirect=True)
+def test_inputs_that_are_written_to_later(place: Any) -> None:
+    row, model = place
+    inputs, later = (make_inputs(row, model, [2, 1]) for _ in range(2))
+    encoded = adafv.encode(model, later)
+    for name, value in later.items():
+        if name in VISUAL_INPUTS:
+            value.fill_(1)
+    agree(model, inputs, encoded, "adafv", 4)
+
+
 def refused(
     model: Any, inputs: dict[str, Any], encoded: EncodedImages, message: str, error: type[AdaFVError] = StaleImagesError
 ) -> None:
@@ -253,6 +355,13 @@ def test_adapters_of_the_tower() -> None:
     adapted.unmerge_adapter()
     adapted.add_adapter("other", options)
     refused(base, inputs, encoded, "other parameters or adapters")
+    encoded = adafv.encode(adapted, inputs)
+    adapted.eval()
+    named = {**text_of(inputs), "images": encoded, "adapter_names": ["other"]}
+    with torch.no_grad(), AdaFV(keep=4)(base):
+        for call in (adapted, lambda **given: adapted.generate(**given, max_new_tokens=1)):
+            with pytest.raises(UnsupportedCallError, match=r"adapter_names= gives each prompt .*pass the pixels"):
+                call(**named)
 
 
 # --------------------------------------------------------------------------------------------------------- refused
@@ -270,6 +379,19 @@ def test_other_pixels_and_settings() -> None:
             model(**{**inputs, "image_sizes": inputs["image_sizes"] + 2}, images=encoded)
         with pytest.raises(StaleImagesError, match="vision_feature_layer is passed beside"):
             model(**inputs, images=encoded, vision_feature_layer=-1)
+        deeper = adafv.encode(model, {**inputs, "vision_feature_layer": -1})
+        with pytest.raises(StaleImagesError, match=r"vision_feature_layer was given to .*, but not to this call"):
+            model(**inputs, images=deeper)
+        with torch.no_grad():
+            expected = model(**inputs, vision_feature_layer=-1).logits
+            for given in ({}, {**inputs, "vision_feature_layer": -1}):
+                found = model(**{**text_of(inputs), **given}, images=deeper).logits
+                assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+def test_numbers_in_a_row_are_not_run_together() -> None:
+    assert digest_of([[1, 23]]) != digest_of([[12, 3]])
+    assert digest_of({"sizes": [(1, 23)]}) == digest_of({"sizes": [[1, 23]]})
 
 
 def test_another_family() -> None:
@@ -281,7 +403,7 @@ def test_another_family() -> None:
 def test_another_model_of_the_family() -> None:
     one, other = ROWS["llava"].build(), ROWS["llava"].build(seed=1)
     inputs = make_inputs(ROWS["llava"], one, [1])
-    refused(other, inputs, adafv.encode(one, inputs), "has changed since")
+    refused(other, inputs, adafv.encode(one, inputs), "were encoded by another model")
 
 
 def test_what_the_method_needs_was_not_read() -> None:
@@ -334,6 +456,10 @@ def test_outside_a_wrapped_model() -> None:
         model(**text_of(inputs), images=encoded)
     with pytest.raises(ValueError, match="images"):
         model.generate(**text_of(inputs), images=encoded)
+    with pytest.raises(UnsupportedCallError, match="the stock model would ignore it"):
+        model.forward(**text_of(inputs), images=encoded)  # no hook of the model itself is asked
+    with pytest.raises(UnsupportedCallError, match="the stock model would ignore it"):
+        model.model(**text_of(inputs), images=encoded)
     moved = encoded.to("cpu")
     del encoded
     gc.collect()
@@ -342,11 +468,16 @@ def test_outside_a_wrapped_model() -> None:
     del moved
     gc.collect()
     assert not model._forward_pre_hooks
+    assert not model.model._forward_pre_hooks
     with torch.no_grad(), AdaFV(keep=4)(model):
         model(**text_of(inputs), images=copied)
 
 
-@pytest.mark.parametrize("call", [{"images": "list"}, {"encoded_images": "one"}], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [{"images": "list"}, {"encoded_images": "one"}, {"images": "named"}, {"images": "nested"}, {"images": "parts"}],
+    ids=str,
+)
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_what_nothing_reads_is_refused(call: dict[str, str], wrapped: bool) -> None:
     """The stock model ignores arguments that it does not know, and would answer without the image."""
@@ -354,7 +485,9 @@ def test_what_nothing_reads_is_refused(call: dict[str, str], wrapped: bool) -> N
     model = row.build()
     inputs = make_inputs(row, model, [1])
     encoded = adafv.encode(model, inputs)
-    given = {name: [encoded] if how == "list" else encoded for name, how in call.items()}
+    ways = {"list": [encoded], "one": encoded, "named": {"image": encoded}, "nested": [[encoded]]}
+    ways["parts"] = encoded.images["image"]
+    given = {name: ways[how] for name, how in call.items()}
     bare = {name: value for name, value in inputs.items() if name not in VISUAL_INPUTS}
     with torch.no_grad():
         if wrapped:
@@ -363,6 +496,20 @@ def test_what_nothing_reads_is_refused(call: dict[str, str], wrapped: bool) -> N
             model(**bare, **given)
         with pytest.raises(UnsupportedCallError, match="read as images= alone"):
             compress(model, {**bare, **given}, 4)
+
+
+def test_pictures_under_the_name_of_encoded_ones() -> None:
+    model = small("llava")
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    given = {**text_of(inputs), "images": inputs["pixel_values"]}
+    with torch.no_grad(), AdaFV(keep=4)(model):
+        for call in (
+            model,
+            lambda **given: model.generate(**given, max_new_tokens=1),
+            lambda **given: compress(model, given, 4),
+        ):
+            with pytest.raises(UnsupportedCallError, match=r"takes what adafv.encode returned, and this is a Tensor"):
+                call(**given)
 
 
 def test_training_of_what_has_no_gradients_is_refused() -> None:
@@ -379,3 +526,28 @@ def test_training_of_what_has_no_gradients_is_refused() -> None:
         encoded = adafv.encode(model, inputs)
         model(**bare, images=encoded).logits[:, -1].sum().backward()
     assert model.get_input_embeddings().weight.grad is not None
+
+
+def test_gradients_of_the_pixels_are_refused() -> None:
+    model = small("llava")
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    encoded = adafv.encode(model, inputs)
+    pixels = inputs["pixel_values"].clone().requires_grad_()
+    with AdaFV(keep=4)(model):
+        with pytest.raises(
+            UnsupportedCallError, match="no gradients, and pixel_values asks for them; leave images= out"
+        ):
+            model(**{**inputs, "pixel_values": pixels}, images=encoded)
+        with torch.no_grad():
+            model(**{**inputs, "pixel_values": pixels}, images=encoded)
+
+
+@pytest.mark.parametrize("place", present("gemma3", "paligemma", "ovis2"), indirect=True)
+def test_generation_that_a_family_refuses(place: Any) -> None:
+    """With encoded images as with pixels: else some answer as if they were shown other images."""
+    row, model = place
+    inputs = make_inputs(row, model, [1])
+    with AdaFV(keep=0.9)(model):
+        for given in (inputs, {**text_of(inputs), "images": adafv.encode(model, inputs)}):
+            with pytest.raises(UnsupportedCallError, match="leave prefill_chunk_size out"):
+                model.generate(**given, **DECODED, prefill_chunk_size=3)

@@ -3,12 +3,21 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import DEEP, END, IMAGE, PAD, FamilyRow, finish, image_lengths, make_inputs, text_config, words
 from oracle import masked_inputs
 from shortened import shortened_by_hand
-from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, StoppingCriteria
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from adafv import AdaFV, compress
@@ -413,3 +422,138 @@ def test_compiled_language_model(name: str) -> None:
         torch.testing.assert_close(model(**inputs).logits, plain, **TOLERANCE, equal_nan=True)
         output = model.generate(**inputs, **(GREEDY | {"max_new_tokens": 2}))
     assert output.shape[1] <= inputs["input_ids"].shape[1] + 2
+
+
+@pytest.mark.parametrize(
+    "asked", [[2, 1], slice(-3, None), slice(1, 4), -2, torch.tensor([-1, 3]), range(2, 5), np.array([5, -1])], ids=repr
+)
+def test_logits_of_columns_named_in_any_way(family: FamilyRow, model: Any, asked: Any) -> None:
+    """The stock model takes whatever indexes a tensor, though it says int or Tensor; columns are those of the caller's."""
+    inputs = make_inputs(family, model, [1])
+    with torch.no_grad(), AdaFV(keep=KEEP)(model) as adafv:
+        found, whole = model(**inputs, logits_to_keep=asked).logits, model(**inputs).logits
+        keep = adafv.last.keep_mask
+    with torch.no_grad():
+        expected = model(**masked_inputs(inputs, keep), logits_to_keep=asked).logits
+    columns = slice(2, None) if isinstance(asked, int) else asked
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, whole[:, columns], atol=0, rtol=0, equal_nan=True)
+    kept = keep[:, columns]
+    torch.testing.assert_close(found[kept], expected[kept], **TOLERANCE)
+    assert found[~kept].isnan().all()
+    with AdaFV(keep=KEEP, logits="kept")(model), pytest.raises(UnsupportedCallError, match="must be a number"):
+        model(**inputs, logits_to_keep=asked)
+    with torch.no_grad(), AdaFV(keep=1.0)(model):
+        found, whole = model(**inputs, logits_to_keep=asked).logits, model(**inputs).logits
+    torch.testing.assert_close(found, whole[:, columns], **TOLERANCE)  # the head ran on fewer columns
+
+
+@pytest.mark.slow
+def test_a_model_that_is_compiled_as_a_whole() -> None:
+    """What is compiled leads back into the wrapper at every token of an answer, where the prompt is shortened already."""
+    family = DEEP[0]
+    model = family.build()
+    inputs = make_inputs(family, model, [1])
+    text = {"input_ids": torch.tensor([[1, *words(4, 0)]])}
+    with torch.no_grad():
+        stock, alone = model(**inputs).logits, model(**text).logits
+        with AdaFV(keep=KEEP)(model):
+            compiled = torch.compile(model, backend="eager")
+            with pytest.raises(
+                UnsupportedCallError, match=r"language model alone: model.model.language_model.compile\(\)"
+            ):
+                compiled(**inputs)
+            torch.testing.assert_close(compiled(**text).logits, alone, **TOLERANCE)
+        torch.testing.assert_close(compiled(**inputs).logits, stock, **TOLERANCE)
+        torch.compiler.reset()
+        model.compile(backend="eager")
+        with AdaFV(keep=KEEP)(model):
+            for call in (model, lambda **given: model.generate(**given, **GREEDY)):
+                with pytest.raises(UnsupportedCallError, match="the model is compiled as a whole"):
+                    call(**inputs)
+
+
+@pytest.mark.slow
+def test_a_call_that_generate_compiled_outside(family: FamilyRow) -> None:
+    """With a static cache it compiles the model's call, on accelerators by itself, and keeps that on the model."""
+    model = family.build()
+    inputs = make_inputs(family, model, [1])
+    config = CompileConfig(backend="eager", mode=None, fullgraph=False)
+    config._compile_all_devices = True
+    static = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+
+    def two_turns(**options: Any) -> list[torch.Tensor]:
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
+        one = model.generate(**inputs, past_key_values=cache, **static, **options)
+        chat = torch.cat((one.sequences, torch.tensor([words(3, 7)])), 1)
+        two = model.generate(input_ids=chat, past_key_values=cache, **static, **options)
+        return [torch.stack(turn.logits) for turn in (one, two)]
+
+    stock = two_turns(compile_config=config)
+    kept = model.__dict__["_compiled_call"]
+    for _ in range(2):
+        with AdaFV(keep=KEEP)(model):
+            plain, compiled = two_turns(), two_turns(compile_config=config)
+        for one, other in zip(plain, compiled, strict=True):
+            torch.testing.assert_close(one, other, **TOLERANCE)
+    assert model.__dict__["_compiled_call"] is kept
+    own = model.__dict__["_adafv_compiled"]._compiled_call
+    with AdaFV(keep=KEEP)(model):
+        two_turns(compile_config=config)
+    assert model.__dict__["_adafv_compiled"]._compiled_call is own  # to compile takes long
+    assert copy.deepcopy(model).__dict__["_adafv_compiled"] is None
+    for one, other in zip(two_turns(compile_config=config), stock, strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)
+
+
+def test_a_processor_that_calls_the_model(family: FamilyRow, model: Any) -> None:
+    """As contrastive decoding does with another picture; the record is that of the call which has just returned."""
+    inputs, other = (make_inputs(family, model, [1], seed=seed) for seed in (0, 3))
+    inner: list[torch.Tensor] = []
+
+    def contrast(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        inner.append(model(**other).logits)
+        return scores
+
+    with torch.no_grad(), AdaFV(keep=KEEP)(model) as adafv:
+        plain, kept = model.generate(**inputs, **GREEDY), adafv.last.kept
+        expected, others = model(**other).logits, adafv.last.kept
+        assert not torch.equal(kept[0], others[0])
+        found = model.generate(**inputs, **GREEDY, logits_processor=LogitsProcessorList([contrast]))
+        assert torch.equal(adafv.last.kept[0], kept[0])
+    assert torch.equal(found, plain)
+    assert torch.equal(inner[-1].nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("guessing", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_assisted_decoding_of_a_later_turn_is_refused(family: FamilyRow, model: Any, guessing: str) -> None:
+    """Stock transformers reads what is cached once more, and goes on as if the conversation had begun twice."""
+    inputs = make_inputs(family, model, [1], seed=1)
+    assistant = LlamaForCausalLM(text_config()).eval()
+    option = {guessing: 3 if guessing == "prompt_lookup_num_tokens" else assistant}
+    options = {**GREEDY, "min_new_tokens": 6, "return_dict_in_generate": True}
+    with AdaFV(keep=KEEP)(model):
+        cache = DynamicCache(config=model.config)
+        one = model.generate(**inputs, past_key_values=cache, **options)  # empty: a first turn
+        chat = torch.cat((one.sequences, torch.tensor([words(3, 7)])), 1)
+        with pytest.raises(UnsupportedCallError, match=f"{guessing} on a cache that is filled .* out of later turns"):
+            model.generate(input_ids=chat, past_key_values=cache, **options, **option)
+        config = copy.deepcopy(model.generation_config)
+        if guessing == "prompt_lookup_num_tokens":
+            config.prompt_lookup_num_tokens = 3
+            with pytest.raises(UnsupportedCallError, match="on a cache that is filled"):
+                model.generate(input_ids=chat, past_key_values=cache, generation_config=config, **options)
+        two = model.generate(input_ids=chat, past_key_values=cache, **options)
+        whole = {"attention_mask": torch.ones_like(chat), "pixel_values": inputs["pixel_values"]}
+        whole |= {name: inputs[name] for name in ("image_sizes",) if name in inputs}
+        mended = model.generate(input_ids=chat, **whole, **options, **option)
+    assert mended.sequences.shape == two.sequences.shape
+    # The stock model by itself, without an image: should a release mend it, the refusal can go.
+    text = torch.tensor([[1, *words(6, 0)]])
+    caches, found = [DynamicCache(config=model.config) for _ in range(2)], []
+    for cache, extra in zip(caches, ({}, option), strict=True):
+        first = model.generate(text, past_key_values=cache, **options)
+        more = torch.cat((first.sequences, torch.tensor([words(3, 1)])), 1)
+        model.generate(more, past_key_values=cache, **options, **extra)
+        found.append(cache.get_seq_length())
+    assert found[1] > found[0]

@@ -26,7 +26,7 @@ from adafv.engines.transformers.cache import (
     positions_known,
 )
 from adafv.engines.transformers.compaction import Compaction
-from adafv.engines.transformers.encoded import ENCODED, EncodedImages, encoded_in, refuse_training
+from adafv.engines.transformers.encoded import ENCODED, EncodedImages, encoded_in, refuse_other_images, refuse_training
 from adafv.engines.transformers.families import Family
 from adafv.engines.transformers.packing import Packing, read_packing
 from adafv.engines.transformers.reading import check_mask, check_same_weights, given_prompt, read_prompt
@@ -174,6 +174,7 @@ def read_call(
     """Read a call; where it has nothing to do with pruning, its inputs as they were."""
     result = CompressedInputs(said(inputs))
     encoded = encoded_in(result)
+    refuse_other_images(result)
     same: Tensor | None = None
     visuals, taken = visuals_of(family, result)
     cache = cache_of(result)

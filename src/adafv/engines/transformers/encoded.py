@@ -6,7 +6,9 @@ would be, as `images=`, and everything else about a call stays as it is. vLLM's 
 per image (`adafv.core.encoded`).
 """
 
+import copy
 import hashlib
+import uuid
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from adafv.core.encoded import EncodedImage
 from adafv.core.layout import ImageLayout
@@ -89,21 +92,37 @@ class EncodedImages:
             read next, so that it takes no wait of its own; where it is False, raise `StaleImagesError`.
 
         Raises:
-            StaleImagesError: weights, precision, device, adapters or pixels are others.
+            StaleImagesError: weights, precision, device, adapters, configuration or pixels are others.
+            UnsupportedCallError: the call asks for what encoded images do not have: gradients, or adapters for each prompt.
         """
         if family.name != self.family:
             raise StaleImagesError(
                 f"these images were encoded for {self.family}, but the model is {family.name}; {ENCODE_AGAIN}"
             )
         now = Fingerprint.of(model, names=False)
+        if any(flag == PER_PROMPT for flag, _ in now.flags):
+            raise UnsupportedCallError(
+                f"{PER_PROMPT}= gives each prompt adapters of its own, in the vision tower too, and {ENCODED}= went through "
+                f"it with one; pass the pixels in place of {ENCODED}="
+            )
         if difference := self.weights.difference_of_states(now):
             raise StaleImagesError(f"{difference}; {ENCODE_AGAIN}")
         for name, value in taken.items():
+            if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+                raise UnsupportedCallError(
+                    f"{ENCODED}= has no gradients, and {name} asks for them; leave {ENCODED}= out"
+                )
             if {self.pixels.get(name)} != {digest_of(part) for part in _parts(value, self.times)}:
                 raise StaleImagesError(
                     f"{name} is passed beside images= and differs from what was encoded: another picture, or another setting "
                     f"of the processor; leave it out, or {ENCODE_AGAIN}"
                 )
+        options = [name for name in self.pixels if name.startswith("vision_") and name not in taken]
+        if options and any(name.startswith("pixel") for name in taken):
+            raise StaleImagesError(
+                f"{options[0]} was given to adafv.encode, but not to this call, which passes the pixels too and would encode "
+                f"them in another way; pass {options[0]} as well, or leave the pixels out"
+            )
         return self.weights.same_samples(now)
 
     def holds(self, model: Any, inputs: Mapping[str, Any], *methods: Method) -> bool:
@@ -195,13 +214,15 @@ def encode(
 
     Returns:
         The encoded images, to be passed as `images=` to `generate`, `forward` (inside `AdaFV`) or `compress`, with or without
-        the pixels. They are refused once they are stale: other weights, precision, device, adapters or pixels.
+        the pixels. They are refused once they are stale: other weights, precision, device, adapters, configuration or pixels.
 
     Raises:
         PromptError: there is no image in `inputs`.
+        UnsupportedCallError: tower or projector would drop out at random.
     """
     model = stock_model(model)
     family = family_of(model)
+    _refuse_dropout(model)
     listed = [method] if isinstance(method, (str, Method)) else list(method)
     methods = [method_named(each) if isinstance(each, str) else each for each in listed]
     signals = frozenset[Signal]().union(*(part.of_tower for each in methods for part in (each, each.without_text())))
@@ -233,13 +254,15 @@ class _Guard:
     """Refuses encoded images where nothing reads them, as long as there are any of a model.
 
     The stock `forward` ignores arguments that it does not know, so outside `AdaFV` it would answer as if there were no
-    image. (`generate` refuses them by itself.)
+    image. (`generate` refuses them by itself.) It hands them on to the base model, which is guarded too: `forward` may be
+    called by its name, where no hook of the model itself is asked.
     """
 
     _living: "weakref.WeakKeyDictionary[Any, weakref.ref[_Guard]]" = weakref.WeakKeyDictionary()
 
     def __init__(self, model: Any) -> None:
-        weakref.finalize(self, model.register_forward_pre_hook(_refuse_unwrapped, with_kwargs=True).remove)
+        for module in {id(part): part for part in (model, getattr(model, "model", model))}.values():
+            weakref.finalize(self, module.register_forward_pre_hook(_refuse_unwrapped, with_kwargs=True).remove)
 
     @classmethod
     def of(cls, model: Any) -> "_Guard":
@@ -266,14 +289,31 @@ def encoded_in(arguments: Mapping[str, Any]) -> EncodedImages | None:
             arguments that it does not know, and would answer as if there were no image.
     """
     for name, value in arguments.items():
-        inside = value if isinstance(value, (list, tuple)) else [value]
-        if any(isinstance(part, EncodedImages) for part in inside) and (name != ENCODED or inside is value):
+        if _holds_encoded(value) and not (name == ENCODED and isinstance(value, EncodedImages)):
             raise UnsupportedCallError(
                 f"encoded images are read as {ENCODED}= alone, all of a call in one object, not as {name}= or in a list: "
                 "adafv.encode takes the images of a whole batch, and `repeated` one for several prompts"
             )
     found = arguments.get(ENCODED)
     return found if isinstance(found, EncodedImages) else None
+
+
+def _holds_encoded(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_encoded, value))
+    return isinstance(value, (EncodedImages, EncodedImage))
+
+
+def refuse_other_images(arguments: Mapping[str, Any]) -> None:
+    """Raise UnsupportedCallError where pictures have the name of encoded ones: the stock model would ignore them."""
+    found = arguments.get(ENCODED)
+    if found is not None and not isinstance(found, EncodedImages):
+        raise UnsupportedCallError(
+            f"{ENCODED}= takes what adafv.encode returned, and this is a {type(found).__name__}; pass what the processor "
+            "made of pictures under the names that it gave: model(**inputs)"
+        )
 
 
 def refuse_training(model: Any) -> None:
@@ -287,6 +327,24 @@ def refuse_training(model: Any) -> None:
                     f"{ENCODED}= has no gradients, so {path}{name} would not be trained; pass the pixels, or freeze the "
                     "vision tower and the projector"
                 )
+
+
+def _refuse_dropout(model: Any) -> None:
+    """Raise UnsupportedCallError where tower or projector drop out: one draw would stand for all calls, in evaluation too."""
+    for path, module in outside_the_language_model(model, names=True):
+        if path and module.training and (rate := _dropout(module)):
+            raise UnsupportedCallError(
+                f"{path.removesuffix('.')} is in training mode and drops out at random ({rate}), so images that are encoded "
+                "now would be one draw for all calls; call model.eval() before adafv.encode"
+            )
+
+
+def _dropout(module: Any) -> str | None:
+    """The setting by which a module drops something in training; None where there is none."""
+    rates = {name: value for name, value in module.__dict__.items() if "drop" in name}
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        rates["p"] = module.p
+    return next((f"{name}={value}" for name, value in rates.items() if isinstance(value, float) and value > 0), None)
 
 
 def _refuse_unwrapped(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -357,6 +415,9 @@ def _encoded_part(made: Encoded, number: int, layout: ImageLayout) -> EncodedIma
 FLAGS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
 """Attributes of PEFT's layers that change what a module makes, with the same parameters."""
 
+PER_PROMPT = "adapter_names"
+"""What PEFT hands to its layers, by a hook for as long as a call lasts, where each prompt has an adapter of its own."""
+
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 SAMPLED, SAMPLES = 64, 8
@@ -365,28 +426,47 @@ SCATTER = 7919
 """A prime, so that tensors of all kinds and layers are among them."""
 
 
+_IDENTITIES: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
+"""Per base model a name that no other has, in no process."""
+
+
 @dataclass(frozen=True, eq=False)
 class Fingerprint:
-    """What the model's tensors outside its language model were like.
+    """What the model outside its language model was like.
 
     PyTorch counts a tensor's version up whenever it is written to, but not what is written through `.data`, as when PEFT
     merges an adapter or an average of weights is swapped in. So some values of 64 of them are compared as well: on the
-    device, without reading the rest. What changes a few single values, or tensors, through `.data` alone goes unseen.
+    device, without reading the rest. What changes a few single values, or tensors, through `.data` alone goes unseen; so do
+    hooks, of which nobody knows whether they change something.
     """
 
+    model: str
+    """Which it was: the next one may lie where this one lay, and share its tower."""
     names: tuple[str, ...]
     states: list[Any]
-    """Per tensor: version, type, device, where it is, and shape. Then the flags of adapters."""
+    """Per tensor: version, type, device, where it is, and shape."""
+    flags: list[tuple[str, str]]
+    """Of adapters."""
+    built: list[tuple[str, int]]
+    """Per module its class, and its `forward`: of the class, or what was put in its place."""
+    settings: dict[str, str]
+    """The configuration, less what does not concern images."""
     samples: list[Tensor]
     """Per device, the bytes of the sampled values: to compare them is one wait."""
 
     @classmethod
     def of(cls, model: Any, names: bool = True) -> "Fingerprint":
         """Names are made once: to compare, they are not needed."""
-        found, tensors, flags = [], [], []
+        found, tensors, flags, built = [], [], [], []
+        base = getattr(model, "model", model)
         for path, module in outside_the_language_model(model, names):
             inside = module.__dict__
             flags += [(flag, repr(inside[flag])) for flag in FLAGS if flag in inside]
+            for hook in inside["_forward_pre_hooks"].values():
+                if PER_PROMPT in (getattr(hook, "keywords", None) or {}):
+                    flags.append((PER_PROMPT, repr(hook.keywords[PER_PROMPT])))
+            if module is not model and module is not base:  # which accelerate and the wrapper itself change
+                built.append((type(module).__qualname__, id(inside.get("forward", type(module).forward))))
             for held in (inside["_parameters"], inside["_buffers"]):
                 for name, tensor in held.items():
                     if tensor is not None:
@@ -402,7 +482,9 @@ class Fingerprint:
             for (_, device), parts in samples.items():
                 together[device].append(torch.cat(parts).view(torch.uint8))
             held = [torch.cat(parts) for parts in together.values()]
-        return cls(tuple(found), [*map(_state, tensors), *flags], held)
+        which = _IDENTITIES.setdefault(base, uuid.uuid4().hex)
+        settings = dict(_settings(model.config, model.config.get_text_config()))
+        return cls(which, tuple(found), list(map(_state, tensors)), flags, built, settings, held)
 
     def difference(self, now: "Fingerprint") -> str | None:
         """What is otherwise now, for a message; None: nothing."""
@@ -415,21 +497,46 @@ class Fingerprint:
 
     def difference_of_states(self, now: "Fingerprint") -> str | None:
         """What the host can tell without reading values."""
+        if self.model != now.model:
+            return (
+                "these images were encoded by another model, or by this one in another process or before it was copied"
+            )
         if len(now.states) != len(self.states):
             return "the vision tower has other parameters or adapters than when these images were encoded"
         for number, (before, after) in enumerate(zip(self.states, now.states, strict=True)):
             if before != after:
-                if number >= len(self.names):
-                    return "adapters of the vision tower were switched or merged since these images were encoded"
                 return (
-                    f"{self.names[number]} of the model has changed since these images were encoded (weights, precision or "
-                    "device)"
+                    f"{self.names[number] if self.names else 'a tensor'} of the model has changed since these images were "
+                    "encoded (weights, precision or device)"
                 )
+        if self.flags != now.flags:
+            return "adapters of the vision tower were switched or merged since these images were encoded"
+        if self.built != now.built:
+            return "a module or its forward was replaced in the vision tower or the projector since these images were encoded"
+        for name, before in self.settings.items():  # what was added since, nothing of the model reads
+            if now.settings.get(name) != before:
+                return f"{name} of the model's configuration has changed since these images were encoded"
         return None
 
     def __reduce__(self) -> Any:
-        # Tensors of another process lie elsewhere, so what is unpickled there is refused; samples need not travel.
-        return type(self), (self.names, self.states, [part.cpu() for part in self.samples])
+        # What is unpickled in another process is refused there; samples need not travel with their device.
+        values = {**self.__dict__, "samples": [part.cpu() for part in self.samples]}
+        return type(self), tuple(values[name] for name in self.__dataclass_fields__)
+
+
+_ANY_MODEL = frozenset(vars(PreTrainedConfig())) | {"use_cache", "tie_word_embeddings"}
+"""Settings that say nothing of how images are encoded."""
+
+
+def _settings(config: Any, aside: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(name, value) of what a configuration says of images; `aside`, that of the language model, is left out."""
+    for name, value in vars(config).items():
+        if value is aside or name.startswith("_") or name in _ANY_MODEL or "token_id" in name or "token_index" in name:
+            continue
+        if hasattr(value, "get_text_config"):
+            yield from _settings(value, aside, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", repr(value)
 
 
 def outside_the_language_model(model: Any, names: bool) -> Iterator[tuple[str, Any]]:
@@ -465,8 +572,8 @@ def _sampled(tensor: Tensor) -> Tensor | None:
 def _described(name: str, value: Any) -> Any:
     """Without the pixels, of which the shape says how images lie, and which tiles of a row that is filled up are there. Sizes
     on the host, where they are read, so that no call with these images waits for them."""
-    if not name.startswith("pixel"):
-        return value.cpu() if isinstance(value, Tensor) else value
+    if not name.startswith("pixel"):  # a copy: what is the caller's may be written to later
+        return value.cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
     if isinstance(value, Tensor) and value.is_floating_point():
         if value.dim() == 5:
             there = (value != 0).flatten(2).any(2).to(value.dtype)
@@ -498,7 +605,7 @@ def _digest(value: Any, digest: Any) -> None:
         for part in value:
             _digest(part, digest)
     else:
-        digest.update(repr(value).encode())
+        digest.update(f"{value!r};".encode())  # so that [1, 23] is not [12, 3]
 
 
 def _parts(value: Any, times: int) -> list[Any]:

@@ -22,8 +22,15 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from adafv.engines.transformers.cache import cached_length, contents_of
+from adafv.engines.transformers.encoded import encoded_in
 from adafv.engines.transformers.families import Family
-from adafv.engines.transformers.releases import CHUNKED_PREFILL_KEEPS_IMAGES, cannot_be_repeated
+from adafv.engines.transformers.releases import (
+    CHUNKED_PREFILL_KEEPS_IMAGES,
+    GUESSES_AHEAD,
+    cache_of,
+    cannot_be_repeated,
+)
 from adafv.engines.transformers.settings import setting
 from adafv.errors import UnsupportedCallError
 
@@ -48,7 +55,18 @@ def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) ->
             "this release of transformers loses the images in chunked prefill; leave prefill_chunk_size out, or run: "
             "pip install --upgrade transformers"
         )
-    if family.images[0] in arguments:
+    shown = encoded_in(arguments) is not None or any(
+        name in arguments for name in (family.images[0], *family.videos[:1])
+    )
+    cache = cache_of(arguments)
+    if cached_length(cache) > 0 and (shown or contents_of(cache) is not None):
+        for name in GUESSES_AHEAD:
+            if setting(model, arguments, name) is not None:
+                raise UnsupportedCallError(
+                    f"{name} on a cache that is filled reads what is cached a second time in stock transformers, and the "
+                    f"answer is another one; leave {name} out of later turns, or pass the whole conversation without a cache"
+                )
+    if family.images[0] in arguments or encoded_in(arguments) is not None:
         family.check_generate(functools.partial(setting, model, arguments))
     if setting(model, arguments, "guidance_scale") not in (None, 1.0):
         if family.rotary_axes:
@@ -203,6 +221,17 @@ class RestoredPrompts:
     caller's replaces one of the same type, as in stock; then each is wrapped.
     """
 
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What `generate` decodes with on a static cache, on accelerators: compiled for an object like this one.
+
+        What it has compiled outside the block is bound to the model, and would lead back into the wrapper at every token. As
+        there, it stays on the model, for the next block: to compile takes long.
+        """
+        own = self.__dict__.get(_COMPILED)
+        if own is None or type(own.model) is not type(self) or own.model.__dict__ is not self.__dict__:
+            own = self.__dict__[_COMPILED] = _Compiled(self)
+        return super().get_compiled_call.__func__(own, compile_config)  # type: ignore[misc]
+
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         first = _FIRST.get()
         processors = self._restored_processors(*args, **kwargs)
@@ -237,6 +266,24 @@ class RestoredPrompts:
         given = inspect.signature(stock).bind(*args, **kwargs).arguments
         given["generation_config"] = _lengthened(given["generation_config"], restorer.removed)
         return _RestoredCriteria((_restored(item, restorer) for item in stock(**given)), restorer.removed)
+
+
+_COMPILED = "_adafv_compiled"
+
+
+class _Compiled:
+    """Passes for a model whose call nobody has compiled yet, and keeps what is compiled. A copy of the model has none."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_compiled_call", "_last_compile_config"):
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 def _lengthened(config: Any, removed: int) -> Any:

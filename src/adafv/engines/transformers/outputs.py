@@ -25,15 +25,20 @@ def logits_asked_for(call: CompressedInputs, settings: Settings) -> Any:
         UnsupportedCallError: columns by their numbers, of a prompt whose columns move.
     """
     asked = call.get("logits_to_keep")
-    if isinstance(asked, Tensor) and call.changed:
+    if not _is_count(asked) and call.changed:
         if settings.logits != "prompt":
             raise UnsupportedCallError(
-                "logits_to_keep must be a number with logits='kept': the columns of the prompt move; use logits='prompt'"
+                "logits_to_keep must be a number of last columns with logits='kept': the others move; use logits='prompt'"
             )
         del call["logits_to_keep"]
-    elif isinstance(asked, int) and asked > 0 and call.compaction.changed:
+    elif _is_count(asked) and asked and call.compaction.changed:
         call["logits_to_keep"] = min(asked, call.new.columns.shape[1])
     return asked
+
+
+def _is_count(asked: Any) -> bool:
+    """Whether `logits_to_keep` says how many of the last columns, or nothing; else which they are."""
+    return asked is None or (isinstance(asked, int) and asked >= 0)
 
 
 def in_the_callers_columns(output: Any, call: CompressedInputs, asked: Any) -> None:
@@ -44,11 +49,14 @@ def in_the_callers_columns(output: Any, call: CompressedInputs, asked: Any) -> N
     """
     logits = getattr(output, "logits", None)
     if logits is not None:
-        last = asked if isinstance(asked, int) and asked > 0 else None
+        last = asked if asked is not None and _is_count(asked) and asked > 0 else None
         # Someone may train on them: then every column has what its next token is predicted from.
         trained = torch.is_grad_enabled() and logits.requires_grad
         logits = call.new.give_back(logits, last, fill=None if trained else float("nan"), dropped=call.dropped)
-        output.logits = logits[:, asked.to(logits.device)] if isinstance(asked, Tensor) else logits
+        if not _is_count(asked):  # as the stock model reads it: tensors, lists and slices, and numbers from the front
+            columns = slice(-asked, None) if isinstance(asked, int) else asked
+            logits = logits[:, columns.to(logits.device) if isinstance(columns, Tensor) else columns]
+        output.logits = logits
     if getattr(output, "hidden_states", None) is not None:
         output.hidden_states = tuple(_states(state, call) for state in output.hidden_states)
     if getattr(output, "attentions", None) is not None:

@@ -41,6 +41,9 @@ _RELEASE = Version(transformers.__version__).release
 CHUNKED_PREFILL_KEEPS_IMAGES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
 """transformers 5.18 sends no image into any chunk, and answers without having seen it; 5.23 cuts the images up."""
 
+GUESSES_AHEAD = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+"""Settings of assisted decoding. On a cache that holds tokens already, 5.18 and 5.24 read these once more, behind it."""
+
 REPEATS_IMAGES_IN_ORDER = Version(transformers.__version__) >= Version("5.23")
 """Older releases repeat several entries of one prompt in the wrong order for beams and several return sequences."""
 

@@ -440,15 +440,13 @@ def _around() -> tuple[Any, ...]:
 
 
 def _circumstances(model: Any) -> list[Any]:
-    """What the tower depends on beside its tensors: configuration, hooks, replaced functions."""
+    """What the tower may depend on beside what a fingerprint knows: hooks, and the whole configuration."""
     found: list[Any] = []
     for _, module in outside_the_language_model(model, names=False):
         inside = module.__dict__
         if module is not model and module is not model.model:
             hooks = {**inside["_forward_hooks"], **inside["_forward_pre_hooks"]}  # numbered through
-            found.append(
-                (type(module), *filter(lambda number: _changes(hooks[number]), hooks), id(inside.get("forward")))
-            )
+            found.append(tuple(number for number in hooks if _changes(hooks[number])))
     return [*found, *_settings(model.config, model.config.get_text_config())]
 
 

@@ -31,7 +31,7 @@ from adafv.engines.transformers.call import CompressedInputs
 from adafv.engines.transformers.compress import compress_call
 from adafv.engines.transformers.crops import check_auto, check_crops, check_twice, unsure_rows
 from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
-from adafv.engines.transformers.encoded import encoded_in
+from adafv.engines.transformers.encoded import encoded_in, refuse_other_images
 from adafv.engines.transformers.families.base import family_of, stock_model
 from adafv.engines.transformers.generation import (
     FirstToken,
@@ -180,6 +180,8 @@ class PrunedModel:
         self.family = family_of(self.model)
         check_crops(settings.crops, self.family, self.model)
         self._stock: Any = None
+        # What is raised while a model is being compiled is not seen outside, so this is not compiled.
+        self._refuse_compiled = torch.compiler.disable(_refuse_compiled)
         self._latest: Record | None = None
         self._own = threading.local()
 
@@ -255,6 +257,7 @@ class PrunedModel:
         both = "inputs" in arguments and "input_ids" in arguments  # an error, which is for the stock model to raise
         if both or not self._concerned(arguments):
             return stock.generate(*args, **kwargs)
+        self._check_compiled()
         arguments = named_for_this_release(arguments)
         if "inputs" in arguments:
             arguments["input_ids"] = arguments.pop("inputs")
@@ -336,6 +339,7 @@ class PrunedModel:
         arguments = _by_name(stock.forward, args, kwargs)
         if not self._concerned(arguments):
             return stock.forward(*args, **kwargs)
+        self._check_compiled()
         if self._visuals(arguments):
             check_auto(self.settings.crops)
         arguments = named_for_this_release(arguments)
@@ -360,8 +364,10 @@ class PrunedModel:
         """Whether a call has images or continues a cache; text alone goes straight to the stock model.
 
         Raises:
-            UnsupportedCallError: a cache under a name that is not known; what it holds would not be looked at.
+            UnsupportedCallError: a cache under a name that is not known, or pictures under that of encoded ones; nobody would
+                look at what they hold.
         """
+        refuse_other_images(arguments)
         for name, value in arguments.items():
             if name not in CACHE_NAMES and holds_a_cache(value):
                 raise UnsupportedCallError(
@@ -369,6 +375,12 @@ class PrunedModel:
                     "see which tokens it lacks; pass it under one of these names"
                 )
         return self._visuals(arguments) or any(arguments.get(name) is not None for name in CACHE_NAMES)
+
+    def _check_compiled(self) -> None:
+        """Raise UnsupportedCallError where the model as a whole is compiled, or is being compiled."""
+        # What is compiled of `model.compile()` is bound to the wrapped model: `generate` would come back here at every token.
+        if torch.compiler.is_compiling() or self.model.__dict__.get("_compiled_call_impl") is not None:
+            self._refuse_compiled()
 
     def _visuals(self, arguments: Mapping[str, Any]) -> bool:
         """Whether images or videos are among the arguments, as pixels or encoded."""
@@ -394,7 +406,9 @@ class PrunedModel:
         if inside is None:
             self._latest = self._own.record = record
             with timed(record.seconds, "model"):
-                return function(**call)
+                output = function(**call)
+            self._own.record = record  # a logits processor may have called the model meanwhile
+            return output
         with timed(record.seconds, "model"), inside.hooked():
             output = function(**call)
         if inside.images:
@@ -439,6 +453,13 @@ class _UnsureError(Exception):
         super().__init__()
         self.rows = rows
         """Prompts that are to be asked again."""
+
+
+def _refuse_compiled() -> None:
+    raise UnsupportedCallError(
+        "the model is compiled as a whole, and choosing tokens cannot be compiled with it; compile its language model alone: "
+        "model.model.language_model.compile()"
+    )
 
 
 _enabling = threading.Lock()
