@@ -698,6 +698,24 @@ class TestInBrowser:
         assert visitor.answers() == as_shown(wish.alone(served_session))
         assert visitor.tab.get_by_text("kept 3 of 16").count() == 2
 
+    def test_a_late_look_at_the_picture_takes_no_message_away(self, visitor: Visitor, picture: Path) -> None:
+        held: list[Any] = []
+        visitor.tab.route("**/queue/join*", lambda route: route.continue_() if held else held.append(route))
+        visitor.upload(picture)
+        visitor.wait_for_picture()
+        visitor.type(QUESTION)
+        visitor.keep("1.5")
+        visitor.ask()
+        said = visitor.problem()
+        with visitor.tab.expect_response("**/queue/join*"):
+            held[0].continue_()
+        visitor.tab.wait_for_timeout(500)
+        assert visitor.problem() == said
+        # And what was said of the last picture goes.
+        visitor.tab.unroute("**/queue/join*")
+        visitor.upload(picture)
+        visitor.tab.locator("#notice [role=alert]").wait_for(state="detached")
+
     @pytest.mark.parametrize(
         "kind",
         [

@@ -245,15 +245,18 @@ def _picture_fields(samples: Sequence[Sample]) -> tuple[Any, Any]:
 def _connect_pictures(fields: _Fields, answers: Answers, samples: Sequence[Sample]) -> None:
     """A sample that is clicked, and a picture that is uploaded."""
 
-    def check(payload: Any) -> tuple[Any, str]:
-        """Tell at once whether an uploaded picture is one; else take it away again."""
+    def check(payload: Any) -> tuple[Any, Any]:
+        """Tell at once whether an uploaded picture is one; else take it away again.
+
+        Whoever was quick has asked already, so the answer to that is left alone where all is well.
+        """
         try:
             path = _path(payload)
             if path is not None:
                 answers.check_picture(path)
         except Exception as error:
             return None, _problem(error)
-        return gradio.skip(), ""
+        return gradio.skip(), gradio.skip()
 
     def choose(event: gradio.EventData) -> tuple[Any, Any, str]:
         """Take a sample with its question; one without a question leaves the user's own.
@@ -273,6 +276,8 @@ def _connect_pictures(fields: _Fields, answers: Answers, samples: Sequence[Sampl
     if fields.gallery is not None:
         outcome = [picture, fields.question, notice]
         fields.gallery.select(choose, None, outcome, api_visibility="private", show_progress="hidden")
+    # What was said of the last picture goes at once, without the server.
+    picture.upload(None, None, notice, js="() => ''", api_visibility="private", show_progress="hidden")
     # Not preprocessed: Gradio would open the picture itself, and fail without a message where it is none. Nor does it
     # look where the path leads, unless the sender asks for it; `answers` does.
     picture.upload(
