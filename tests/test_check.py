@@ -325,9 +325,9 @@ class TestWords:
         assert "50 % lost nothing here, on too few questions to be sure: about 300 more" in self.verdict(
             found, 0.0, more_questions=300
         )
-        assert "50 % lost 2 points here, which may be chance: about 900 more questions would tell." in self.verdict(
-            found, 0.02, more_questions=900
-        )
+        assert (
+            "50 % lost 2 points here, which may be chance: about 900 more like these would tell, if they go as these did."
+        ) in self.verdict(found, 0.02, more_questions=900)
         assert "50 % lost 9 points here: it is not safe" in self.verdict(found, 0.09, shown_unsafe=True)
         assert "50 % gained 1 point here" in self.verdict(found, -0.01, more_questions=10)
 

@@ -72,13 +72,11 @@ def explanation(result: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
             parts.append(f"{budget} {_lost(lost)} here: it is not safe for questions like these.")
         elif more is None:
             parts.append(f"{budget} {_lost(lost)} here, which does not say enough.")
-        elif lost < settings["max_loss"]:
-            parts.append(
-                f"{budget} {_lost(lost)} here, on too few questions to be sure: about {more:,} more like these would tell, "
-                "if they go as these did."
-            )
         else:
-            parts.append(f"{budget} {_lost(lost)} here, which may be chance: about {more:,} more questions would tell.")
+            why = "on too few questions to be sure" if lost < settings["max_loss"] else "which may be chance"
+            parts.append(
+                f"{budget} {_lost(lost)} here, {why}: about {more:,} more like these would tell, if they go as these did."
+            )
     return " ".join(parts)
 
 
