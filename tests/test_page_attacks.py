@@ -29,6 +29,10 @@ httpx = pytest.importorskip("httpx")
 pytestmark = [needs("gradio"), pytest.mark.slow]
 
 FILE = {"_type": "gradio.FileData"}
+CHOOSE, CLEAR, CHECK, ASK, SHOW = range(5)
+"""Numbers of the page's first functions."""
+IN_THE_BROWSER = (CLEAR, SHOW)
+"""Those that need no server, and so have nothing there."""
 SETTINGS = [QUESTION, "25%", ["adafv", "saliency"], 2]
 GONE = "The picture is no longer there; choose or upload it again."
 SECONDS = 60.0
@@ -238,7 +242,7 @@ class TestEndpoints:
             if needed.fullmatch(path.rstrip("/") or "/"):
                 continue
             for method in sorted(getattr(route, "methods", None) or {"GET", "POST"}):
-                answer = http.request(method, path, json={"data": [{"path": str(secret)}, *SETTINGS], "fn_index": 2})
+                answer = http.request(method, path, json={"data": [{"path": str(secret)}, *SETTINGS], "fn_index": ASK})
                 assert answer.status_code == 404, (method, path)
                 assert method == "HEAD" or answer.json() == {"detail": "there is no such thing here"}, (method, path)
                 refused += 1
@@ -248,7 +252,7 @@ class TestEndpoints:
         "way", ["run/predict", "run/ask", "api/predict", "api/ask", "call/v2/ask", "call/check", "call/choose"]
     )
     def test_ways_around_the_queue(self, http: Any, secret: Path, way: str) -> None:
-        data = {"data": [{"path": str(secret)}, *SETTINGS], "fn_index": 2, "session_hash": "s"}
+        data = {"data": [{"path": str(secret)}, *SETTINGS], "fn_index": ASK, "session_hash": "s"}
         for path in (f"/gradio_api/{way}", f"/gradio_api/{way}/", f"//gradio_api/{way}"):
             assert post(http, path, data).status_code in (404, 405)
 
@@ -256,7 +260,7 @@ class TestEndpoints:
         """The browser calls them by number, and so may anybody; they read nothing that was not uploaded either."""
         event = {"index": 0, "value": {"image": {"path": str(secret), "meta": FILE}, "caption": None}}
         said = []
-        for number in range(9):
+        for number in range(10):
             for data in ([], [{"path": str(secret)}], [{"path": str(secret), "meta": FILE}], [{"path": "/missing"}]):
                 call = {"data": data, "fn_index": number, "session_hash": f"hash{number}", "event_data": event}
                 asked = post(http, "/gradio_api/queue/join", call)
@@ -301,7 +305,7 @@ class TestEndpoints:
 
     @pytest.mark.parametrize("index", [-1, 2, 10**30, "0", 1.5, None, [], {}, True])
     def test_samples_that_are_not_there(self, http: Any, index: Any) -> None:
-        call = {"data": [], "fn_index": 0, "session_hash": "choose", "event_data": {"index": index}}
+        call = {"data": [], "fn_index": CHOOSE, "session_hash": "choose", "event_data": {"index": index}}
         assert post(http, "/gradio_api/queue/join", call).status_code == 200
         with http.stream("GET", "/gradio_api/queue/data?session_hash=choose") as stream:
             (completed,) = [line for line in stream.iter_lines() if "process_completed" in line]
@@ -446,7 +450,7 @@ class TestShapes:
         for path in ("/gradio_api/call/ask", "/gradio_api/queue/join"):
             assert post(http, path, body).status_code in (400, 422)
 
-    @pytest.mark.parametrize("number", [-1, 3, 99, 10**30, "2", None, True, [2]])
+    @pytest.mark.parametrize("number", [-1, *IN_THE_BROWSER, 99, 10**30, str(ASK), None, True, [ASK]])
     def test_functions_that_are_not_there(self, http: Any, number: Any) -> None:
         call = {"data": [None, *SETTINGS], "fn_index": number, "session_hash": "s"}
         assert post(http, "/gradio_api/queue/join", call).status_code == 404
@@ -626,7 +630,9 @@ class TestPassword:
             for answer in (
                 post(stranger, "/gradio_api/call/ask", {"data": [None, *SETTINGS]}),
                 post(
-                    stranger, "/gradio_api/queue/join", {"data": [None, *SETTINGS], "fn_index": 2, "session_hash": "s"}
+                    stranger,
+                    "/gradio_api/queue/join",
+                    {"data": [None, *SETTINGS], "fn_index": ASK, "session_hash": "s"},
                 ),
                 stranger.post("/gradio_api/upload", files={"files": ("x.png", b"x")}),
                 stranger.get("/config"),
