@@ -457,13 +457,19 @@ def test_a_model_that_is_compiled_as_a_whole() -> None:
     text = {"input_ids": torch.tensor([[1, *words(4, 0)]])}
     with torch.no_grad():
         stock, alone = model(**inputs).logits, model(**text).logits
+        answer = model.generate(**text, **GREEDY)
+        pruned = DynamicCache()
         with AdaFV(keep=KEEP)(model):
             compiled = torch.compile(model, backend="eager")
             with pytest.raises(
                 UnsupportedCallError, match=r"language model alone: model.model.language_model.compile\(\)"
             ):
                 compiled(**inputs)
+            model(**inputs, past_key_values=pruned)
+            with pytest.raises(UnsupportedCallError, match="the model is compiled as a whole"):
+                compiled(**text, past_key_values=pruned)
             torch.testing.assert_close(compiled(**text).logits, alone, **TOLERANCE)
+            torch.testing.assert_close(compiled(**text, past_key_values=DynamicCache()).logits, alone, **TOLERANCE)
         torch.testing.assert_close(compiled(**inputs).logits, stock, **TOLERANCE)
         torch.compiler.reset()
         model.compile(backend="eager")
@@ -471,6 +477,7 @@ def test_a_model_that_is_compiled_as_a_whole() -> None:
             for call in (model, lambda **given: model.generate(**given, **GREEDY)):
                 with pytest.raises(UnsupportedCallError, match="the model is compiled as a whole"):
                     call(**inputs)
+            assert torch.equal(model.generate(**text, **GREEDY), answer)  # which has a cache, at every token
 
 
 @pytest.mark.slow
