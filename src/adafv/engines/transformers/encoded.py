@@ -133,7 +133,7 @@ class EncodedImages:
         _, taken = _visuals_of(family, inputs)
         try:
             same = self.check(model, family, taken)
-        except StaleImagesError:
+        except (StaleImagesError, UnsupportedCallError):
             return False
         return taken.keys() == self.pixels.keys() and bool(same)
 
@@ -462,7 +462,7 @@ class Fingerprint:
         for path, module in outside_the_language_model(model, names):
             inside = module.__dict__
             flags += [(flag, repr(inside[flag])) for flag in FLAGS if flag in inside]
-            for hook in inside["_forward_pre_hooks"].values():
+            for hook in list(inside["_forward_pre_hooks"].values()):  # another thread may drop its encoded images
                 if PER_PROMPT in (getattr(hook, "keywords", None) or {}):
                     flags.append((PER_PROMPT, repr(hook.keywords[PER_PROMPT])))
             if module is not model and module is not base:  # which accelerate and the wrapper itself change
