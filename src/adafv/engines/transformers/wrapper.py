@@ -409,7 +409,7 @@ class PrunedModel:
             self._latest = self._own.record = record
             with timed(record.seconds, "model"):
                 output = function(**call)
-            self._own.record = record  # a logits processor may have called the model meanwhile
+            self._latest = self._own.record = record  # a logits processor may have called the model meanwhile
             return output
         with timed(record.seconds, "model"), inside.hooked():
             output = function(**call)
