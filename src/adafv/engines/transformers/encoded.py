@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 from adafv.core.encoded import EncodedImage
 from adafv.core.layout import ImageLayout
 from adafv.core.tokens import Signal
-from adafv.engines.transformers.devices import host_by_default
+from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
 from adafv.engines.transformers.families import Family, family_of
 from adafv.engines.transformers.families.base import Encoded, stock_model
 from adafv.engines.transformers.reading import ENCODE_AGAIN, WEIGHTS_CHANGED, read_prompt
@@ -231,7 +231,7 @@ def encode(
     if not visuals:
         raise PromptError(f"there is no image to encode: give {family.images[0]}, as the processor returns it")
     images, described = {}, {}
-    with torch.no_grad(), host_by_default():
+    with torch.no_grad(), host_by_default(), sharded_parts_ready(model):
         for modality, entries in visuals.items():
             runs: list[Any] = []
             if inputs.get("input_ids") is not None:
