@@ -483,7 +483,11 @@ class Fingerprint:
                 together[device].append(torch.cat(parts).view(torch.uint8))
             held = [torch.cat(parts) for parts in together.values()]
         which = _IDENTITIES.setdefault(base, uuid.uuid4().hex)
-        settings = dict(_settings(model.config, model.config.get_text_config()))
+        settings = {
+            path: repr(value)
+            for path, value in settings_of(model.config, model.config.get_text_config())
+            if _may_concern_images(path.rpartition(".")[2])
+        }
         return cls(which, tuple(found), list(map(_state, tensors)), flags, built, settings, held)
 
     def difference(self, now: "Fingerprint") -> str | None:
@@ -528,15 +532,19 @@ _ANY_MODEL = frozenset(vars(PreTrainedConfig())) | {"use_cache", "tie_word_embed
 """Settings that say nothing of how images are encoded."""
 
 
-def _settings(config: Any, aside: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """(name, value) of what a configuration says of images; `aside`, that of the language model, is left out."""
+def _may_concern_images(setting: str) -> bool:
+    """What begins with an underscore is the library's own; special tokens are aligned with a tokenizer's."""
+    return not (setting.startswith("_") or setting in _ANY_MODEL or "token_id" in setting or "token_index" in setting)
+
+
+def settings_of(config: Any, aside: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of all that a configuration says; `aside`, that of the language model, is left out."""
     for name, value in vars(config).items():
-        if value is aside or name.startswith("_") or name in _ANY_MODEL or "token_id" in name or "token_index" in name:
-            continue
         if hasattr(value, "get_text_config"):
-            yield from _settings(value, aside, f"{path}{name}.")
+            if value is not aside:
+                yield from settings_of(value, aside, f"{path}{name}.")
         else:
-            yield f"{path}{name}", repr(value)
+            yield f"{path}{name}", value
 
 
 def outside_the_language_model(model: Any, names: bool) -> Iterator[tuple[str, Any]]:
