@@ -528,6 +528,27 @@ def test_training_of_what_has_no_gradients_is_refused() -> None:
     assert model.get_input_embeddings().weight.grad is not None
 
 
+def test_images_that_another_thread_drops_while_a_model_is_looked_at() -> None:
+    """With them goes a hook on the model, amid the others."""
+    model = ROWS["llava"].build()
+    inputs = make_inputs(ROWS["llava"], model, [1])
+    held: list[EncodedImages] = []
+
+    class Dropping:
+        @property
+        def keywords(self) -> dict[str, Any]:
+            held.clear()
+            return {}
+
+        def __call__(self, *_: Any) -> None: ...
+
+    model.model.register_forward_pre_hook(Dropping())
+    held.append(adafv.encode(model, inputs))
+    assert len(model.model._forward_pre_hooks) == 2
+    agree(model, inputs, adafv.encode(model, inputs), "adafv", 4)
+    assert not held
+
+
 def test_gradients_of_the_pixels_are_refused() -> None:
     model = small("llava")
     inputs = make_inputs(ROWS["llava"], model, [1])
@@ -538,8 +559,10 @@ def test_gradients_of_the_pixels_are_refused() -> None:
             UnsupportedCallError, match="no gradients, and pixel_values asks for them; leave images= out"
         ):
             model(**{**inputs, "pixel_values": pixels}, images=encoded)
+        assert not encoded.holds(model, {**inputs, "pixel_values": pixels})
         with torch.no_grad():
             model(**{**inputs, "pixel_values": pixels}, images=encoded)
+            assert encoded.holds(model, {**inputs, "pixel_values": pixels})
 
 
 @pytest.mark.parametrize("place", present("gemma3", "paligemma", "ovis2"), indirect=True)

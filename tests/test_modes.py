@@ -1,6 +1,7 @@
 """Ways of calling that need more than a prompt in and tokens out. Each is right by the oracle, or refused."""
 
 import copy
+import threading
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from adafv import AdaFV, compress
+from adafv.engines.transformers.families import family_of
+from adafv.engines.transformers.generation import refuse_unsupported
 from adafv.errors import CacheError, NoRecordError, UnsupportedCallError
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -457,13 +460,19 @@ def test_a_model_that_is_compiled_as_a_whole() -> None:
     text = {"input_ids": torch.tensor([[1, *words(4, 0)]])}
     with torch.no_grad():
         stock, alone = model(**inputs).logits, model(**text).logits
+        answer = model.generate(**text, **GREEDY)
+        pruned = DynamicCache()
         with AdaFV(keep=KEEP)(model):
             compiled = torch.compile(model, backend="eager")
             with pytest.raises(
                 UnsupportedCallError, match=r"language model alone: model.model.language_model.compile\(\)"
             ):
                 compiled(**inputs)
+            model(**inputs, past_key_values=pruned)
+            with pytest.raises(UnsupportedCallError, match="the model is compiled as a whole"):
+                compiled(**text, past_key_values=pruned)
             torch.testing.assert_close(compiled(**text).logits, alone, **TOLERANCE)
+            torch.testing.assert_close(compiled(**text, past_key_values=DynamicCache()).logits, alone, **TOLERANCE)
         torch.testing.assert_close(compiled(**inputs).logits, stock, **TOLERANCE)
         torch.compiler.reset()
         model.compile(backend="eager")
@@ -471,6 +480,7 @@ def test_a_model_that_is_compiled_as_a_whole() -> None:
             for call in (model, lambda **given: model.generate(**given, **GREEDY)):
                 with pytest.raises(UnsupportedCallError, match="the model is compiled as a whole"):
                     call(**inputs)
+            assert torch.equal(model.generate(**text, **GREEDY), answer)  # which has a cache, at every token
 
 
 @pytest.mark.slow
@@ -524,6 +534,23 @@ def test_a_processor_that_calls_the_model(family: FamilyRow, model: Any) -> None
     assert torch.equal(found, plain)
     assert torch.equal(inner[-1].nan_to_num(), expected.nan_to_num())
 
+    def elsewhere() -> None:
+        with torch.no_grad():
+            model.generate(**inputs, **GREEDY, logits_processor=LogitsProcessorList([contrast]))
+
+    with AdaFV(keep=KEEP)(model) as adafv:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert torch.equal(adafv.last.kept[0], kept[0])  # of another thread: the last call that any finished
+
+
+class Unasked(DynamicCache):
+    """As a static cache, whose length lies on the device."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        raise AssertionError("nobody needs to know how long it is")
+
 
 @pytest.mark.parametrize("guessing", ["prompt_lookup_num_tokens", "assistant_model"])
 def test_assisted_decoding_of_a_later_turn_is_refused(family: FamilyRow, model: Any, guessing: str) -> None:
@@ -548,6 +575,7 @@ def test_assisted_decoding_of_a_later_turn_is_refused(family: FamilyRow, model: 
         whole |= {name: inputs[name] for name in ("image_sizes",) if name in inputs}
         mended = model.generate(input_ids=chat, **whole, **options, **option)
     assert mended.sequences.shape == two.sequences.shape
+    refuse_unsupported(model, family_of(model), {"past_key_values": Unasked()})  # by others no device is waited for
     # The stock model by itself, without an image: should a release mend it, the refusal can go.
     text = torch.tensor([[1, *words(6, 0)]])
     caches, found = [DynamicCache(config=model.config) for _ in range(2)], []

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import FAMILIES, IMAGE, FamilyRow, make_inputs
+from oracle import VISUAL_INPUTS
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from adafv import AdaFV
+from adafv import AdaFV, encode
 from adafv.errors import UnsupportedCallError
 
 ROWS = [
@@ -46,6 +47,23 @@ def sharded(row: FamilyRow, how: str, mesh: DeviceMesh) -> Any:
         for part in parts[name]:
             fully_shard(part, mesh=mesh)
     return model
+
+
+@pytest.mark.each  # how parts are sharded does not depend on the family
+@pytest.mark.parametrize("how", SHARDED)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_images_that_are_encoded_before_anything_else_runs(row: FamilyRow, how: str, mesh: DeviceMesh) -> None:
+    plain = row.build()
+    inputs = make_inputs(row, plain, [1, 2])
+    text = {name: value for name, value in inputs.items() if name not in VISUAL_INPUTS}
+    model = sharded(row, how, mesh)
+    with torch.no_grad(), AdaFV(keep=0.3)(plain):
+        expected = plain(**inputs).logits
+    encoded = encode(model, inputs)
+    with torch.no_grad(), AdaFV(keep=0.3)(model):
+        for _ in range(2):
+            found = model(**text, images=encoded).logits
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
 @pytest.mark.each  # how parts are sharded does not depend on the family

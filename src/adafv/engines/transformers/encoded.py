@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 from adafv.core.encoded import EncodedImage
 from adafv.core.layout import ImageLayout
 from adafv.core.tokens import Signal
-from adafv.engines.transformers.devices import host_by_default
+from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
 from adafv.engines.transformers.families import Family, family_of
 from adafv.engines.transformers.families.base import Encoded, stock_model
 from adafv.engines.transformers.reading import ENCODE_AGAIN, WEIGHTS_CHANGED, read_prompt
@@ -133,7 +133,7 @@ class EncodedImages:
         _, taken = _visuals_of(family, inputs)
         try:
             same = self.check(model, family, taken)
-        except StaleImagesError:
+        except (StaleImagesError, UnsupportedCallError):
             return False
         return taken.keys() == self.pixels.keys() and bool(same)
 
@@ -231,7 +231,7 @@ def encode(
     if not visuals:
         raise PromptError(f"there is no image to encode: give {family.images[0]}, as the processor returns it")
     images, described = {}, {}
-    with torch.no_grad(), host_by_default():
+    with torch.no_grad(), host_by_default(), sharded_parts_ready(model):
         for modality, entries in visuals.items():
             runs: list[Any] = []
             if inputs.get("input_ids") is not None:
@@ -462,7 +462,7 @@ class Fingerprint:
         for path, module in outside_the_language_model(model, names):
             inside = module.__dict__
             flags += [(flag, repr(inside[flag])) for flag in FLAGS if flag in inside]
-            for hook in inside["_forward_pre_hooks"].values():
+            for hook in list(inside["_forward_pre_hooks"].values()):  # another thread may drop its encoded images
                 if PER_PROMPT in (getattr(hook, "keywords", None) or {}):
                     flags.append((PER_PROMPT, repr(hook.keywords[PER_PROMPT])))
             if module is not model and module is not base:  # which accelerate and the wrapper itself change
@@ -483,7 +483,11 @@ class Fingerprint:
                 together[device].append(torch.cat(parts).view(torch.uint8))
             held = [torch.cat(parts) for parts in together.values()]
         which = _IDENTITIES.setdefault(base, uuid.uuid4().hex)
-        settings = dict(_settings(model.config, model.config.get_text_config()))
+        settings = {
+            path: repr(value)
+            for path, value in settings_of(model.config, model.config.get_text_config())
+            if _may_concern_images(path.rpartition(".")[2])
+        }
         return cls(which, tuple(found), list(map(_state, tensors)), flags, built, settings, held)
 
     def difference(self, now: "Fingerprint") -> str | None:
@@ -528,15 +532,19 @@ _ANY_MODEL = frozenset(vars(PreTrainedConfig())) | {"use_cache", "tie_word_embed
 """Settings that say nothing of how images are encoded."""
 
 
-def _settings(config: Any, aside: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """(name, value) of what a configuration says of images; `aside`, that of the language model, is left out."""
+def _may_concern_images(setting: str) -> bool:
+    """What begins with an underscore is the library's own; special tokens are aligned with a tokenizer's."""
+    return not (setting.startswith("_") or setting in _ANY_MODEL or "token_id" in setting or "token_index" in setting)
+
+
+def settings_of(config: Any, aside: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of all that a configuration says; `aside`, that of the language model, is left out."""
     for name, value in vars(config).items():
-        if value is aside or name.startswith("_") or name in _ANY_MODEL or "token_id" in name or "token_index" in name:
-            continue
         if hasattr(value, "get_text_config"):
-            yield from _settings(value, aside, f"{path}{name}.")
+            if value is not aside:
+                yield from settings_of(value, aside, f"{path}{name}.")
         else:
-            yield f"{path}{name}", repr(value)
+            yield f"{path}{name}", value
 
 
 def outside_the_language_model(model: Any, names: bool) -> Iterator[tuple[str, Any]]:

@@ -55,17 +55,17 @@ def refuse_unsupported(model: Any, family: Family, arguments: dict[str, Any]) ->
             "this release of transformers loses the images in chunked prefill; leave prefill_chunk_size out, or run: "
             "pip install --upgrade transformers"
         )
-    shown = encoded_in(arguments) is not None or any(
-        name in arguments for name in (family.images[0], *family.videos[:1])
-    )
+    guessing = next((name for name in GUESSES_AHEAD if setting(model, arguments, name) is not None), None)
     cache = cache_of(arguments)
-    if cached_length(cache) > 0 and (shown or contents_of(cache) is not None):
-        for name in GUESSES_AHEAD:
-            if setting(model, arguments, name) is not None:
-                raise UnsupportedCallError(
-                    f"{name} on a cache that is filled reads what is cached a second time in stock transformers, and the "
-                    f"answer is another one; leave {name} out of later turns, or pass the whole conversation without a cache"
-                )
+    if guessing is not None and cached_length(cache) > 0:  # the length of a static cache lies on the device
+        shown = encoded_in(arguments) is not None or any(
+            name in arguments for name in (family.images[0], *family.videos[:1])
+        )
+        if shown or contents_of(cache) is not None:
+            raise UnsupportedCallError(
+                f"{guessing} on a cache that is filled reads what is cached a second time in stock transformers, and the "
+                f"answer is another one; leave {guessing} out of later turns, or pass the whole conversation without a cache"
+            )
     if family.images[0] in arguments or encoded_in(arguments) is not None:
         family.check_generate(functools.partial(setting, model, arguments))
     if setting(model, arguments, "guidance_scale") not in (None, 1.0):

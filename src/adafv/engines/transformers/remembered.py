@@ -31,6 +31,7 @@ from adafv.engines.transformers.encoded import (
     encode_modality,
     encoded_parts,
     outside_the_language_model,
+    settings_of,
 )
 from adafv.engines.transformers.families import Family
 from adafv.errors import OptionError, UnsupportedCallError
@@ -447,19 +448,10 @@ def _circumstances(model: Any) -> list[Any]:
         if module is not model and module is not model.model:
             hooks = {**inside["_forward_hooks"], **inside["_forward_pre_hooks"]}  # numbered through
             found.append(tuple(number for number in hooks if _changes(hooks[number])))
-    return [*found, *_settings(model.config, model.config.get_text_config())]
+    settings = settings_of(model.config, model.config.get_text_config())
+    return [*found, *(f"{path}={value!r}" for path, value in settings)]
 
 
 def _changes(hook: Any) -> bool:
     """Whether a hook may change something: those that transformers adds when a model is called first do not."""
     return not (getattr(hook, "__module__", None) or "").startswith("transformers.")
-
-
-def _settings(config: Any, aside: Any) -> Iterator[str]:
-    for name, value in vars(config).items():
-        if value is aside:
-            continue
-        if hasattr(value, "get_text_config"):
-            yield from _settings(value, aside)
-        else:
-            yield f"{name}={value!r}"

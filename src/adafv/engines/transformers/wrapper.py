@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 
 from adafv.core import Budget
 from adafv.core.crops import Crops
-from adafv.engines.transformers.cache import cached_length, holds_pruned, opened, remember
+from adafv.engines.transformers.cache import cached_length, contents_of, holds_pruned, opened, remember
 from adafv.engines.transformers.call import CompressedInputs
 from adafv.engines.transformers.compress import compress_call
 from adafv.engines.transformers.crops import check_auto, check_crops, check_twice, unsure_rows
@@ -257,7 +257,7 @@ class PrunedModel:
         both = "inputs" in arguments and "input_ids" in arguments  # an error, which is for the stock model to raise
         if both or not self._concerned(arguments):
             return stock.generate(*args, **kwargs)
-        self._check_compiled()
+        self._check_compiled(arguments)
         arguments = named_for_this_release(arguments)
         if "inputs" in arguments:
             arguments["input_ids"] = arguments.pop("inputs")
@@ -339,7 +339,7 @@ class PrunedModel:
         arguments = _by_name(stock.forward, args, kwargs)
         if not self._concerned(arguments):
             return stock.forward(*args, **kwargs)
-        self._check_compiled()
+        self._check_compiled(arguments)
         if self._visuals(arguments):
             check_auto(self.settings.crops)
         arguments = named_for_this_release(arguments)
@@ -376,10 +376,12 @@ class PrunedModel:
                 )
         return self._visuals(arguments) or any(arguments.get(name) is not None for name in CACHE_NAMES)
 
-    def _check_compiled(self) -> None:
-        """Raise UnsupportedCallError where the model as a whole is compiled, or is being compiled."""
+    def _check_compiled(self, arguments: Mapping[str, Any]) -> None:
+        """Raise UnsupportedCallError where the model as a whole is compiled, or is being compiled, and tokens go or went."""
         # What is compiled of `model.compile()` is bound to the wrapped model: `generate` would come back here at every token.
-        if torch.compiler.is_compiling() or self.model.__dict__.get("_compiled_call_impl") is not None:
+        # With text alone it may: such a call is the stock model's, whatever cache it fills.
+        compiled = torch.compiler.is_compiling() or self.model.__dict__.get("_compiled_call_impl") is not None
+        if compiled and (self._visuals(arguments) or contents_of(cache_of(arguments)) is not None):
             self._refuse_compiled()
 
     def _visuals(self, arguments: Mapping[str, Any]) -> bool:
@@ -407,7 +409,7 @@ class PrunedModel:
             self._latest = self._own.record = record
             with timed(record.seconds, "model"):
                 output = function(**call)
-            self._own.record = record  # a logits processor may have called the model meanwhile
+            self._latest = self._own.record = record  # a logits processor may have called the model meanwhile
             return output
         with timed(record.seconds, "model"), inside.hooked():
             output = function(**call)
