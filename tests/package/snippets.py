@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NOT_HERE = {
+    r"adafv (ask|check)$": "it is a command's name, and no more of it",
     r"adafv eval|lmms-eval|.*adafv eval --include": "it needs lmms-eval and the Hub; `make test-lmms` has the first",
     r"adafv (bench accuracy|analyze)": "it needs scikit-image, or minutes; tests/evaluation runs it",
     r"adafv bench speed": "it takes minutes, a GPU or a checkpoint; tests/test_speed.py runs it",
