@@ -29,7 +29,7 @@ from adafv.engines.transformers.compaction import Compaction
 from adafv.engines.transformers.encoded import ENCODED, EncodedImages, encoded_in, refuse_other_images, refuse_training
 from adafv.engines.transformers.families import Family
 from adafv.engines.transformers.packing import Packing, read_packing
-from adafv.engines.transformers.reading import check_mask, check_same_weights, given_prompt, read_prompt
+from adafv.engines.transformers.reading import check_mask, check_same_weights, given_prompt, read_prompt, visuals_of
 from adafv.engines.transformers.record import Record
 from adafv.engines.transformers.releases import cache_of
 from adafv.engines.transformers.settings import Settings, said
@@ -292,30 +292,3 @@ def _layouts(call: Call, modality: str, visuals: dict[str, Any], shown: Prompt) 
     if call.encoded is not None:
         return [image.layout for image in call.encoded.images[modality]]
     return call.family.layouts(call.model, modality, visuals, shown.runs(modality))
-
-
-def visuals_of(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Take the images and videos out of `inputs`: per modality that is present, and all of them together."""
-    if not family.videos and "pixel_values_videos" in inputs:
-        raise UnsupportedCallError(
-            f"videos are not supported for {family.name}; pass the frames as images, if it takes several"
-        )
-    names = {name for modality in family.modalities for name in family.inputs(modality)}
-    taken = {name: inputs.pop(name) for name in list(inputs) if family.named(name) in names}
-    known = {family.named(name): value for name, value in taken.items()} | taken
-    visuals: dict[str, dict[str, Any]] = {}
-    for modality in family.modalities:
-        mine = {name: known[name] for name in family.inputs(modality) if name in known}
-        if family.inputs(modality)[0] in mine:
-            visuals[modality] = _Visuals(mine)
-    return visuals, taken
-
-
-class _Visuals(dict[str, Any]):
-    """The inputs of one modality. What the family asks for and the caller left out is named."""
-
-    def __missing__(self, name: str) -> Any:
-        raise PromptError(
-            f"{name} is missing beside {', '.join(self)}; pass all that the processor returned: model(**inputs) or "
-            "model.generate(**inputs)"
-        )

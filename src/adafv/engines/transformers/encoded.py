@@ -26,12 +26,14 @@ from adafv.core.tokens import Signal
 from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
 from adafv.engines.transformers.families import Family, family_of
 from adafv.engines.transformers.families.base import Encoded, stock_model
-from adafv.engines.transformers.reading import ENCODE_AGAIN, WEIGHTS_CHANGED, read_prompt
+from adafv.engines.transformers.reading import ENCODE_AGAIN, WEIGHTS_CHANGED, read_prompt, visuals_of
 from adafv.errors import PromptError, StaleImagesError, UnsupportedCallError, UnsupportedModelError
 from adafv.methods import Method, method_named
 from adafv.methods.base import LAYERS, TOKENS
 from adafv.printable import shortened
 
+HANDLE = "_adafv"
+"""Attribute of a wrapped model that holds its wrapper, which alone reads encoded images in `generate` and `forward`."""
 ENCODED = "images"
 """Name under which encoded images are passed to `generate`, `forward` and `compress`."""
 
@@ -348,10 +350,8 @@ def _dropout(module: Any) -> str | None:
 
 
 def _refuse_unwrapped(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-    from adafv.engines.transformers.wrapper import _HANDLE
-
     # Without: another thread is just adding or removing this hook, so there are no encoded images yet, or no more.
-    if kwargs is not None and encoded_in(kwargs) is not None and _HANDLE not in model.__dict__:
+    if kwargs is not None and encoded_in(kwargs) is not None and HANDLE not in model.__dict__:
         raise UnsupportedCallError(
             f"{ENCODED}= is read inside `with AdaFV(keep=...)(model):` and by compress() alone; the stock model would ignore "
             "it; pass the pixels, or wrap the model"
@@ -359,8 +359,6 @@ def _refuse_unwrapped(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any] 
 
 
 def _visuals_of(family: Family, inputs: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    from adafv.engines.transformers.call import visuals_of  # which knows encoded images
-
     return visuals_of(family, {name: value for name, value in inputs.items() if value is not None})
 
 

@@ -17,6 +17,33 @@ WEIGHTS_CHANGED = "weights of the vision tower or the projector have changed sin
 ENCODE_AGAIN = "encode the images again: adafv.encode(model, inputs)"
 
 
+def visuals_of(family: Family, inputs: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Take the images and videos out of `inputs`: per modality that is present, and all of them together."""
+    if not family.videos and "pixel_values_videos" in inputs:
+        raise UnsupportedCallError(
+            f"videos are not supported for {family.name}; pass the frames as images, if it takes several"
+        )
+    names = {name for modality in family.modalities for name in family.inputs(modality)}
+    taken = {name: inputs.pop(name) for name in list(inputs) if family.named(name) in names}
+    known = {family.named(name): value for name, value in taken.items()} | taken
+    visuals: dict[str, dict[str, Any]] = {}
+    for modality in family.modalities:
+        mine = {name: known[name] for name in family.inputs(modality) if name in known}
+        if family.inputs(modality)[0] in mine:
+            visuals[modality] = _Visuals(mine)
+    return visuals, taken
+
+
+class _Visuals(dict[str, Any]):
+    """The inputs of one modality. What the family asks for and the caller left out is named."""
+
+    def __missing__(self, name: str) -> Any:
+        raise PromptError(
+            f"{name} is missing beside {', '.join(self)}; pass all that the processor returned: model(**inputs) or "
+            "model.generate(**inputs)"
+        )
+
+
 def read_prompt(model: Any, family: Family, inputs: Mapping[str, Any], same: Tensor | None = None) -> Prompt:
     """Read `input_ids` (or `inputs_embeds`) and `attention_mask`.
 

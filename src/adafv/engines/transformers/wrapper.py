@@ -31,7 +31,7 @@ from adafv.engines.transformers.call import CompressedInputs
 from adafv.engines.transformers.compress import compress_call
 from adafv.engines.transformers.crops import check_auto, check_crops, check_twice, unsure_rows
 from adafv.engines.transformers.devices import host_by_default, sharded_parts_ready
-from adafv.engines.transformers.encoded import encoded_in, refuse_other_images
+from adafv.engines.transformers.encoded import HANDLE, encoded_in, refuse_other_images
 from adafv.engines.transformers.families.base import family_of, stock_model
 from adafv.engines.transformers.generation import (
     FirstToken,
@@ -59,8 +59,6 @@ from adafv.engines.transformers.remembered import ImageStore
 from adafv.engines.transformers.settings import Settings, said, setting
 from adafv.errors import AlreadyEnabledError, NoRecordError, UnsupportedCallError
 from adafv.methods import Method
-
-_HANDLE = "_adafv"
 
 
 class Pruner:
@@ -204,7 +202,7 @@ class PrunedModel:
 
     @property
     def enabled(self) -> bool:
-        return self.model.__dict__.get(_HANDLE) is self
+        return self.model.__dict__.get(HANDLE) is self
 
     def enable(self) -> "PrunedModel":
         """Prune from now on.
@@ -213,7 +211,7 @@ class PrunedModel:
             AlreadyEnabledError: the model is wrapped, by this object or by another.
         """
         with _enabling:
-            if _HANDLE in self.model.__dict__:
+            if HANDLE in self.model.__dict__:
                 raise AlreadyEnabledError(
                     f"this {type(self.model).__name__} is already wrapped by adafv; leave the other `with` block first, or "
                     "call disable() on what enable() returned"
@@ -221,7 +219,7 @@ class PrunedModel:
             stock_class: Any = type(self.model)
             self._stock = _blank(_inner_class(stock_class))
             object.__setattr__(self._stock, "__dict__", self.model.__dict__)
-            self.model.__dict__[_HANDLE] = self
+            self.model.__dict__[HANDLE] = self
             self.model.__class__ = _wrapped_class(stock_class)
         return self
 
@@ -230,7 +228,7 @@ class PrunedModel:
         with _enabling:
             if self.enabled:
                 self.model.__class__ = type(self.model).__mro__[1]
-                del self.model.__dict__[_HANDLE]
+                del self.model.__dict__[HANDLE]
 
     def __enter__(self) -> "PrunedModel":
         return self.enable()
@@ -493,7 +491,7 @@ class _Entry:
         name, stock_function = self._name, self._stock_function
         if model is None:  # Trainer reads the names of the labels off the class
             return stock_function
-        handle: PrunedModel | None = model.__dict__.get(_HANDLE)
+        handle: PrunedModel | None = model.__dict__.get(HANDLE)
         if handle is None:  # another thread has left the block since this one found the class
             return model.__dict__.get(name) or MethodType(stock_function, model)
         if handle.model is not model:
@@ -530,13 +528,13 @@ def _wrapped_class(stock_class: Any) -> Any:
     def reduce(model: Any, protocol: Any) -> Any:
         """Copies and pickles are of the stock class, without the handle: a copy is an unwrapped model."""
         stock = _blank(stock_class)
-        stock.__dict__.update({name: value for name, value in model.__dict__.items() if name != _HANDLE})
+        stock.__dict__.update({name: value for name, value in model.__dict__.items() if name != HANDLE})
         return stock.__reduce_ex__(1)  # from protocol 2 on, pickle insists on the class of the very object
 
     def prepared(model: Any, *args: Any, **kwargs: Any) -> Any:
         """Ours calls `generate` on another object, so here the stock one runs on the wrapped model itself."""
         function = stock_class._get_logits_processor
-        handle: PrunedModel | None = model.__dict__.get(_HANDLE)
+        handle: PrunedModel | None = model.__dict__.get(HANDLE)
         given = inspect.signature(function).bind(model, *args, **kwargs).arguments.get("model_kwargs") or {}
         encoded = [part for part in (given.get("mm_encoder_outputs") or {}).values() if part is not None]
         if encoded or (handle is not None and handle._visuals(given)) or holds_pruned(cache_of(given)):
