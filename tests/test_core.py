@@ -538,3 +538,9 @@ def test_saliency_of_half_precision_is_computed_in_float32(dtype: torch.dtype) -
     """Rounding would decide ties between tokens."""
     query, key = (torch.randn(4, 65, 16, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
     assert torch.equal(class_attention(query, key, 0.25), class_attention(query.float(), key.float(), 0.25))
+
+
+def test_top_tokens_of_whole_numbers_too_large_for_float32() -> None:
+    scores = torch.tensor([2**24, 2**24 + 1, 3, 2**24 + 2])
+    candidates = torch.tensor([True, True, True, False])
+    assert [top_tokens(scores, keep, candidates).tolist() for keep in (1, 2, 4)] == [[1], [0, 1], [0, 1, 2, 3]]

@@ -70,7 +70,7 @@ def top_tokens(scores: Tensor, keep: int, candidates: Tensor | None = None) -> T
     whole numbers, or bool.
     """
     if candidates is not None:
-        scores = scores if scores.is_floating_point() else scores.float()
+        scores = scores if scores.is_floating_point() else scores.double()  # whole numbers as they are
         scores = scores.clamp_min(torch.finfo(scores.dtype).min)
     return _descending(scores, candidates)[..., :keep].sort(dim=-1).values
 
