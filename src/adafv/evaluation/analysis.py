@@ -60,8 +60,14 @@ class Mean:
     half: float
 
     @classmethod
-    def of(cls, found: Sequence[Measured], value: Callable[[Measured], float]) -> "Mean":
-        return cls(*interval([float(value(each)) for each in found], [(each.data, each.picture) for each in found]))
+    def of(
+        cls,
+        found: Sequence[Measured],
+        value: Callable[[Measured], float],
+        estimate: Callable[[Sequence[float], Sequence[tuple[str, str]]], tuple[float, float]] = interval,
+    ) -> "Mean":
+        """`estimate`: `interval`, or `share_interval` where values are shares."""
+        return cls(*estimate([float(value(each)) for each in found], [(each.data, each.picture) for each in found]))
 
     def text(self, digits: int = 1, times: float = 100.0, sign: str = "") -> str:
         return f"{times * self.mean:{sign}.{digits}f} ± {times * self.half:.{digits}f}"
@@ -235,9 +241,8 @@ class Analysis:
 
     def reached(self, found: Sequence[Measured], way: str, share: float) -> Mean:
         """How many of the objects have a token on them when this share of the tokens is kept (one at least)."""
-        values = [float(_reached(each, way, share)) for each in found]
         known = share == 1  # then each has one
-        return Mean(*(interval if known else share_interval)(values, [(each.data, each.picture) for each in found]))
+        return Mean.of(found, lambda each: _reached(each, way, share), interval if known else share_interval)
 
     def fewest_figures(self) -> list[tuple[str, str]]:
         """(data set, figure) of each."""
